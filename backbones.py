@@ -65,7 +65,9 @@ def load_weights(net: str, weights: str) -> Weights:
             f"({type(error).__name__}); download it again, or pass --weights FILE"
         ) from error
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise UserError(f"weights must hold a state_dict of tensors, got {path}; pass --weights FILE")
+        raise UserError(
+            f"weights must hold a state_dict of tensors, got {path}; pass --weights FILE"
+        )
     name = "imagenet" if weights == "imagenet" else path.name
     return Weights(name, state, hashlib.sha256(path.read_bytes()).hexdigest())
 
@@ -220,7 +222,9 @@ class FeatureExtractor:
                         "pass --device cpu"
                     ) from error
                 self.chunk = (chunk + 1) // 2
-                say(f"GPU memory is too small for {chunk} crops at once, going on with {self.chunk}")
+                say(
+                    f"GPU memory is too small for {chunk} crops at once, going on with {self.chunk}"
+                )
                 torch.cuda.empty_cache()
                 continue
             return {level: torch.cat([part[level] for part in parts]) for level in parts[0]}

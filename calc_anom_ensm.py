@@ -10,7 +10,14 @@ Writes  OUT/{table.md,table.csv,metrics.json,scores.csv} and pictures
 import argparse
 from pathlib import Path
 
-from command_line import ScriptParser, flatten, integer_from, integer_ranges, number_between, run_script
+from command_line import (
+    ScriptParser,
+    flatten,
+    integer_from,
+    integer_ranges,
+    number_between,
+    run_script,
+)
 from ensembles import DataSetScores, EnsembleOptions, find_mvtypes, load_data_set
 from loco_datasets import (
     DEFAULT_RESULTS_DIR,
@@ -28,9 +35,13 @@ DEFAULT_VERSION_PATH = str(DEFAULT_RESULTS_DIR / f"{DEFAULT_VERSION}_pyramid_lvl
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
     parser = ScriptParser(__doc__)
-    parser.add_argument("--mvtype", nargs="+", default=["all"], help="class, data set, loco, struct, all")
     parser.add_argument(
-        "--version", default=DEFAULT_VERSION_PATH, help="folder of the ResNet scores, # for the level"
+        "--mvtype", nargs="+", default=["all"], help="class, data set, loco, struct, all"
+    )
+    parser.add_argument(
+        "--version",
+        default=DEFAULT_VERSION_PATH,
+        help="folder of the ResNet scores, # for the level",
     )
     parser.add_argument(
         "--version_224", default=DEFAULT_VERSION_PATH, help="folder of the raw-pixel scores"
@@ -43,7 +54,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         default=list(PAPER_RESNET_LEVELS),
         help="ResNet levels; none for raw pixels alone",
     )
-    parser.add_argument("--rep", type=integer_ranges, nargs="+", default=[[0]], help="0, or 0-4: mean and std")
+    parser.add_argument(
+        "--rep", type=integer_ranges, nargs="+", default=[[0]], help="0, or 0-4: mean and std"
+    )
     parser.add_argument(
         "--rep_num_224",
         type=integer_from(0),

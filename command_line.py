@@ -58,7 +58,9 @@ def number_between(
     low: float, high: float, low_open: bool = False, high_open: bool = False
 ) -> Callable[[str], float]:
     """Make an argparse type: a number of the interval from `low` to `high`."""
-    rule = f"{'above' if low_open else 'from'} {low:g} {'and below' if high_open else 'to'} {high:g}"
+    rule = (
+        f"{'above' if low_open else 'from'} {low:g} {'and below' if high_open else 'to'} {high:g}"
+    )
 
     def parse(text: str) -> float:
         try:
@@ -123,7 +125,9 @@ class Progress:
         """Write one line: done, rate, remaining time."""
         rate = self.done / max(time.monotonic() - self.started, 1e-9)
         left = f", {(self.total - self.done) / rate:.0f} s left" if self.total and rate else ""
-        say(f"{self.desc}: {self.done}/{self.total or '?'} {self.unit}, {rate:.1f} {self.unit}/s{left}")
+        say(
+            f"{self.desc}: {self.done}/{self.total or '?'} {self.unit}, {rate:.1f} {self.unit}/s{left}"
+        )
 
     def __enter__(self) -> "Progress":
         return self
@@ -174,7 +178,9 @@ def run_script(main: Callable[..., Any], argv: list[str] | None = None) -> NoRet
     except OSError as error:
         if debug or error.errno is None:
             raise
-        if isinstance(error, BrokenPipeError):  # the reader of our stdout has gone, as `| head` does
+        if isinstance(
+            error, BrokenPipeError
+        ):  # the reader of our stdout has gone, as `| head` does
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(EXIT_USER_ERROR)
         sys.exit(_fail(describe_os_error(error)))

@@ -353,7 +353,11 @@ class ClassScorer:
         """Score tasks whose elements come from the same `extract`."""
         mvtypes = list(dict.fromkeys(task.mvtype for task in tasks))
         images = sorted({index for mvtype in mvtypes for index in self.pool.ids_of(mvtype)})
-        jobs = [job for ratio in dict.fromkeys(t.ratio for t in tasks) for job in self._grid(ratio, tasks)]
+        jobs = [
+            job
+            for ratio in dict.fromkeys(t.ratio for t in tasks)
+            for job in self._grid(ratio, tasks)
+        ]
         levels = ",".join(str(level) for level in dict.fromkeys(task.level for task in tasks))
         n_crops = sum(len(images) for job in jobs if not job.is_empty)
         crops: dict[ScoreTask, dict[int, tuple[Scores, Scores]]] = defaultdict(dict)
@@ -396,7 +400,9 @@ class ClassScorer:
         """Run the crops of all jobs through `extract` in full batches; yield each filled job."""
         yield from (job for job in jobs if job.is_empty)
         groups = [self.groups[mvtype, split] for mvtype, split in self.groups if mvtype in mvtypes]
-        batches = _batches([job for job in jobs if not job.is_empty], images, self.settings.batch_size)
+        batches = _batches(
+            [job for job in jobs if not job.is_empty], images, self.settings.batch_size
+        )
         for batch, crops in self._gathered(batches):
             elements = extract(crops.to(self.device, non_blocking=True))
             start = 0

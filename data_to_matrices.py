@@ -37,7 +37,7 @@ from loco_datasets import (
     split_mvtype,
 )
 from matrix_files import LABELS_FILE, PATHS_FILE, SPLITS, fitted_size, nearest_source
-from result_files import first_difference, partial_folder, to_json, write_atomic
+from result_files import first_difference, partial_folder, sweep, to_json, write_atomic
 
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
 EXPECTED_TREE = "<class>/train/good, <class>/validation/good, <class>/test/good, " + ", ".join(
@@ -70,7 +70,9 @@ def find_classes(dataset_dir: Path) -> list[str]:
     """
     found = sorted(folder.parents[1].name for folder in dataset_dir.glob("*/train/good"))
     if not found:
-        there = sorted(path.name for path in dataset_dir.iterdir())[:8] if dataset_dir.is_dir() else []
+        there = (
+            sorted(path.name for path in dataset_dir.iterdir())[:8] if dataset_dir.is_dir() else []
+        )
         what = f"a folder with {', '.join(there) or 'nothing in it'}"
         raise UserError(
             f"dataset_dir must hold {EXPECTED_TREE} with images, got "
@@ -230,8 +232,8 @@ def is_finished(folder: Path, plan: Plan) -> bool:
     if not (folder / PATHS_FILE).exists():
         return False
     matrices = load_matrices(folder.parent, folder.name)
-    found = {**matrices.paths, "settings": matrices.settings}
-    difference = first_difference(found, plan.record())
+    found = {**matrices.paths, **matrices.settings}
+    difference = first_difference(found, {**plan.paths, **plan.settings})
     if difference is None:
         return True
     name, old, new = difference
@@ -347,6 +349,7 @@ def make_matrices(
     """Make the matrices of several data sets; finished ones are skipped, one line for each."""
     plans = [plan_data_set(dataset_dir, mvtype, im_size) for mvtype in mvtypes]
     finished: dict[str, Path] = {}
+    sweep(out_dir)
     for plan in plans:
         class_name = split_mvtype(plan.mvtype)[0]
         folder = out_dir / plan.mvtype

@@ -119,8 +119,7 @@ def load_data_set(options: EnsembleOptions, mvtype: str) -> DataSetScores:
                 "sinbad_single_layer.py for what is missing"
             )
     reps = [
-        _read_pixels(options.folder(PIXEL_LEVEL, rep, mvtype))
-        for rep in range(options.rep_num_224)
+        _read_pixels(options.folder(PIXEL_LEVEL, rep, mvtype)) for rep in range(options.rep_num_224)
     ]
     everything = [scores for grids in files.values() for scores in grids.values()] + reps
     _check_same_images(mvtype, everything)
@@ -157,7 +156,9 @@ def load_data_set(options: EnsembleOptions, mvtype: str) -> DataSetScores:
 def _read_grids(folder: Path, level: int) -> dict[int, LevelScores]:
     """Read the crop grids of a ResNet level, largest grid first."""
     names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
-    grids = {int(match[1]): folder / match[0] for name in names if (match := RESNET_FILE.fullmatch(name))}
+    grids = {
+        int(match[1]): folder / match[0] for name in names if (match := RESNET_FILE.fullmatch(name))
+    }
     if not grids:
         raise UserError(
             f"{folder} must hold scores (<n>_crop_anom_maps.npz), got none; run "

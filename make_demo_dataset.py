@@ -29,7 +29,7 @@ Job = tuple[str, int, int]  # class, position in FOLDERS, number of the image
 
 SETTINGS_FILE = "demo_settings.json"
 DRAWING_VERSION = 1  # to be raised with every change of the pictures
-OVERSAMPLING = 3  # pixels drawn per pixel written, each way
+OVERSAMPLING = 2  # pixels drawn per pixel written, each way
 # Split, kind of image; the position is part of an image's random seed.
 FOLDERS = [("train", "good"), ("validation", "good"), ("test", "good")]
 FOLDERS += [("test", kind) for kind in KINDS.values()]
@@ -102,10 +102,10 @@ class Canvas:
         pixels = np.asarray(self.image.reduce(OVERSAMPLING), dtype=np.float64)
         light = rng.normal(1, 0.03) + rng.normal(0, 0.006, 3)
         pixels = pixels * light + rng.normal(0, 2, pixels.shape)
-        mask = np.asarray(self.mask)
-        height, width = (side // OVERSAMPLING for side in mask.shape)
         # The largest value of a block: no defect vanishes from the mask, however small.
-        mask = mask.reshape(height, OVERSAMPLING, width, OVERSAMPLING).max((1, 3))
+        drawn, steps = np.asarray(self.mask), range(OVERSAMPLING)
+        blocks = [drawn[y::OVERSAMPLING, x::OVERSAMPLING] for y in steps for x in steps]
+        mask = np.maximum.reduce(blocks)
         return Image.fromarray(pixels.round().clip(0, 255).astype(np.uint8)), Image.fromarray(mask)
 
 
@@ -154,7 +154,7 @@ def _draw_glass_and_juice(canvas: Canvas, x: float, level: float | None, fruit: 
     if level is not None:
         body, lit, deep = JUICES[fruit]
         canvas.fill(_bottle(x, level, 1440, 18), body)
-        canvas.fill(_bottle(x, 1150, 1435, 28), deep, 0.7, blur=55)
+        canvas.fill(_bottle(x, 1180, 1425, 70), deep, 0.7, blur=45)
         canvas.fill(_bottle(x, level + 5, 690, 28), lit, 0.7, blur=22)
         canvas.fill(_ellipse(x, level, 94, 7), lit)
     for side, opacity in ((-1, 0.5), (1, 0.3)):  # reflections along both edges
@@ -373,7 +373,7 @@ def write_data_set(out_dir: Path, settings: dict[str, object], jobs: list[Job]) 
                 outputs[mask_folder / "000.png"] = mask
             for path, picture in outputs.items():
                 path.parent.mkdir(parents=True, exist_ok=True)
-                picture.save(path)
+                picture.save(path, compress_level=1)  # noise does not compress anyway
         for class_name in DEFECTS:
             config = json.dumps(defects_config(class_name, scale), indent=4)
             (root / class_name / "defects_config.json").write_text(config)
@@ -388,11 +388,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = ScriptParser(__doc__)
     parser.add_argument("--out_dir", type=Path, required=True, help="folder to make")
     for split, number in (("train", 32), ("valid", 10), ("test", 10)):
-        text = f"images of a class{', of each of three kinds' * (split == 'test')} (default {number})"
+        text = f"images of a class{' and kind' * (split == 'test')} (default {number})"
         parser.add_argument(f"--n_{split}", type=integer_from(1), default=number, help=text)
     parser.add_argument("--seed", type=integer_from(0), default=0, help="default 0")
-    text = "share of LOCO's width and height (default 0.25)"
-    parser.add_argument("--scale", type=number_between(0, 1, low_open=True), default=0.25, help=text)
+    share, text = number_between(0, 1, low_open=True), "share of LOCO's image side (default 0.25)"
+    parser.add_argument("--scale", type=share, default=0.25, help=text)
     parser.add_argument("--overwrite", action="store_true", help="replace a demo data set")
     return parser.parse_args(argv)
 

@@ -13,7 +13,7 @@ import socket
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,26 +28,47 @@ LABELS_FILE = "lbl.npy"
 UPSTREAM_LABELS_FILE = "lbl.py.npy"
 # Without working locks (some network file systems) a folder this old counts as left behind.
 SECONDS_UNTIL_STALE = 24 * 3600.0
+TRIES = 100  # at a folder that others remove at the same moment
 
 Run = dict[str, Any]
 
 
 @contextmanager
 def partial_folder(root: Path) -> Iterator[Path]:
-    """Yield a fresh folder below `root`/.partial, removed at the end; sweep those of killed runs."""
-    parent = root / PARTIAL
-    parent.mkdir(parents=True, exist_ok=True)
-    _sweep(parent)
-    name = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
-    folder = parent / name
-    folder.mkdir()
-    with open(folder / "lock", "w") as lock:
-        _try_lock(lock.fileno())
-        try:
+    """Yield a fresh folder below `root`/.partial, removed at the end; sweep what was left there."""
+    sweep(root)
+    folder = _make_folder(root / PARTIAL)
+    try:
+        with open(folder / "unlocked", "w") as lock:
+            _try_lock(lock.fileno())
+            os.rename(folder / "unlocked", folder / "lock")  # no sweeper meets it without its lock
             yield folder
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
-            _remove_if_empty(parent)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        _remove_if_empty(folder.parent)
+
+
+def sweep(root: Path) -> None:
+    """Remove what killed runs left below `root`/.partial."""
+    parent = root / PARTIAL
+    if parent.is_dir():
+        _sweep(parent)
+        _remove_if_empty(parent)
+
+
+def _make_folder(parent: Path) -> Path:
+    """Make a folder of this run's own below `parent`, which other runs remove when it is empty."""
+    folder = parent / f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+    parent.parent.mkdir(parents=True, exist_ok=True)
+    for _ in range(TRIES):
+        with suppress(FileExistsError):
+            parent.mkdir()
+        with suppress(FileNotFoundError):
+            folder.mkdir()
+            break
+    else:
+        folder.mkdir()
+    return folder
 
 
 def _try_lock(descriptor: int) -> bool | None:
@@ -63,7 +84,12 @@ def _try_lock(descriptor: int) -> bool | None:
 
 def _sweep(parent: Path) -> None:
     """Remove what killed runs left below `parent`."""
-    for folder in list(parent.iterdir()):
+    try:
+        folders = list(parent.iterdir())
+    except FileNotFoundError:  # another run has just removed it
+        return
+    for folder in folders:
+        age = 0.0
         try:
             age = time.time() - folder.stat().st_mtime
             with open(folder / "lock") as lock:

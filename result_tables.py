@@ -215,14 +215,19 @@ def table_rows(runs: Sequence[Metrics]) -> list[Row]:
         rows.append([mvtype, *cells, between, *_against(cells[-1], published(mvtype))])
     by_column = [run["mean"]["auc_roc_by_column"] for run in runs]
     whole = {mvtype for mvtype in runs[0]["data_sets"] if split_mvtype(mvtype)[0] in LOCO_CLASSES}
-    for key, name in [*((KINDS[kind], f"mean {KIND_NAMES[kind]}") for kind in KINDS), ("mean", "mean")]:
+    for key, name in [
+        *((KINDS[kind], f"mean {KIND_NAMES[kind]}") for kind in KINDS),
+        ("mean", "mean"),
+    ]:
         cells = [percent([means[column][key] for means in by_column]) for column in columns]
         kinds = [kind for kind in KINDS if KINDS[kind] == key] or list(KINDS)
         complete = whole >= {f"{c}_{kind}" for c in LOCO_CLASSES for kind in kinds}
         value = PUBLISHED_ENSEMBLE_MEAN if key == "mean" else PUBLISHED_LOCO[kinds[0]]["mean"]
         rows.append([name, *cells, "-", *_against(cells[-1], value if complete else None)])
     pooled = percent([run["mean"]["pooled_auroc"] for run in runs])
-    rows.append(["mean pooled (good against both)", *["-"] * (len(columns) - 1), pooled, *["-"] * 3])
+    rows.append(
+        ["mean pooled (good against both)", *["-"] * (len(columns) - 1), pooled, *["-"] * 3]
+    )
     return rows
 
 
@@ -266,12 +271,20 @@ def image_rows(sets: Sequence[DataSetScores]) -> list[list[object]]:
         for i, path in enumerate(scores.image_paths):
             values = [scores.levels[level][i] if level in scores.levels else "" for level in levels]
             rows.append(
-                [scores.mvtype, f"{class_name}/{path}", int(scores.labels[i]), scores.final[i], *values]
+                [
+                    scores.mvtype,
+                    f"{class_name}/{path}",
+                    int(scores.labels[i]),
+                    scores.final[i],
+                    *values,
+                ]
             )
     return rows
 
 
-def write_results(out: Path, sets_of_runs: dict[str, list[DataSetScores]], metrics: dict[str, Metrics]) -> list[Row]:
+def write_results(
+    out: Path, sets_of_runs: dict[str, list[DataSetScores]], metrics: dict[str, Metrics]
+) -> list[Row]:
     """Write table.md, table.csv, metrics.json and scores.csv; return the table's rows.
 
     Parameters

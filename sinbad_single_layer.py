@@ -57,7 +57,7 @@ from loco_datasets import (
     split_mvtype,
 )
 from matrix_files import MatrixSet, check_im_size, load_matrices
-from result_files import LevelScores, Run, is_finished, save_scores
+from result_files import LevelScores, Run, is_finished, save_scores, sweep
 from sinbad_utils import choose_device
 
 DEFAULT_NET = "wide_resnet50_2"
@@ -182,6 +182,7 @@ def score_tasks(
         )
         for task in tasks
     }
+    sweep(options.results_dir)
     todo: dict[str, list[ScoreTask]] = defaultdict(list)
     for task, path in paths.items():
         if not options.overwrite and is_finished(path, runs[task]):
@@ -218,7 +219,9 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags that say how scores are computed, not which."""
     parser.add_argument("--net", default=DEFAULT_NET, help="a ResNet or ResNeXt of torchvision")
     parser.add_argument(
-        "--weights", default="imagenet", help="imagenet (downloaded once), random, or a state_dict file"
+        "--weights",
+        default="imagenet",
+        help="imagenet (downloaded once), random, or a state_dict file",
     )
     parser.add_argument(
         "--batch_size", type=integer_from(1), default=32, help="crops of one forward pass"
@@ -227,7 +230,10 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--results_dir", type=Path, default=DEFAULT_RESULTS_DIR, help="scores")
     parser.add_argument("--version_name", default=DEFAULT_VERSION, help="start of the folder names")
     parser.add_argument(
-        "--initial_res", type=integer_from(8), default=IM_SIZE, help="side of the matrices in pixels"
+        "--initial_res",
+        type=integer_from(8),
+        default=IM_SIZE,
+        help="side of the matrices in pixels",
     )
     parser.add_argument(
         "--precision",

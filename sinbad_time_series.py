@@ -18,7 +18,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from sklearn.covariance import ledoit_wolf_shrinkage
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
@@ -37,6 +36,7 @@ from command_line import (
 from result_files import to_json, write_atomic
 from result_tables import csv_text, markdown
 from sinbad_utils import (
+    Scores,
     choose_device,
     cumulative_histogram,
     fit_ranges,
@@ -44,7 +44,7 @@ from sinbad_utils import (
     project,
     random_directions,
 )
-from uea_files import FORMATS, DataSet, load_data_set
+from uea_files import FORMATS, DataSet, find_files, load_data_set
 
 # ROC-AUC in percent; arXiv 2311.14773, requoted by a benchmark site
 PUBLISHED = {
@@ -60,8 +60,6 @@ MAX_DILATIONS = 10  # same source
 SERIES_A_BATCH = 64  # bounds the memory of the windows; changes no number
 # Ledoit and Wolf's shrinkage is 0 for two training series, where no covariance can be inverted.
 MIN_SHRINKAGE = 1e-6
-
-Scores = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -200,7 +198,9 @@ def _std(values: Scores) -> str:
     return f"{values.std(ddof=1):.2f}" if len(values) > 1 else "-"
 
 
-def save_results(out: Path, results: list[Result], seeds: list[int], settings: dict[str, object]) -> None:
+def save_results(
+    out: Path, results: list[Result], seeds: list[int], settings: dict[str, object]
+) -> None:
     """Write time_series.csv and time_series.json, each whole or not at all."""
     rows: list[list[object]] = [["dataset", "class", "seed", "roc_auc_percent"]]
     summary = {}
@@ -263,6 +263,8 @@ def main(argv: list[str] | None = None) -> None:
     device = choose_device(args.device)
     seeds = flatten(args.seeds)
     wanted = list(PUBLISHED) if "all" in args.dataset else list(dict.fromkeys(args.dataset))
+    for name in wanted:  # before time goes into the ones that are there
+        find_files(args.dataset_dir, name, args.format)
     results = []
     for name in wanted:
         data = load_data_set(args.dataset_dir, name, args.format, KEPT_LENGTHS.get(name))

@@ -254,9 +254,7 @@ def fit_whitening(train_descriptors: Tensor, shrinkage: float, squared: bool = F
     return Whitening(mean, centred, scale, taken.sqrt()[:, None] * eigenvectors.T)
 
 
-def nearest_distances(
-    whitening: Whitening, queries: Tensor, train_descriptors: Tensor
-) -> Scores:
+def nearest_distances(whitening: Whitening, queries: Tensor, train_descriptors: Tensor) -> Scores:
     """Score sets by the squared whitened distance to the nearest training set.
 
     Returns
@@ -297,9 +295,7 @@ def normalise_scores(scores: Scores, valid_scores: Scores) -> Scores:
     return scores / (valid_scores.mean() + SCORE_EPSILON) + SCORE_EPSILON
 
 
-def level_scores(
-    grids_test: list[Scores], grids_valid: list[Scores]
-) -> Scores:
+def level_scores(grids_test: list[Scores], grids_valid: list[Scores]) -> Scores:
     """Join the grids of one level: each normalised by its validation images, then the mean.
 
     Parameters

@@ -4,6 +4,7 @@ A file that does not follow its format is an error of one line that names the fi
 """
 
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -221,6 +222,8 @@ def _arff_rows(path: Path, raw_lines: list[str]) -> Iterator[tuple[int, Series, 
     except IndexError:  # SciPy found fewer values than attributes
         rule = "a series must have a value for every attribute of the header, and a label"
         raise _line_error(path, source.line, rule, "fewer") from None
+    except UserError:
+        raise
     except Exception as error:  # ParseArffError, ValueError, csv.Error, NotImplementedError
         rule = "must be relational .arff, numbers or ?, and a declared label"
         raise _line_error(path, source.line, rule, str(error)) from None
@@ -315,19 +318,19 @@ def _check_splits(train: Split, test: Split) -> None:
     if len(test.series[0]) != wanted:
         rule = f"dimensions must be {wanted} as in {train.path.name}"
         raise _line_error(test.path, test.lines[0], rule, str(len(test.series[0])))
+    n_train, n_test = Counter(train.labels), Counter(test.labels)
     for line, label in zip(test.lines, test.labels, strict=True):
-        if label not in train.labels:
-            known = ", ".join(sorted(set(train.labels)))
+        if label not in n_train:
+            known = ", ".join(sorted(n_train))
             rule = f"the label must be one of {train.path.name} ({known})"
             raise _line_error(test.path, line, rule, label)
     for line, label in zip(train.lines, train.labels, strict=True):
-        if train.labels.count(label) < 2:
+        if n_train[label] < 2:
             rule = f"class {label} must have at least 2 training series (a covariance needs them)"
             raise _line_error(train.path, line, rule, "1")
-        if label not in test.labels or len(set(test.labels)) < 2:
+        if label not in n_test or len(n_test) < 2:
             rule = f"class {label} and another must be in the test split"
-            got = ", ".join(sorted(set(test.labels)))
-            raise _line_error(test.path, test.lines[-1], rule, got)
+            raise _line_error(test.path, test.lines[-1], rule, ", ".join(sorted(n_test)))
 
 
 def _padded(split: Split, n_steps: int) -> NDArray[np.float32]:

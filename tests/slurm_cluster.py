@@ -36,7 +36,7 @@ TaskPlugin=task/none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
 SchedulerParameters=sched_interval=1,bf_interval=1,batch_sched_delay=0
-ReturnToService=2
+ReturnToService=0
 KillWait=1
 MaxArraySize=1001
 MaxJobCount=5000

@@ -1,0 +1,40 @@
+# make demo    drawn data, three steps, one table; installs what it needs into .venv first
+# make test    every test
+# make paper DATASET=../dataset_loco    the paper's table
+# make bench   stages timed against the bare network and a plain implementation
+
+PYTHON ?= python3
+DATASET ?= ../dataset_loco
+PAPER_FLAGS ?=
+BENCH_FLAGS ?=
+PY := .venv/bin/python
+
+.PHONY: demo test lint paper bench clean
+
+.venv/installed: requirements.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "error: python must be at least 3.10, got " + sys.version.split()[0] + "; pass PYTHON=...")'
+	$(PYTHON) -m venv .venv
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+.venv/installed-dev: .venv/installed requirements-dev.txt
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	touch $@
+
+demo: .venv/installed
+	@PYTHON="$(PY)" sh demo.sh
+
+test: .venv/installed-dev
+	$(PY) -m pytest
+
+lint: .venv/installed-dev
+	$(PY) -m ruff check .
+
+paper: .venv/installed
+	$(PY) reproduce_paper.py --dataset_dir "$(DATASET)" $(PAPER_FLAGS)
+
+bench: .venv/installed
+	$(PY) benchmarks/bench_pipeline.py $(BENCH_FLAGS)
+
+clean:
+	rm -rf demo

@@ -1,0 +1,204 @@
+"""Runs killed at any moment, runs side by side, a GPU that runs out of memory: the same bytes."""
+
+import json
+import random
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import IM_SIZE, files_below
+from torch import Tensor, nn
+
+from backbones import FeatureExtractor
+from command_line import UserError
+from result_files import partial_folder, write_atomic
+
+KILLED = -9
+N_KILLS = 5
+
+
+class Server:
+    """Runs scripts as processes (see fork_server.py)."""
+
+    def __init__(self, process: "subprocess.Popen[str]") -> None:
+        self.process = process
+
+    def run(self, *runs: tuple[str, list[str]], kill_after: float | None = None) -> dict[str, Any]:
+        """Run scripts side by side; return exit statuses and seconds."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        request = json.dumps({"runs": runs, "kill_after": kill_after})
+        self.process.stdin.write(request + "\n")
+        self.process.stdin.flush()
+        return json.loads(self.process.stdout.readline())
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    here = Path(__file__).parent
+    with subprocess.Popen(
+        [sys.executable, here / "fork_server.py"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=here.parent,
+        env={"PYTHONPATH": str(here.parent), "PATH": "/usr/bin:/bin"},
+    ) as process:
+        yield Server(process)
+        assert process.stdin is not None
+        process.stdin.close()  # it ends with its input
+
+
+def matrices_argv(dataset_dir: Path, out: Path) -> list[str]:
+    flags = ["--im_size", "512", "--num_workers", "2"]
+    return ["--dataset_dir", str(dataset_dir), "--out_dir", str(out), *flags]
+
+
+def scores_argv(data_dir: Path, results: Path) -> list[str]:
+    return [
+        *("--data_dir", str(data_dir), "--results_dir", str(results), "--mvtype", "pushpins"),
+        *("--initial_res", str(IM_SIZE), "--device", "cpu", "--n_projections", "2"),
+        *("--pyramid_level", "224", "--crop_size_ratio", ".999", ".7", "--rep", "0-3"),
+    ]
+
+
+@pytest.mark.parametrize("script", ["data_to_matrices", "sinbad_single_layer"])
+def test_killed_runs_end_with_the_bytes_of_an_undisturbed_one(
+    script: str, server: Server, dataset_dir: Path, data_dir: Path, tmp_path: Path
+) -> None:
+    def argv(out: Path) -> list[str]:
+        if script == "data_to_matrices":
+            return matrices_argv(dataset_dir, out)
+        return scores_argv(data_dir, out)
+
+    undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
+    result = server.run((script, argv(undisturbed)))
+    assert result["codes"] == [0]
+    expected = files_below(undisturbed)
+    assert len(expected) >= 10
+    moments = random.Random(0)
+    n_killed = 0
+    for _ in range(N_KILLS):
+        after = moments.uniform(0.1, 0.9) * result["seconds"]
+        codes = server.run((script, argv(killed)), kill_after=after)["codes"]
+        assert codes[0] in (KILLED, 0)
+        n_killed += codes == [KILLED]
+        for name, found in files_below(killed).items():  # what is under its name is whole
+            if not name.startswith(".partial/"):
+                assert found == expected[name]
+    assert n_killed > 0
+    assert server.run((script, argv(killed)))["codes"] == [0]
+    assert files_below(killed) == expected
+    assert not (killed / ".partial").exists()
+
+
+@pytest.mark.parametrize("script", ["data_to_matrices", "sinbad_single_layer"])
+def test_two_processes_writing_the_same_results(
+    script: str, server: Server, dataset_dir: Path, data_dir: Path, tmp_path: Path
+) -> None:
+    def argv(out: Path) -> list[str]:
+        if script == "data_to_matrices":
+            return matrices_argv(dataset_dir, out)
+        return scores_argv(data_dir, out)
+
+    assert server.run((script, argv(tmp_path / "one")))["codes"] == [0]
+    both = (script, argv(tmp_path / "two"))
+    assert server.run(both, both)["codes"] == [0, 0]
+    assert files_below(tmp_path / "two") == files_below(tmp_path / "one")
+    assert not (tmp_path / "two" / ".partial").exists()
+
+
+def test_what_a_killed_run_left_is_swept_but_not_what_a_living_one_writes(tmp_path: Path) -> None:
+    left = tmp_path / ".partial" / "host-1-dead"
+    left.mkdir(parents=True)
+    (left / "lock").touch()
+    (left / "train_data.npy").write_bytes(b"half of it")
+    with partial_folder(tmp_path) as living:
+        (living / "mine").write_bytes(b"whole")
+        write_atomic(tmp_path / "other.txt", b"other")
+        assert not left.exists()
+        assert (living / "mine").read_bytes() == b"whole"
+    assert files_below(tmp_path) == {"other.txt": b"other"}
+    assert not (tmp_path / ".partial").exists()
+
+
+@pytest.mark.parametrize("script", ["data_to_matrices", "sinbad_single_layer"])
+def test_a_run_with_nothing_to_do_sweeps_too(
+    script: str, server: Server, dataset_dir: Path, data_dir: Path, tmp_path: Path
+) -> None:
+    argv = (
+        ["--dataset_dir", str(dataset_dir), "--out_dir", str(tmp_path), "--im_size", "16"]
+        if script == "data_to_matrices"
+        else [*scores_argv(data_dir, tmp_path), "--rep", "0", "--crop_size_ratio", ".7"]
+    )
+    assert server.run((script, argv))["codes"] == [0]
+    finished = files_below(tmp_path)
+    left = tmp_path / ".partial" / "host-1-dead"
+    left.mkdir(parents=True)
+    (left / "lock").touch()
+    assert server.run((script, argv))["codes"] == [0]
+    assert files_below(tmp_path) == finished
+    assert not (tmp_path / ".partial").exists()
+
+
+def test_many_runs_may_write_below_one_folder_at_once(tmp_path: Path) -> None:
+    def write(number: int) -> None:
+        for i in range(30):
+            write_atomic(tmp_path / f"{number}_{i}.txt", b"whole", tmp_path)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(write, range(8)))
+    assert len(files_below(tmp_path)) == 8 * 30
+    assert not (tmp_path / ".partial").exists()
+
+
+def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "taken").mkdir()
+    with pytest.raises(OSError, match="taken"):
+        write_atomic(tmp_path / "taken", b"data")
+    assert not (tmp_path / ".partial").exists()
+
+
+# ---------------------------------------------------------------- out of GPU memory
+
+
+class SmallMemory(nn.Module):
+    """A stand-in backbone that holds at most `capacity` crops at once."""
+
+    def __init__(self, capacity: int) -> None:
+        super().__init__()
+        self.capacity = capacity
+        self.sizes: list[int] = []
+
+    def forward(self, crops: Tensor) -> dict[int, Tensor]:
+        """Return the means over 32 x 32 pixels as elements, or run out of memory."""
+        self.sizes.append(len(crops))
+        if len(crops) > self.capacity:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return {7: nn.functional.avg_pool2d(crops, 32).flatten(2)}
+
+
+def test_out_of_memory_halves_the_batch_once_and_changes_no_number(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    crops = torch.randint(0, 256, (7, 3, 224, 224), dtype=torch.uint8, generator=generator)
+    roomy, tight = SmallMemory(7), SmallMemory(4)
+    expected = FeatureExtractor(roomy, torch.device("cpu")).extract(crops)
+    extractor = FeatureExtractor(tight, torch.device("cpu"))
+    for _ in range(2):
+        found = extractor.extract(crops)
+        assert torch.equal(found[7], expected[7])
+    assert tight.sizes == [7, 4, 3, 4, 3]  # stays halved
+    assert capsys.readouterr().err.count("GPU memory is too small for 7 crops") == 1
+
+
+def test_memory_for_no_crop_at_all_is_an_error() -> None:
+    extractor = FeatureExtractor(SmallMemory(0), torch.device("cpu"))
+    with pytest.raises(UserError, match="must have memory for one crop"):
+        extractor.extract(torch.zeros(3, 3, 224, 224, dtype=torch.uint8))

@@ -1,0 +1,177 @@
+"""Images to matrices: every pixel against loops, labels, order, links, what is skipped."""
+
+import hashlib
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import COUNTS, GOLDEN, IM_SIZE, SHARED, draw_class, draw_image, files_below
+from numpy.typing import NDArray
+from PIL import Image
+
+import data_to_matrices
+from command_line import UserError
+from data_to_matrices import image_to_matrix, make_matrices, plan_data_set
+from matrix_files import crop_pixels, load_matrices, nearest_source
+
+REAL_IMAGES = SHARED / "data" / "loco"
+ANOMALIES = {"loco": "logical_anomalies", "struct": "structural_anomalies"}
+
+
+def slow_matrix(path: Path, aspect: tuple[int, int], im_size: int) -> NDArray[np.uint8]:
+    """DESIGN section 3, pixel by pixel; the bilinear resize is Pillow's by definition."""
+    with Image.open(path) as image:
+        square = image.convert("RGB").resize((im_size, im_size), Image.Resampling.BILINEAR)
+    width, height = (int(im_size * side / max(aspect)) for side in aspect)
+    matrix = np.zeros((3, im_size, im_size), np.uint8)
+    for y in range(height):
+        for x in range(width):
+            source = (x * im_size // width, y * im_size // height)
+            matrix[:, y, x] = square.getpixel(source)
+    return matrix
+
+
+def part_paths(part: str) -> list[str]:
+    return [f"{part}/{number:03d}.png" for number in range(COUNTS[part])]
+
+
+@pytest.mark.parametrize("kind", ["loco", "struct"])
+def test_every_pixel_label_and_path(kind: str, dataset_dir: Path, data_dir: Path) -> None:
+    folder = data_dir / f"pushpins_{kind}"
+    anomalies = f"test/{ANOMALIES[kind]}"
+    expected_paths = {
+        "train": part_paths("train/good"),
+        "valid": part_paths("validation/good"),
+        "test": part_paths("test/good") + part_paths(anomalies),
+    }
+    for split, paths in expected_paths.items():
+        found = np.load(folder / f"{split}_data.npy")
+        assert found.dtype == np.uint8
+        assert found.shape == (len(paths), 3, IM_SIZE, IM_SIZE)
+        for matrix, path in zip(found, paths, strict=True):
+            expected = slow_matrix(dataset_dir / "pushpins" / path, (1700, 1000), IM_SIZE)
+            np.testing.assert_array_equal(matrix, expected)
+    record = json.loads((folder / "image_paths.json").read_text())
+    assert {split: record[split] for split in expected_paths} == expected_paths
+    labels = np.load(folder / "image_level_label.npy")
+    assert labels.dtype == np.float64
+    assert labels.tolist() == [0.0] * COUNTS["test/good"] + [1.0] * COUNTS[anomalies]
+
+
+def test_class_that_is_not_of_loco_takes_the_size_of_its_first_image(tmp_path: Path) -> None:
+    draw_class(tmp_path / "in" / "own_class")
+    make_matrices(tmp_path / "in", tmp_path / "out", ["own_class_loco"], 48)
+    found = np.load(tmp_path / "out" / "own_class_loco" / "train_data.npy")
+    path = tmp_path / "in" / "own_class" / "train/good/000.png"
+    np.testing.assert_array_equal(found[0], slow_matrix(path, (85, 50), 48))
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA"])
+def test_other_colour_modes_become_rgb(mode: str, tmp_path: Path) -> None:
+    path = tmp_path / "image.png"
+    draw_image("train/good", 0).convert(mode).save(path)
+    settings = {"im_size": 32, "width": 32, "height": 18, "aspect": [1700, 1000]}
+    expected = slow_matrix(path, (1700, 1000), 32)
+    np.testing.assert_array_equal(image_to_matrix(path, settings), expected)
+
+
+@pytest.mark.parametrize(("size_in", "size_out"), [(44, 224), (63, 224), (1024, 640), (1024, 602)])
+def test_nearest_source_is_the_floor_of_the_ratio(size_in: int, size_out: int) -> None:
+    expected = [i * size_in // size_out for i in range(size_out)]
+    assert nearest_source(size_in, size_out).tolist() == expected
+
+
+def test_crop_pixels_of_either_kind_of_matrix() -> None:
+    image = np.random.default_rng(0).integers(0, 256, (3, 20, 20), dtype=np.uint8)
+    source = nearest_source(10, 15)
+    expected = np.zeros((3, 15, 15), np.uint8)
+    for y in range(15):
+        for x in range(15):
+            expected[:, y, x] = image[:, 4 + y * 10 // 15, 7 + x * 10 // 15]
+    np.testing.assert_array_equal(crop_pixels(image, (4, 7), source), expected)
+    as_authors = image.astype(np.float32) / 255.0
+    np.testing.assert_array_equal(crop_pixels(as_authors, (4, 7), source), expected)
+
+
+def test_train_and_valid_of_both_data_sets_are_stored_once(data_dir: Path) -> None:
+    for name, shared in (("train", True), ("valid", True), ("test", False)):
+        loco, struct = (data_dir / f"pushpins_{k}" / f"{name}_data.npy" for k in ANOMALIES)
+        assert loco.samefile(struct) == shared
+    assert not (data_dir / ".partial").exists()
+
+
+def test_loading_gives_back_what_was_written(data_dir: Path) -> None:
+    matrices = load_matrices(data_dir, "pushpins_loco")
+    assert matrices.im_size == IM_SIZE
+    assert {split: len(images) for split, images in matrices.images.items()} == {
+        "train": 5,
+        "valid": 3,
+        "test": 5,
+    }
+    assert matrices.labels.tolist() == [0.0] * 3 + [1.0] * 2
+
+
+def test_finished_matrices_are_skipped_and_overwritten_on_demand(
+    dataset_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--dataset_dir", str(dataset_dir), "--out_dir", str(tmp_path), "--im_size", "32"]
+    data_to_matrices.main(flags)
+    before = files_below(tmp_path)
+    assert len(before) == 10
+    test_file = tmp_path / "pushpins_loco" / "test_data.npy"
+    inode = test_file.stat().st_ino
+    capsys.readouterr()
+    data_to_matrices.main(flags)
+    captured = capsys.readouterr()
+    assert captured.err.count("finished already") == 2
+    assert captured.out == ""
+    assert test_file.stat().st_ino == inode
+    data_to_matrices.main([*flags, "--overwrite"])
+    assert test_file.stat().st_ino != inode
+    assert files_below(tmp_path) == before
+
+
+def test_other_settings_are_an_error_that_names_them(dataset_dir: Path, tmp_path: Path) -> None:
+    make_matrices(dataset_dir, tmp_path, ["pushpins_loco"], 32)
+    with pytest.raises(UserError, match=r"im_size 32, now im_size is 40; .*--overwrite"):
+        make_matrices(dataset_dir, tmp_path, ["pushpins_loco"], 40)
+    make_matrices(dataset_dir, tmp_path, ["pushpins_loco"], 40, overwrite=True)
+    assert load_matrices(tmp_path, "pushpins_loco").im_size == 40
+
+
+def test_another_list_of_images_is_an_error(tmp_path: Path) -> None:
+    draw_class(tmp_path / "in" / "pushpins")
+    make_matrices(tmp_path / "in", tmp_path / "out", ["pushpins_loco"], 32)
+    (tmp_path / "in" / "pushpins" / "train/good/004.png").unlink()
+    with pytest.raises(UserError, match=r"train list of 5 images.*another list, of 4"):
+        make_matrices(tmp_path / "in", tmp_path / "out", ["pushpins_loco"], 32)
+
+
+def test_number_of_workers_does_not_change_a_byte(dataset_dir: Path, tmp_path: Path) -> None:
+    for workers in (1, 4):
+        out = tmp_path / str(workers)
+        make_matrices(dataset_dir, out, ["pushpins_loco"], 32, n_workers=workers)
+    assert files_below(tmp_path / "1") == files_below(tmp_path / "4")
+
+
+def test_counts_that_are_not_locos_are_said(
+    dataset_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_matrices(dataset_dir, tmp_path, ["pushpins_struct"], 16)
+    assert "train 5 (LOCO: 372)" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not REAL_IMAGES.is_dir(), reason="needs the real images of ../shared/data/loco")
+def test_matrices_of_real_images_equal_the_authors() -> None:
+    plan = plan_data_set(REAL_IMAGES, "juice_bottle_loco", 1024)
+    with np.load(GOLDEN / "juice_bottle_official.npz") as golden:
+        np.testing.assert_array_equal(plan.labels, golden["labels"])
+        for split, paths in plan.paths.items():
+            digest = hashlib.sha256()
+            with ThreadPoolExecutor(2) as pool:
+                files = [plan.class_dir / path for path in paths]
+                for matrix in pool.map(lambda f: image_to_matrix(f, plan.settings), files):
+                    digest.update(matrix.tobytes())
+            assert digest.hexdigest() == str(golden[f"sha256_{split}"])

@@ -1,0 +1,268 @@
+"""Set descriptors and whitening: against slow loops, the authors' numbers, and invariances."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import GOLDEN
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from torch import Tensor
+
+from sinbad_utils import (
+    cumulative_histogram,
+    fit_ranges,
+    fit_whitening,
+    nearest_distances,
+    project,
+    random_directions,
+)
+
+Array = NDArray[np.float64]
+CASES = ("resnet_like", "pixels")
+SPLITS = ("train", "valid", "test")
+
+
+@pytest.fixture(scope="module")
+def golden() -> dict[str, NDArray[np.float64]]:
+    with np.load(GOLDEN / "set_features_official.npz") as archive:
+        return dict(archive)
+
+
+def tensors(seed: int, *shape: int) -> Tensor:
+    """Return seeded normal numbers."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def slow_quantile(numbers: list[float], share: float) -> float:
+    """Linear interpolation between the sorted numbers at position share * (n - 1)."""
+    ordered = sorted(numbers)
+    position = share * (len(ordered) - 1)
+    below = math.floor(position)
+    above = min(below + 1, len(ordered) - 1)
+    return ordered[below] + (position - below) * (ordered[above] - ordered[below])
+
+
+def slow_descriptor(one_set: Array, low: Array, high: Array, n_bins: int) -> list[float]:
+    """DESIGN section 3, element by element; one_set is (directions, elements)."""
+    shares = []
+    for direction, elements in enumerate(one_set):
+        for q in range(n_bins):
+            width = high[direction] - low[direction]
+            threshold = low[direction] + width * (q + 1) / (n_bins + 1)
+            n_below = sum(1 for value in elements if value < threshold)
+            shares.append(n_below / len(elements) if width > 0 else 0.0)
+    return shares
+
+
+def slow_scores(train: Array, queries: Array, shrinkage: float, power: float) -> list[float]:
+    """Whiten by C^-power, C the p x p shrunk covariance, then search the nearest one."""
+    p = train.shape[1]
+    covariance = np.cov(train.T, bias=True).reshape(p, p)
+    shrunk = (1 - shrinkage) * covariance + shrinkage * np.trace(covariance) / p * np.eye(p)
+    metric = np.linalg.matrix_power(np.linalg.inv(shrunk), round(2 * power))
+    return [min((query - t) @ metric @ (query - t) for t in train) for query in queries]
+
+
+# ---------------------------------------------------------------- directions
+
+
+def test_directions_follow_the_rule_of_the_design() -> None:
+    key = (5, 3, 14, 9, 7)  # seed, rep, level, n_crops, crop
+    k = int(np.random.SeedSequence([5, 3, 14, 9, 7]).generate_state(1)[0])
+    expected = torch.randn(6, 4, generator=torch.Generator().manual_seed(k))
+    assert torch.equal(random_directions(6, 4, key), expected)
+
+
+def test_directions_depend_on_every_part_of_the_key_and_on_nothing_else() -> None:
+    key = (0, 1, 2, 3, 4)
+    torch.manual_seed(1)
+    first = random_directions(6, 4, key)
+    state = torch.get_rng_state()
+    torch.manual_seed(2)
+    assert torch.equal(random_directions(6, 4, key), first)
+    torch.manual_seed(1)
+    random_directions(6, 4, key)
+    assert torch.equal(torch.get_rng_state(), state)  # the global generator is left alone
+    for part in range(5):
+        other = tuple(n + (i == part) for i, n in enumerate(key))
+        assert not torch.equal(random_directions(6, 4, other), first)
+
+
+def test_directions_are_standard_normal() -> None:
+    numbers = random_directions(1000, 100, (0, 0, 7, 1, 0))
+    assert abs(float(numbers.mean())) < 0.01
+    assert abs(float(numbers.std()) - 1.0) < 0.01
+
+
+# ---------------------------------------------------------------- descriptors
+
+
+def test_projection_is_the_sum_over_channels() -> None:
+    directions, elements = tensors(0, 5, 3), tensors(1, 2, 3, 4)
+    values = project(directions, elements)
+    assert values.shape == (2, 5, 4)
+    for s in range(2):
+        for d in range(5):
+            for e in range(4):
+                expected = sum(float(directions[d, c] * elements[s, c, e]) for c in range(3))
+                assert float(values[s, d, e]) == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("n_elements", [1, 2, 7, 60])
+def test_ranges_are_interpolated_quantiles(n_elements: int) -> None:
+    values = tensors(2, 5, 4, n_elements)
+    low, high = fit_ranges(values)
+    for direction in range(4):
+        numbers = values[:, direction].flatten().tolist()
+        assert float(low[direction]) == pytest.approx(slow_quantile(numbers, 0.01), abs=1e-6)
+        assert float(high[direction]) == pytest.approx(slow_quantile(numbers, 0.99), abs=1e-6)
+
+
+@pytest.mark.parametrize("n_bins", [1, 5])
+def test_histogram_against_loops(n_bins: int) -> None:
+    values = tensors(3, 4, 6, 30)
+    low, high = fit_ranges(values[:3])
+    found = cumulative_histogram(values, low, high, n_bins)
+    assert found.shape == (4, 6 * n_bins)
+    for one_set, descriptor in zip(values.double().numpy(), found.tolist(), strict=True):
+        expected = slow_descriptor(one_set, low.double().numpy(), high.double().numpy(), n_bins)
+        assert descriptor == pytest.approx(expected, abs=1e-6)
+
+
+def test_histogram_counts_strictly_below() -> None:
+    values = torch.tensor([[[0.0, 1.0, 1.0, 2.0]]])
+    found = cumulative_histogram(values, torch.tensor([0.0]), torch.tensor([2.0]), 1)
+    assert found.tolist() == [[0.25]]  # the two ones lie on the threshold
+
+
+def test_range_without_width_gives_zeros() -> None:
+    values = tensors(4, 3, 2, 10)
+    values[:2, 0] = 0.5  # constant over the training sets, not over the third set
+    low, high = fit_ranges(values[:2])
+    found = cumulative_histogram(values, low, high, 3)
+    assert torch.equal(found[:, :3], torch.zeros(3, 3))
+    assert (found[:, 3:] > 0).any()
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10**6), st.integers(1, 4), st.integers(2, 40), st.integers(1, 6))
+def test_order_and_duplication_of_elements_do_not_matter(
+    seed: int, n_sets: int, n_elements: int, n_bins: int
+) -> None:
+    values = tensors(seed, n_sets, 5, n_elements)
+    low, high = fit_ranges(values)
+    found = cumulative_histogram(values, low, high, n_bins)
+    order = torch.randperm(n_elements, generator=torch.Generator().manual_seed(seed))
+    shuffled = values[:, :, order]
+    assert all(torch.equal(a, b) for a, b in zip(fit_ranges(shuffled), (low, high), strict=True))
+    assert torch.equal(cumulative_histogram(shuffled, low, high, n_bins), found)
+    assert torch.equal(cumulative_histogram(values.repeat(1, 1, 2), low, high, n_bins), found)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10**6), st.integers(1, 9))
+def test_descriptors_do_not_depend_on_the_split_of_the_sets(seed: int, cut: int) -> None:
+    directions, elements = tensors(seed, 7, 20), tensors(seed + 1, 10, 20, 49)
+
+    def describe(some: Tensor) -> Tensor:
+        return cumulative_histogram(project(directions, some), low, high, 5)
+
+    low, high = fit_ranges(project(directions, elements))
+    parts = torch.cat([describe(elements[:cut]), describe(elements[cut:])])
+    assert torch.equal(parts, describe(elements))
+
+
+@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("case", CASES)
+def test_descriptors_equal_the_authors(case: str, split: str, golden: dict[str, Array]) -> None:
+    sets = torch.from_numpy(golden[f"{case}_{split}_sets"])
+    values = project(torch.from_numpy(golden[f"{case}_projections"]), sets)
+    low, high = fit_ranges(values[:32])
+    np.testing.assert_allclose(low, golden[f"{case}_{split}_low"], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(high, golden[f"{case}_{split}_high"], rtol=1e-4, atol=1e-5)
+    found = cumulative_histogram(values, low, high, 5).numpy()
+    expected = golden[f"{case}_{split}_descriptors"]
+    # A value within rounding of a threshold may fall on either side: one element, rarely.
+    assert np.abs(found - expected).max() < 1.01 / sets.shape[2]
+    assert (np.abs(found - expected) > 1e-6).mean() < 1e-3
+
+
+def test_bad_descriptor_inputs() -> None:
+    values = tensors(0, 2, 3, 4)
+    ends = torch.zeros(3), torch.ones(3)
+    with pytest.raises(ValueError, match=r"ranges must be of 3 directions, got \(2,\)"):
+        cumulative_histogram(values, torch.zeros(2), torch.ones(2), 5)
+    with pytest.raises(ValueError, match="n_bins must be at least 1, got 0"):
+        cumulative_histogram(values, *ends, 0)
+    with pytest.raises(ValueError, match="directions must have 3 channels as the elements, got 2"):
+        project(torch.zeros(5, 2), values)
+
+
+# ---------------------------------------------------------------- whitening
+
+
+@pytest.mark.parametrize("squared", [False, True])
+@pytest.mark.parametrize("shrinkage", [0.01, 0.1, 0.7, 1.0])
+@pytest.mark.parametrize(("n_train", "length"), [(8, 30), (40, 6), (2, 5)])
+def test_whitening_equals_the_p_by_p_inverse(
+    n_train: int, length: int, shrinkage: float, squared: bool
+) -> None:
+    mixing = tensors(9, length, length).double()
+    train = tensors(5, n_train, length).double() @ mixing
+    queries = tensors(6, 7, length).double() @ mixing + 1.0
+    found = nearest_distances(fit_whitening(train, shrinkage, squared), queries, train)
+    power = 1.0 if squared else 0.5
+    expected = slow_scores(train.numpy(), queries.numpy(), shrinkage, power)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+def test_full_shrinkage_is_euclidean_up_to_a_constant() -> None:
+    train, queries = tensors(7, 9, 20), tensors(8, 4, 20)
+    found = nearest_distances(fit_whitening(train, 1.0), queries, train)
+    plain = [min(float((q - t).double().square().sum()) for t in train) for q in queries]
+    variance = float(train.double().var(0, unbiased=False).mean())
+    np.testing.assert_allclose(found, np.array(plain) / variance, rtol=1e-6)
+
+
+def test_a_training_image_is_at_distance_zero_and_scale_does_not_matter() -> None:
+    train, queries = tensors(7, 9, 20).double(), tensors(8, 4, 20).double()
+    whitening = fit_whitening(train, 0.1)
+    assert np.abs(nearest_distances(whitening, train, train)).max() < 1e-9
+    larger = fit_whitening(train * 50.0, 0.1)
+    np.testing.assert_allclose(
+        nearest_distances(larger, queries * 50.0, train * 50.0),
+        nearest_distances(whitening, queries, train),
+        rtol=1e-9,
+    )
+
+
+def test_equal_training_descriptors_give_finite_scores() -> None:
+    train = torch.full((5, 8), 0.3)
+    queries = torch.stack([train[0], train[0] + 0.5])
+    found = nearest_distances(fit_whitening(train, 0.1), queries, train)
+    assert found[0] == pytest.approx(0.0, abs=1e-9)
+    assert found[1] == pytest.approx(8 * 0.25, rel=1e-5)
+
+
+@pytest.mark.parametrize("split", ["valid", "test"])
+@pytest.mark.parametrize("case", CASES)
+def test_scores_equal_the_authors(case: str, split: str, golden: dict[str, Array]) -> None:
+    train = torch.from_numpy(golden[f"{case}_train_descriptors"])
+    queries = torch.from_numpy(golden[f"{case}_{split}_descriptors"])
+    whitening = fit_whitening(train, float(golden[f"{case}_shrinkage"]), squared=True)
+    found = nearest_distances(whitening, queries, train)
+    np.testing.assert_allclose(found, golden[f"{case}_{split}_scores"], rtol=1e-5)
+
+
+@pytest.mark.parametrize("shrinkage", [-0.1, 0.0, 1.01])
+def test_shrinkage_outside_its_range(shrinkage: float) -> None:
+    with pytest.raises(ValueError, match=f"at most 1, got {shrinkage}"):
+        fit_whitening(tensors(0, 4, 3), shrinkage)
+
+
+def test_whitening_of_one_descriptor() -> None:
+    with pytest.raises(ValueError, match="must be at least 2, got 1"):
+        fit_whitening(tensors(0, 1, 3), 0.1)

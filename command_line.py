@@ -125,9 +125,8 @@ class Progress:
         """Write one line: done, rate, remaining time."""
         rate = self.done / max(time.monotonic() - self.started, 1e-9)
         left = f", {(self.total - self.done) / rate:.0f} s left" if self.total and rate else ""
-        say(
-            f"{self.desc}: {self.done}/{self.total or '?'} {self.unit}, {rate:.1f} {self.unit}/s{left}"
-        )
+        of_total = f"{self.done}/{self.total or '?'} {self.unit}"
+        say(f"{self.desc}: {of_total}, {rate:.1f} {self.unit}/s{left}")
 
     def __enter__(self) -> "Progress":
         return self

@@ -6,49 +6,29 @@ class share the images they have in common. Kept in memory: the descriptors of t
 in the batch at hand (n_images x n_projections n_quantiles floats each), never features of images.
 """
 
-import json
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from backbones import INPUT_SIDE, FeatureExtractor, normalise_pixels
 from command_line import Progress, UserError
+from crop_descriptors import Descriptor, DescriptorBuilder, RangeGroup, range_groups
+from image_pools import ImagePool
 from loco_datasets import PIXEL_LEVEL, crop_corners, crop_side
-from matrix_files import MatrixSet, crop_is_empty, crop_pixels, nearest_source
-from sinbad_utils import (
-    FIT_SETS,
-    Scores,
-    Whitening,
-    cumulative_histogram,
-    fit_ranges,
-    fit_whitening,
-    nearest_distances,
-    project,
-    random_directions,
-)
+from matrix_files import MatrixSet, nearest_source
+from sinbad_utils import Scores, Whitening, fit_whitening, nearest_distances
 
-VALUES_AT_ONCE = 1 << 20  # projected values that stay in a processor's cache
 BATCHES_AHEAD = 2
 
 Extract = Callable[[Tensor], dict[int, Tensor]]
 Draw = tuple[int, int]  # (seed, rep): one draw of random directions
 Batch = list[tuple["CropJob", list[int]]]  # crops of several positions: position, images
-
-
-@dataclass(frozen=True)
-class Descriptor:
-    """How a level is described and scored."""
-
-    n_projections: int
-    n_quantiles: int
-    shrinkage: float
 
 
 @dataclass(frozen=True)
@@ -80,194 +60,6 @@ class Settings:
     official: bool
     batch_size: int
     num_workers: int
-
-
-class ImagePool:
-    """The images of a class' data sets, each once, in the order train, valid, test.
-
-    Attributes
-    ----------
-    ids : (mvtype, split) -> indices of its images in the pool
-    names : path of each image, for messages
-    """
-
-    def __init__(self, data_sets: Iterable[MatrixSet], device: torch.device) -> None:
-        self.sources: list[tuple[NDArray[np.uint8], int]] = []
-        self.names: list[str] = []
-        self.ids: dict[tuple[str, str], list[int]] = {}
-        self.device = device
-        self.resident: Tensor | None = None
-        known: dict[tuple[str, str], int] = {}
-        for data_set in data_sets:
-            made = json.dumps(data_set.settings, sort_keys=True)
-            for split, images in data_set.images.items():
-                ids = []
-                for row, path in enumerate(data_set.paths[split]):
-                    index = known.setdefault((path, made), len(self.sources))
-                    if index == len(self.sources):
-                        self.sources.append((images, row))
-                        self.names.append(path)
-                    ids.append(index)
-                self.ids[data_set.mvtype, split] = ids
-
-    def __len__(self) -> int:
-        return len(self.sources)
-
-    def ids_of(self, mvtype: str) -> list[int]:
-        """Return the images of a data set, all splits."""
-        return [i for (name, _), ids in self.ids.items() if name == mvtype for i in ids]
-
-    def empty_in(self, mvtype: str, corner: tuple[int, int], side: int) -> bool:
-        """Tell whether a crop is padding only in every image of a data set."""
-        sources = (self.sources[i] for i in self.ids_of(mvtype))
-        return all(crop_is_empty(images[row], corner, side) for images, row in sources)
-
-    def move_to_device(self, num_workers: int) -> None:
-        """Copy the images into the GPU's memory where they take less than half of what is free."""
-        if self.device.type != "cuda":
-            return
-        images, row = self.sources[0]
-        shape = images[row].shape
-        free, _ = torch.cuda.mem_get_info(self.device)
-        if len(self) * int(np.prod(shape)) > free // 2 or images.dtype != np.uint8:
-            return
-        self.resident = torch.empty((len(self), *shape), dtype=torch.uint8, device=self.device)
-
-        def copy(index: int) -> None:
-            images, row = self.sources[index]
-            self.resident[index].copy_(torch.from_numpy(np.array(images[row])))
-
-        with ThreadPoolExecutor(max(1, num_workers)) as pool:
-            list(pool.map(copy, range(len(self))))
-
-    def gather(self, ids: list[int], corner: tuple[int, int], source: NDArray[np.int64]) -> Tensor:
-        """Return the nearest-sampled pixels of one crop of several images.
-
-        Returns
-        -------
-        (n, 3, 224, 224), uint8, on the GPU if the images are there, else on the CPU
-        """
-        if self.resident is None:
-            crops = np.empty((len(ids), 3, len(source), len(source)), np.uint8)
-            for out, index in zip(crops, ids, strict=True):
-                images, row = self.sources[index]
-                out[:] = crop_pixels(images[row], corner, source)
-            return torch.from_numpy(crops)
-        rows, columns = (torch.from_numpy(start + source).to(self.device) for start in corner)
-        images_at = torch.tensor(ids, device=self.device)[:, None, None, None]
-        channels = torch.arange(3, device=self.device)[:, None, None]
-        return self.resident[images_at, channels, rows[:, None], columns]
-
-
-@dataclass(frozen=True)
-class RangeGroup:
-    """Images that are described with the same ranges, and the images these are fitted on."""
-
-    fit_ids: tuple[int, ...]
-    members: dict[int, int]  # image -> row among the descriptors
-
-
-def range_groups(
-    pool: ImagePool, mvtypes: list[str], official: bool
-) -> dict[tuple[str, str], RangeGroup]:
-    """Assign a range group to every (mvtype, split).
-
-    Ranges are fitted on the first 32 training images; with `official` on the first 32 of each
-    split, test included, as the authors' code does.
-    """
-    groups: dict[tuple[int, ...], RangeGroup] = {}
-    assigned = {}
-    for mvtype in mvtypes:
-        for split in ("train", "valid", "test"):
-            ids = pool.ids[mvtype, split]
-            fit_ids = tuple((ids if official else pool.ids[mvtype, "train"])[:FIT_SETS])
-            group = groups.setdefault(fit_ids, RangeGroup(fit_ids, {}))
-            for index in ids:
-                group.members.setdefault(index, len(group.members))
-            assigned[mvtype, split] = group
-    return assigned
-
-
-class DescriptorBuilder:
-    """Describes the elements of one level at one crop position, batch by batch.
-
-    Elements that come before their ranges can be fitted wait; no others are kept.
-    """
-
-    def __init__(
-        self,
-        groups: Iterable[RangeGroup],
-        descriptor: Descriptor,
-        keys: list[tuple[int, ...]],
-        device: torch.device,
-    ) -> None:
-        self.groups = list({id(group): group for group in groups}.values())
-        self.descriptor, self.keys, self.device = descriptor, keys, device
-        length = descriptor.n_projections * descriptor.n_quantiles
-        self.described = [
-            torch.empty(len(keys), len(group.members), length, device=device)
-            for group in self.groups
-        ]
-        self.waiting: list[dict[int, Tensor]] = [{} for _ in self.groups]
-        self.ranges: list[list[tuple[Tensor, Tensor]] | None] = [None for _ in self.groups]
-        self.directions: list[Tensor] = []
-        self.not_finite: dict[int, Tensor] = {}
-
-    def add(self, ids: list[int], elements: Tensor) -> None:
-        """Describe some images: elements (n, channels, n_elements)."""
-        if not self.directions:
-            shape = (self.descriptor.n_projections, elements.shape[1])
-            self.directions = [random_directions(*shape, key).to(self.device) for key in self.keys]
-        finite = torch.isfinite(elements).flatten(1).all(1)
-        self.not_finite.update(zip(ids, ~finite, strict=True))
-        for number, group in enumerate(self.groups):
-            rows = [i for i, index in enumerate(ids) if index in group.members]
-            if not rows:
-                continue
-            members = [ids[i] for i in rows]
-            own = elements if len(rows) == len(ids) else elements[rows]
-            if self.ranges[number] is None:
-                waiting = self.waiting[number]
-                waiting.update(zip(members, own.clone(), strict=True))
-                if any(index not in waiting for index in group.fit_ids):
-                    continue
-                self._fit(number)
-                members, own = list(waiting), torch.stack(list(waiting.values()))
-                waiting.clear()
-            self._describe(number, members, own)
-
-    def _fit(self, number: int) -> None:
-        """Fit the ranges of a group on its first images."""
-        first = torch.stack([self.waiting[number][i] for i in self.groups[number].fit_ids])
-        self.ranges[number] = [fit_ranges(project(p, first)) for p in self.directions]
-
-    def _describe(self, number: int, ids: list[int], elements: Tensor) -> None:
-        """Write the descriptors of images into the rows of their group."""
-        places = [self.groups[number].members[index] for index in ids]
-        n_values = self.descriptor.n_projections * elements.shape[2]
-        step = len(ids) if self.device.type != "cpu" else max(1, VALUES_AT_ONCE // n_values)
-        for start in range(0, len(ids), step):
-            some, rows = elements[start : start + step], places[start : start + step]
-            for draw, directions in enumerate(self.directions):
-                values = project(directions, some)
-                low, high = self.ranges[number][draw]  # type: ignore[index]
-                self.described[number][draw, rows] = cumulative_histogram(
-                    values, low, high, self.descriptor.n_quantiles
-                )
-
-    def descriptors(self, draw: int, group: RangeGroup, ids: list[int]) -> Tensor:
-        """Return the descriptors (n, n_projections * n_quantiles) of images of a group."""
-        number = next(i for i, own in enumerate(self.groups) if own is group)
-        return self.described[number][draw, [group.members[index] for index in ids]]
-
-    def check_finite(self, names: list[str], level: int) -> None:
-        """Stop if the network gave NaN or infinity for an image."""
-        bad = [index for index, flag in self.not_finite.items() if bool(flag)]
-        if bad:
-            raise UserError(
-                f"features must be finite, got NaN or infinity for image {names[bad[0]]} at level "
-                f"{level} ({len(bad)} images in all); check the weights and the --precision"
-            )
 
 
 @dataclass

@@ -8,7 +8,7 @@ import numpy as np
 
 from command_line import UserError, say
 from loco_datasets import PIXEL_LEVEL, expand_mvtypes, split_mvtype
-from result_files import LevelScores, read_scores
+from result_files import LevelScores, Run, read_scores
 from sinbad_utils import Scores, ensemble_scores, grid_scores, level_scores, normalise_scores
 
 RESNET_FILE = re.compile(r"(\d+)_crop_anom_maps\.npz")
@@ -42,6 +42,22 @@ class EnsembleOptions:
 
 
 @dataclass(frozen=True)
+class GridScores:
+    """One crop grid of one ResNet level.
+
+    Attributes
+    ----------
+    joined : (n_test,), normalised scores of the images
+    crops : (n_crops, n_test), crop scores divided by the same validation mean
+    settings : what made them (crop side and so on); empty in the authors' files
+    """
+
+    joined: Scores
+    crops: Scores
+    settings: Run
+
+
+@dataclass(frozen=True)
 class DataSetScores:
     """One data set's scores, single and joined; all (n_test,), higher = more anomalous.
 
@@ -50,21 +66,19 @@ class DataSetScores:
     mvtype : name, such as pushpins_loco
     labels : 0 good, 1 anomalous
     image_paths : test images relative to the class folder
-    grids : (level, n_crops) -> normalised scores of one crop grid
+    grids : (level, n_crops) -> one crop grid of a ResNet level
     levels : level -> normalised scores of one level; 224 is the median over repetitions
     resnet : mean of the ResNet levels; None if there are none
     final : ensemble of everything
-    crops : (level, n_crops) -> crop scores (n_crops, n_test), each normalised by its grid
     """
 
     mvtype: str
     labels: Scores
     image_paths: list[str]
-    grids: dict[tuple[int, int], Scores]
+    grids: dict[tuple[int, int], GridScores]
     levels: dict[int, Scores]
     resnet: Scores | None
     final: Scores
-    crops: dict[tuple[int, int], Scores]
 
 
 def find_mvtypes(options: EnsembleOptions, names: list[str]) -> list[str]:
@@ -115,8 +129,8 @@ def load_data_set(options: EnsembleOptions, mvtype: str) -> DataSetScores:
         if files[level].keys() != first.keys():
             raise UserError(
                 f"levels must have the same crop grids, got {sorted(first)} of level "
-                f"{options.levels[0]} and {sorted(files[level])} of level {level} for {mvtype}; run "
-                "sinbad_single_layer.py for what is missing"
+                f"{options.levels[0]} and {sorted(files[level])} of level {level} for {mvtype}; "
+                "run sinbad_single_layer.py for what is missing"
             )
     reps = [
         _read_pixels(options.folder(PIXEL_LEVEL, rep, mvtype)) for rep in range(options.rep_num_224)
@@ -138,18 +152,23 @@ def load_data_set(options: EnsembleOptions, mvtype: str) -> DataSetScores:
         next((s.image_paths for s in everything if s.image_paths), [])
         or [f"test/{i:04d}" for i in range(len(everything[0].labels))],
         {
-            (level, n_crops): normalise_scores(grid_scores(s.test), grid_scores(s.valid))
+            (level, n_crops): _grid_of(scores)
             for level, grids in files.items()
-            for n_crops, s in grids.items()
+            for n_crops, scores in grids.items()
         },
         levels,
         resnet,
         final,
-        {
-            (level, n_crops): normalise_scores(s.test, grid_scores(s.valid))
-            for level, grids in files.items()
-            for n_crops, s in grids.items()
-        },
+    )
+
+
+def _grid_of(scores: LevelScores) -> GridScores:
+    """Normalise the scores of one crop grid."""
+    valid = grid_scores(scores.valid)
+    return GridScores(
+        normalise_scores(grid_scores(scores.test), valid),
+        normalise_scores(scores.test, valid),
+        scores.run.get("settings", {}),
     )
 
 

@@ -42,7 +42,7 @@ OTHER_COUNTS = {"splicing_connectors": {"train": 360, "validation": 60}}
 
 @dataclass(frozen=True)
 class LevelSettings:
-    """The paper's settings of one kind of level: crops, directions, bins, shrinkage, repetitions."""
+    """The paper's settings of a level: crops, directions, bins, shrinkage, repetitions."""
 
     crop_ratios: tuple[float, ...]
     n_projections: int

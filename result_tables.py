@@ -84,8 +84,8 @@ def data_set_metrics(scores: DataSetScores) -> Metrics:
     return {
         "auroc": {name: auroc(labels, values) for name, values in columns_of(scores).items()},
         "auroc_by_grid": {
-            f"level {level}, {n_crops} crops": auroc(labels, values)
-            for (level, n_crops), values in scores.grids.items()
+            f"level {level}, {n_crops} crops": auroc(labels, grid.joined)
+            for (level, n_crops), grid in scores.grids.items()
         },
         "average_precision": float(average_precision_score(labels, final)) if has_both else None,
         "f1_max": f1_max(labels, final) if has_both else None,

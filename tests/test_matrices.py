@@ -13,7 +13,8 @@ from PIL import Image
 
 import data_to_matrices
 from command_line import UserError
-from data_to_matrices import image_to_matrix, make_matrices, plan_data_set
+from data_to_matrices import image_to_matrix, make_matrices
+from loco_folders import plan_data_set
 from matrix_files import crop_pixels, load_matrices, nearest_source
 
 REAL_IMAGES = SHARED / "data" / "loco"

@@ -1,0 +1,137 @@
+"""Descriptors of one level at one crop position, built while the images stream by.
+
+The formulas stand in `sinbad_utils`; here is the bookkeeping: which images share their ranges, and
+which row of which descriptor matrix belongs to which image.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from command_line import UserError
+from image_pools import ImagePool
+from sinbad_utils import FIT_SETS, cumulative_histogram, fit_ranges, project, random_directions
+
+VALUES_AT_ONCE = 1 << 20  # projected values that stay in a processor's cache
+
+
+@dataclass(frozen=True)
+class Descriptor:
+    """How a level is described and scored."""
+
+    n_projections: int
+    n_quantiles: int
+    shrinkage: float
+
+
+@dataclass(frozen=True)
+class RangeGroup:
+    """Images that are described with the same ranges, and the images these are fitted on."""
+
+    fit_ids: tuple[int, ...]
+    members: dict[int, int]  # image -> row among the descriptors
+
+
+def range_groups(
+    pool: ImagePool, mvtypes: list[str], official: bool
+) -> dict[tuple[str, str], RangeGroup]:
+    """Assign a range group to every (mvtype, split).
+
+    Ranges are fitted on the first 32 training images; with `official` on the first 32 of each
+    split, test included, as the authors' code does.
+    """
+    groups: dict[tuple[int, ...], RangeGroup] = {}
+    assigned = {}
+    for mvtype in mvtypes:
+        for split in ("train", "valid", "test"):
+            ids = pool.ids[mvtype, split]
+            fit_ids = tuple((ids if official else pool.ids[mvtype, "train"])[:FIT_SETS])
+            group = groups.setdefault(fit_ids, RangeGroup(fit_ids, {}))
+            for index in ids:
+                group.members.setdefault(index, len(group.members))
+            assigned[mvtype, split] = group
+    return assigned
+
+
+class DescriptorBuilder:
+    """Describes the elements of one level at one crop position, batch by batch.
+
+    Elements that come before their ranges can be fitted wait; no others are kept.
+    """
+
+    def __init__(
+        self,
+        groups: Iterable[RangeGroup],
+        descriptor: Descriptor,
+        keys: list[tuple[int, ...]],
+        device: torch.device,
+    ) -> None:
+        self.groups = list({id(group): group for group in groups}.values())
+        self.descriptor, self.keys, self.device = descriptor, keys, device
+        length = descriptor.n_projections * descriptor.n_quantiles
+        self.described = [
+            torch.empty(len(keys), len(group.members), length, device=device)
+            for group in self.groups
+        ]
+        self.waiting: list[dict[int, Tensor]] = [{} for _ in self.groups]
+        self.ranges: list[list[tuple[Tensor, Tensor]] | None] = [None for _ in self.groups]
+        self.directions: list[Tensor] = []
+        self.not_finite: dict[int, Tensor] = {}
+
+    def add(self, ids: list[int], elements: Tensor) -> None:
+        """Describe some images: elements (n, channels, n_elements)."""
+        if not self.directions:
+            shape = (self.descriptor.n_projections, elements.shape[1])
+            self.directions = [random_directions(*shape, key).to(self.device) for key in self.keys]
+        finite = torch.isfinite(elements).flatten(1).all(1)
+        self.not_finite.update(zip(ids, ~finite, strict=True))
+        for number, group in enumerate(self.groups):
+            rows = [i for i, index in enumerate(ids) if index in group.members]
+            if not rows:
+                continue
+            members = [ids[i] for i in rows]
+            own = elements if len(rows) == len(ids) else elements[rows]
+            if self.ranges[number] is None:
+                waiting = self.waiting[number]
+                waiting.update(zip(members, own.clone(), strict=True))
+                if any(index not in waiting for index in group.fit_ids):
+                    continue
+                self._fit(number)
+                members, own = list(waiting), torch.stack(list(waiting.values()))
+                waiting.clear()
+            self._describe(number, members, own)
+
+    def _fit(self, number: int) -> None:
+        """Fit the ranges of a group on its first images."""
+        first = torch.stack([self.waiting[number][i] for i in self.groups[number].fit_ids])
+        self.ranges[number] = [fit_ranges(project(p, first)) for p in self.directions]
+
+    def _describe(self, number: int, ids: list[int], elements: Tensor) -> None:
+        """Write the descriptors of images into the rows of their group."""
+        places = [self.groups[number].members[index] for index in ids]
+        n_values = self.descriptor.n_projections * elements.shape[2]
+        step = len(ids) if self.device.type != "cpu" else max(1, VALUES_AT_ONCE // n_values)
+        for start in range(0, len(ids), step):
+            some, rows = elements[start : start + step], places[start : start + step]
+            for draw, directions in enumerate(self.directions):
+                values = project(directions, some)
+                low, high = self.ranges[number][draw]  # type: ignore[index]
+                self.described[number][draw, rows] = cumulative_histogram(
+                    values, low, high, self.descriptor.n_quantiles
+                )
+
+    def descriptors(self, draw: int, group: RangeGroup, ids: list[int]) -> Tensor:
+        """Return the descriptors (n, n_projections * n_quantiles) of images of a group."""
+        number = next(i for i, own in enumerate(self.groups) if own is group)
+        return self.described[number][draw, [group.members[index] for index in ids]]
+
+    def check_finite(self, names: list[str], level: int) -> None:
+        """Stop if the network gave NaN or infinity for an image."""
+        bad = [index for index, flag in self.not_finite.items() if bool(flag)]
+        if bad:
+            raise UserError(
+                f"features must be finite, got NaN or infinity for image {names[bad[0]]} at level "
+                f"{level} ({len(bad)} images in all); check the weights and the --precision"
+            )

@@ -1,0 +1,89 @@
+"""The images of a class' data sets, each once, and the pixels of their crops."""
+
+import json
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from matrix_files import MatrixSet, crop_is_empty, crop_pixels
+
+
+class ImagePool:
+    """The images of a class' data sets, each once, in the order train, valid, test.
+
+    Attributes
+    ----------
+    ids : (mvtype, split) -> indices of its images in the pool
+    names : path of each image, for messages
+    """
+
+    def __init__(self, data_sets: Iterable[MatrixSet], device: torch.device) -> None:
+        self.sources: list[tuple[NDArray[np.uint8], int]] = []
+        self.names: list[str] = []
+        self.ids: dict[tuple[str, str], list[int]] = {}
+        self.device = device
+        self.resident: Tensor | None = None
+        known: dict[tuple[str, str], int] = {}
+        for data_set in data_sets:
+            made = json.dumps(data_set.settings, sort_keys=True)
+            for split, images in data_set.images.items():
+                ids = []
+                for row, path in enumerate(data_set.paths[split]):
+                    index = known.setdefault((path, made), len(self.sources))
+                    if index == len(self.sources):
+                        self.sources.append((images, row))
+                        self.names.append(path)
+                    ids.append(index)
+                self.ids[data_set.mvtype, split] = ids
+
+    def __len__(self) -> int:
+        return len(self.sources)
+
+    def ids_of(self, mvtype: str) -> list[int]:
+        """Return the images of a data set, all splits."""
+        return [i for (name, _), ids in self.ids.items() if name == mvtype for i in ids]
+
+    def empty_in(self, mvtype: str, corner: tuple[int, int], side: int) -> bool:
+        """Tell whether a crop is padding only in every image of a data set."""
+        sources = (self.sources[i] for i in self.ids_of(mvtype))
+        return all(crop_is_empty(images[row], corner, side) for images, row in sources)
+
+    def move_to_device(self, num_workers: int) -> None:
+        """Copy the images into the GPU's memory where they take less than half of what is free."""
+        if self.device.type != "cuda":
+            return
+        images, row = self.sources[0]
+        shape = images[row].shape
+        free, _ = torch.cuda.mem_get_info(self.device)
+        if len(self) * int(np.prod(shape)) > free // 2 or images.dtype != np.uint8:
+            return
+        self.resident = torch.empty((len(self), *shape), dtype=torch.uint8, device=self.device)
+
+        def copy(index: int) -> None:
+            images, row = self.sources[index]
+            self.resident[index].copy_(torch.from_numpy(np.array(images[row])))
+
+        with ThreadPoolExecutor(max(1, num_workers)) as pool:
+            list(pool.map(copy, range(len(self))))
+
+    def gather(self, ids: list[int], corner: tuple[int, int], source: NDArray[np.int64]) -> Tensor:
+        """Return the nearest-sampled pixels of one crop of several images.
+
+        Returns
+        -------
+        (n, 3, 224, 224), uint8, on the GPU if the images are there, else on the CPU
+        """
+        if self.resident is None:
+            crops = np.empty((len(ids), 3, len(source), len(source)), np.uint8)
+            for out, index in zip(crops, ids, strict=True):
+                images, row = self.sources[index]
+                out[:] = crop_pixels(images[row], corner, source)
+            return torch.from_numpy(crops)
+        rows, columns = (torch.from_numpy(start + source).to(self.device) for start in corner)
+        images_at = torch.tensor(ids, device=self.device)[:, None, None, None]
+        channels = torch.arange(3, device=self.device)[:, None, None]
+        return self.resident[images_at, channels, rows[:, None], columns]

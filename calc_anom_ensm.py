@@ -1,7 +1,7 @@
 """Ensemble the scores of all levels: ROC-AUC tables and per-image scores.
 
 Reads   VERSION/rep_num_<rep>/<mvtype>/   (from sinbad_single_layer.py; # is the pyramid level)
-Writes  OUT/{table.md,table.csv,metrics.json,scores.csv} and pictures
+Writes  OUT/{table.md,metrics.json,scores.csv,*.csv,*.png}
 
     python calc_anom_ensm.py --mvtype loco --version ../sinbad_runs/results/ver1_pyramid_lvl_# \
         --version_224 ../sinbad_runs/results/ver1_pyramid_lvl_#
@@ -26,7 +26,7 @@ from loco_datasets import (
     PIXEL_SETTINGS,
     RESNET_LEVELS,
 )
-from result_tables import all_metrics, markdown, write_results
+from reports import add_report_flags, report_options, write_report
 from sinbad_utils import LAMBDA_FACTOR
 
 DEFAULT_VERSION_PATH = str(DEFAULT_RESULTS_DIR / f"{DEFAULT_VERSION}_pyramid_lvl_#")
@@ -65,6 +65,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--lambda_factor", type=number_between(0, 1e6), default=LAMBDA_FACTOR)
     parser.add_argument("--out", type=Path, help="default: `ensemble` beside the scores' folders")
+    add_report_flags(parser)
     return parser.parse_args(argv)
 
 
@@ -82,14 +83,11 @@ def load_run(args: argparse.Namespace, rep: int) -> list[DataSetScores]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Read, ensemble, measure, write, print."""
+    """Read, ensemble, report."""
     args = parse_args(argv)
     out = args.out or Path(args.version.replace("#", "all")).parent / "ensemble"
     runs = {f"rep {rep}": load_run(args, rep) for rep in flatten(args.rep)}
-    metrics = {name: all_metrics(sets) for name, sets in runs.items()}
-    rows = write_results(out, runs, metrics)
-    print(markdown(rows))
-    print(f"\nROC-AUC in percent; tables and per-image scores in {out}")
+    print(write_report(runs, report_options(args, out)))
 
 
 if __name__ == "__main__":

@@ -200,7 +200,7 @@ def make_matrices(
             warn_about_counts(plan)
             make_data_set(plan, out_dir, n_workers, finished)
             counts = " / ".join(str(len(plan.paths[split])) for split in SPLITS)
-            print(f"{plan.mvtype}: {counts} train / valid / test images -> {folder}", flush=True)
+            say(f"{plan.mvtype}: {counts} train / valid / test images")
         finished[class_name] = folder
 
 

@@ -69,7 +69,9 @@ class DataSetScores:
     grids : (level, n_crops) -> one crop grid of a ResNet level
     levels : level -> normalised scores of one level; 224 is the median over repetitions
     resnet : mean of the ResNet levels; None if there are none
-    final : ensemble of everything
+    ensemble : SINBAD's, of all levels
+    extra : name of another method -> its normalised scores
+    final : `ensemble`, with other methods added
     """
 
     mvtype: str
@@ -78,6 +80,8 @@ class DataSetScores:
     grids: dict[tuple[int, int], GridScores]
     levels: dict[int, Scores]
     resnet: Scores | None
+    ensemble: Scores
+    extra: dict[str, Scores]
     final: Scores
 
 
@@ -143,7 +147,7 @@ def load_data_set(options: EnsembleOptions, mvtype: str) -> DataSetScores:
     }
     pixels = [level_scores([s.test], [s.valid]) for s in reps]
     resnet = np.mean(list(levels.values()), axis=0) if levels else None
-    final = ensemble_scores(list(levels.values()), pixels, options.lambda_factor)
+    ensemble = ensemble_scores(list(levels.values()), pixels, options.lambda_factor)
     if pixels:
         levels[PIXEL_LEVEL] = np.median(pixels, axis=0)
     return DataSetScores(
@@ -158,7 +162,9 @@ def load_data_set(options: EnsembleOptions, mvtype: str) -> DataSetScores:
         },
         levels,
         resnet,
-        final,
+        ensemble,
+        {},
+        ensemble,
     )
 
 

@@ -1,5 +1,8 @@
 """The image folders of MVTec LOCO AD, or of a tree like it: what is there, and reading an image."""
 
+import json
+import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +23,7 @@ from loco_datasets import (
 )
 from matrix_files import fitted_size
 
+DEFECTS_FILE = "defects_config.json"
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
 EXPECTED_TREE = "<class>/train/good, <class>/validation/good, <class>/test/good, " + ", ".join(
     f"<class>/test/{kind}" for kind in KINDS.values()
@@ -131,11 +135,11 @@ def warn_about_counts(plan: Plan) -> None:
         say(f"warning: {plan.mvtype} is not the whole data set: {', '.join(pairs)}")
 
 
-def open_image(path: Path) -> Image.Image:
-    """Decode an image as RGB; a broken one is an error that names it."""
+def open_image(path: Path, mode: str = "RGB") -> Image.Image:
+    """Decode an image as RGB (or another of Pillow's modes); a broken one is an error."""
     try:
         with Image.open(path) as image:
-            return image.convert("RGB")
+            return image.convert(mode)
     except FileNotFoundError:
         raise
     except (OSError, SyntaxError, ValueError) as error:
@@ -165,3 +169,44 @@ def choose_data_sets(dataset_dir: Path, names: list[str] | None) -> list[str]:
     if not chosen:
         raise UserError(f"{dataset_dir} must hold anomalies of a class, got none; {EXPECTED_TREE}")
     return chosen
+
+
+def defect_images(class_dir: Path, image_paths: list[str]) -> dict[str, list[int]]:
+    """Tell which test images show which kind of defect, by the ground truth masks.
+
+    Reads CLASS_DIR/defects_config.json (a mask's pixel value -> the defect's name) and
+    CLASS_DIR/ground_truth/<kind>/<image>/*.png.
+
+    Returns
+    -------
+    defect -> indices into `image_paths`, in the order of the configuration; empty without one
+    """
+    config_path = class_dir / DEFECTS_FILE
+    if not config_path.is_file():
+        return {}
+    try:
+        config = json.loads(config_path.read_text())
+        names = {int(entry["pixel_value"]): str(entry["defect_name"]) for entry in config}
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(
+            f"{config_path} must list pixel_value and defect_name of every defect, got "
+            f"{type(error).__name__}: {error}; unpack it again from the archive"
+        ) from error
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        values = list(pool.map(lambda path: _mask_values(class_dir, path), image_paths))
+    found = {
+        name: [i for i, in_image in enumerate(values) if value in in_image]
+        for value, name in names.items()
+    }
+    return {name: images for name, images in found.items() if images}
+
+
+def _mask_values(class_dir: Path, image_path: str) -> set[int]:
+    """Return the pixel values of all masks of one test image."""
+    path = Path(image_path)
+    folder = class_dir / "ground_truth" / path.parent.name / path.stem
+    values: set[int] = set()
+    for mask_path in sorted(folder.glob("*.png")):
+        counts = open_image(mask_path, "L").histogram()
+        values |= {value for value, count in enumerate(counts) if count}
+    return values - {0}

@@ -5,8 +5,9 @@ What `sinbad_single_layer.py` and `reproduce_paper.py` share above `crop_scores`
 
 import platform
 import subprocess
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -155,11 +156,17 @@ def score_tasks(
     for wanted in todo.values():
         own = {task.mvtype: data_sets[task.mvtype] for task in wanted}
         scorer = ClassScorer(own, extractor, options.scorer_settings(), device)
-        for task, test, valid in scorer.score(wanted):
-            data_set = own[task.mvtype]
-            names = data_set.paths["test"] if data_set.settings else []
-            scores = LevelScores(test, valid, data_set.labels, names, runs[task])
-            save_scores(paths[task], scores, options.results_dir)
+        with ThreadPoolExecutor(1) as writer:  # writing stays off the critical path
+            writes: deque[Future[None]] = deque()
+            for task, test, valid in scorer.score(wanted):
+                data_set = own[task.mvtype]
+                names = data_set.paths["test"] if data_set.settings else []
+                scores = LevelScores(test, valid, data_set.labels, names, runs[task])
+                writes.append(writer.submit(save_scores, paths[task], scores, options.results_dir))
+                while writes and writes[0].done():
+                    writes.popleft().result()  # a full disk stops the run at once
+            for write in writes:
+                write.result()
     return paths
 
 

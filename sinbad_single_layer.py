@@ -60,7 +60,6 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--batch_size", type=integer_from(1), default=32, help="crops of one forward pass"
     )
-    parser.add_argument("--data_dir", type=Path, default=DEFAULT_DATA_DIR, help="matrices")
     parser.add_argument("--results_dir", type=Path, default=DEFAULT_RESULTS_DIR, help="scores")
     parser.add_argument("--version_name", default=DEFAULT_VERSION, help="start of the folder names")
     parser.add_argument(
@@ -115,14 +114,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rep", type=integer_ranges, nargs="+", default=[[0]], help="3 or 0-99")
     parser.add_argument("--seed", type=integer_from(0), default=0, help="of the random directions")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:<i>")
+    parser.add_argument("--data_dir", type=Path, default=DEFAULT_DATA_DIR, help="matrices")
     add_run_flags(parser)
     return parser.parse_args(argv)
 
 
-def run_options(args: argparse.Namespace, descriptors: dict[int, Descriptor]) -> RunOptions:
-    """Collect the flags of `add_run_flags` and the descriptors of the levels."""
-    names = set(RunOptions.__dataclass_fields__) - {"descriptors"}
-    return RunOptions(**{name: getattr(args, name) for name in names}, descriptors=descriptors)
+def run_options(
+    args: argparse.Namespace, data_dir: Path, descriptors: dict[int, Descriptor]
+) -> RunOptions:
+    """Collect the flags of `add_run_flags`, the matrices' folder and the levels' descriptors."""
+    names = set(RunOptions.__dataclass_fields__) - {"data_dir", "descriptors"}
+    flags = {name: getattr(args, name) for name in names}
+    return RunOptions(**flags, data_dir=data_dir, descriptors=descriptors)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -146,7 +149,8 @@ def main(argv: list[str] | None = None) -> None:
     for ratio in args.crop_size_ratio:
         crop_corners(args.initial_res, ratio, args.crop_num_edge)  # stops if there is no such grid
     device = choose_device(args.device)
-    for path in score_tasks(tasks, run_options(args, descriptors), device).values():
+    options = run_options(args, args.data_dir, descriptors)
+    for path in score_tasks(tasks, options, device).values():
         print(path)
 
 

@@ -15,11 +15,13 @@ from collections.abc import Callable
 import torch
 
 import data_to_matrices
+import reproduce_paper
 import sinbad_single_layer
 from command_line import run_script
 
 MAINS: dict[str, Callable[[list[str]], None]] = {
     "data_to_matrices": data_to_matrices.main,
+    "reproduce_paper": reproduce_paper.main,
     "sinbad_single_layer": sinbad_single_layer.main,
 }
 

@@ -15,8 +15,8 @@ import argparse
 
 from command_line import ScriptParser, run_script
 from loco_datasets import DEFAULT_RUNS_DIR, PAPER_RESNET_LEVELS, RESNET_LEVELS, RESNET_SETTINGS
+from slurm_arrays import generate
 from slurm_flags import add_slurm_flags, add_task_flags, parse_with_profile
-from slurm_jobs import generate
 from slurm_states import print_status
 
 OUT_DIR = DEFAULT_RUNS_DIR / "sbatches"
@@ -28,7 +28,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = ScriptParser(__doc__)
     parser.add_argument(
         "--pyramid_level", nargs="+", type=int, choices=RESNET_LEVELS,
-        default=list(PAPER_RESNET_LEVELS), help="sides of the feature maps (7 14)",
+        default=list(PAPER_RESNET_LEVELS), help="sides of the feature maps (default: 7 14)",
     )  # fmt: skip
     add_task_flags(parser, RESNET_SETTINGS)
     add_slurm_flags(parser, OUT_DIR, SIBLING)

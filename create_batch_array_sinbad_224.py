@@ -15,8 +15,8 @@ import argparse
 
 from command_line import ScriptParser, run_script
 from loco_datasets import DEFAULT_RUNS_DIR, PIXEL_LEVEL, PIXEL_SETTINGS
+from slurm_arrays import generate
 from slurm_flags import add_slurm_flags, add_task_flags, parse_with_profile
-from slurm_jobs import generate
 from slurm_states import print_status
 
 OUT_DIR = DEFAULT_RUNS_DIR / "sbatches_224"

@@ -8,90 +8,56 @@ line of it), `batch_master.sh` (submits what is unfinished, see slurm_jobs.py) a
 import argparse
 import itertools
 import json
-import re
+import os
 import shlex
 import sys
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from command_line import UserError, flatten
-from loco_datasets import expand_mvtypes, scores_file_name, scores_folder, split_mvtype
+from command_line import UserError, flatten, say
+from loco_datasets import (
+    PIXEL_LEVEL,
+    expand_mvtypes,
+    scores_file_name,
+    scores_folder,
+    split_mvtype,
+)
 from slurm_flags import HANDED_ON, sbatch_lines
+from slurm_states import (
+    ENSEMBLE,
+    ENSEMBLE_DONE,
+    LOGS,
+    Batch,
+    Task,
+    brace_pattern,
+    expand_pattern,
+    look,
+    only_one,
+    read_batch,
+    read_tasks,
+    shorten_numbers,
+    write_atomically,
+)
 
 REPO_DIR = Path(__file__).absolute().parent
 TASK_PROGRAM = REPO_DIR / "sinbad_single_layer.py"
-
-
-@dataclass(frozen=True)
-class Task:
-    """One line of tasks.tsv: its output files as one bash brace pattern, and the command."""
-
-    outputs: str
-    command: str
-
-
-@dataclass(frozen=True)
-class Batch:
-    """What batch_master.sh must know of its folder; kept in batch.json.
-
-    `sibling` is the folder of the other generator, None without --then_ensemble.
-    """
-
-    name: str
-    sbatch_lines: list[str]
-    setup: list[str]
-    throttle: int | None
-    max_array_size: int | None
-    mvtypes: list[str]
-    version: str
-    results_dir: str
-    levels: list[int]
-    reps: list[int]
-    sibling: str | None
-    ensemble_out: str | None
+ENSEMBLE_PROGRAM = REPO_DIR / "calc_anom_ensm.py"
 
 
 # --- tasks -----------------------------------------------------------------------------------
 
 
-def shorten_numbers(numbers: Iterable[int]) -> list[str]:
-    """Shorten numbers to runs: 0 1 2 3 7 8 -> "0-3", "7-8"; what --rep and sbatch --array take."""
-    runs: list[list[int]] = []
-    for number in sorted(set(numbers)):
-        if runs and number == runs[-1][1] + 1:
-            runs[-1][1] = number
-        else:
-            runs.append([number, number])
-    return [str(low) if low == high else f"{low}-{high}" for low, high in runs]
+@dataclass(frozen=True)
+class Share:
+    """The part of the work that one task does; `ratios` by the file that each one writes."""
+
+    mvtypes: list[str]
+    levels: list[int]
+    ratios: dict[str, float]
+    reps: list[int]
 
 
-def brace_pattern(values: Sequence[object]) -> str:
-    """Write values as bash does: 7 -> "7", 7 14 -> "{7,14}", 0 ... 99 -> "{0..99}"."""
-    if len(values) == 1:
-        return str(values[0])
-    if all(isinstance(v, int) for v in values):
-        (run, *more) = shorten_numbers(values)  # type: ignore[arg-type]
-        if not more:
-            return "{" + run.replace("-", "..") + "}"
-    return "{" + ",".join(map(str, values)) + "}"
-
-
-def expand_pattern(pattern: str) -> list[str]:
-    """Expand a brace pattern as bash does; the inverse of `brace_pattern`."""
-    choices: list[list[str]] = []
-    for i, part in enumerate(re.split(r"\{([^{}]*)\}", pattern)):
-        first, dots, last = part.partition("..")
-        if i % 2 and dots:
-            choices.append([str(n) for n in range(int(first), int(last) + 1)])
-        else:
-            choices.append(part.split(",") if i % 2 else [part])
-    return ["".join(parts) for parts in itertools.product(*choices)]
-
-
-def plan_tasks(
-    args: argparse.Namespace, levels: list[int], program: Path = TASK_PROGRAM
-) -> list[Task]:
+def plan_tasks(args: argparse.Namespace, levels: list[int]) -> list[Task]:
     """Split the work of the flags into tasks.
 
     Parameters
@@ -100,63 +66,58 @@ def plan_tasks(
         Flags of `add_task_flags`.
     levels : list of int
         Pyramid levels, all ResNet levels or only the raw-pixel one.
-    program : Path
-        Script that every task runs.
 
     Raises
     ------
     UserError
         If two crop ratios would write the same file, or a name is not a data set's.
     """
-    names: dict[str, float] = {}
-    for ratio in dict.fromkeys(args.crop_size_ratio):
-        name = scores_file_name(levels[0], args.initial_res, ratio, args.crop_num_edge)
-        if name in names:
-            raise UserError(
-                f"crop_size_ratio must give one file a ratio, got {names[name]} and {ratio} that "
-                f"both write {name}; give the second another --version_name"
-            )
-        names[name] = ratio
     mvtypes, reps = expand_mvtypes(args.mvtype), flatten(args.rep)
+    ratios = ratios_by_file(args, levels[0])
     step = args.reps_per_task or len(reps)
     rep_parts = [reps[i : i + step] for i in range(0, len(reps), step)]
     if args.group == "class":
         classes = dict.fromkeys(split_mvtype(mvtype)[0] for mvtype in mvtypes)
         sets = [[m for m in mvtypes if split_mvtype(m)[0] == name] for name in classes]
-        parts = itertools.product(sets, [levels], [list(names)], rep_parts)
+        parts = itertools.product(sets, [levels], [ratios], rep_parts)
     else:
+        one_ratio = [{file: ratio} for file, ratio in ratios.items()]
         parts = itertools.product(
-            [[m] for m in mvtypes], [[v] for v in levels], [[n] for n in names], rep_parts
+            [[m] for m in mvtypes], [[v] for v in levels], one_ratio, rep_parts
         )
-    return [
-        Task(
-            _outputs(args, task_sets, task_levels, task_reps, files),
-            _command(args, task_sets, task_levels, task_reps, [names[f] for f in files], program),
-        )
-        for task_sets, task_levels, files, task_reps in parts
-    ]
+    shares = itertools.starmap(Share, parts)
+    return [Task(output_pattern(args, share), task_command(args, share)) for share in shares]
 
 
-def _outputs(
-    args: argparse.Namespace, mvtypes: list[str], levels: list[int], reps: list[int],
-    file_names: list[str],
-) -> str:  # fmt: skip
+def ratios_by_file(args: argparse.Namespace, level: int) -> dict[str, float]:
+    """Return the crop ratios by the names of the files that they write; no two may be the same."""
+    ratios: dict[str, float] = {}
+    for ratio in dict.fromkeys(args.crop_size_ratio):
+        name = scores_file_name(level, args.initial_res, ratio, args.crop_num_edge)
+        if name in ratios:
+            raise UserError(
+                f"crop_size_ratio must give one file a ratio, got {ratios[name]} and {ratio} that "
+                f"both write {name}; give the second another --version_name"
+            )
+        ratios[name] = ratio
+    return ratios
+
+
+def output_pattern(args: argparse.Namespace, share: Share) -> str:
     """Return the brace pattern of a task's output files."""
-    level, rep = (brace_pattern(numbers) for numbers in (levels, reps))
+    level, rep = brace_pattern(share.levels), brace_pattern(share.reps)
     # A pattern stands where one number stands otherwise.
-    folder = scores_folder(args.results_dir, args.version_name, level, rep, brace_pattern(mvtypes))
-    return str(folder / brace_pattern(file_names))
+    folder = scores_folder(
+        args.results_dir, args.version_name, level, rep, brace_pattern(share.mvtypes)
+    )
+    return str(folder / brace_pattern(list(share.ratios)))
 
 
-def _command(
-    args: argparse.Namespace, mvtypes: list[str], levels: list[int], reps: list[int],
-    ratios: list[float], program: Path,
-) -> str:  # fmt: skip
+def task_command(args: argparse.Namespace, share: Share) -> str:
     """Return a task's command, ready to paste into a shell; it runs from any folder."""
-    words = [sys.executable, program, "--version_name", args.version_name, "--mvtype", *mvtypes]
-    words += ["--pyramid_level", *levels, "--crop_size_ratio", *ratios]
-    words += ["--rep", *shorten_numbers(reps), "--initial_res", args.initial_res]
-    words += ["--crop_num_edge", args.crop_num_edge]
+    words = [sys.executable, TASK_PROGRAM, "--version_name", args.version_name]
+    words += ["--mvtype", *share.mvtypes, "--pyramid_level", *share.levels]
+    words += ["--crop_size_ratio", *share.ratios.values(), "--rep", *shorten_numbers(share.reps)]
     words += ["--data_dir", args.data_dir, "--results_dir", args.results_dir]
     for name in HANDED_ON:
         value = getattr(args, name)
@@ -165,31 +126,25 @@ def _command(
     return shlex.join(map(str, words))
 
 
-# --- files -----------------------------------------------------------------------------------
+def check_finished(args: argparse.Namespace, tasks: list[Task]) -> None:
+    """Stop if an output is there that was made with other settings: it would count as done."""
+    firsts = [next(filter(os.path.exists, expand_pattern(t.outputs)), None) for t in tasks]
+    paths = [Path(path) for path in firsts if path is not None]
+    if not paths:
+        return
+    from result_files import read_scores  # imports numpy
+
+    wanted = {name: getattr(args, name) for name in (*HANDED_ON, "official")}
+    for path in paths:
+        for name, found in read_scores(path).run.get("settings", {}).items():
+            if wanted.get(name, found) not in (None, found):
+                raise UserError(
+                    f"{path} was made with {name} {found}, now {name} is {wanted[name]}; choose "
+                    f"another --version_name or --results_dir, or remove it"
+                )
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write a text file under a temporary name, then rename it."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text)
-    temporary.replace(path)
-
-
-def render_sbatch(batch: Batch, job_name: str, log: str, about: str, body: str) -> str:
-    """Return a script for sbatch: header, the set-up lines, then `body`."""
-    header = [
-        "#!/bin/bash",
-        f"# {about}",
-        f"#SBATCH --job-name={job_name}",
-        f"#SBATCH --output=logs/{log}",
-        "#SBATCH --open-mode=append",  # a requeued task keeps the log of its first run
-        *batch.sbatch_lines,
-        "# The set-up lines may source files that only the cluster has.",
-        "# shellcheck disable=SC1090,SC1091",
-    ]
-    setup = [*batch.setup, ""] if batch.setup else []
-    return "\n".join([*header, "", *setup, body])
-
+# --- scripts ---------------------------------------------------------------------------------
 
 ARRAY_BODY = """\
 tasks={tasks}
@@ -211,18 +166,34 @@ BATCH_MASTER = """\
 #     sh batch_master.sh --local 2   run the same tasks here without Slurm, 2 at a time
 #     sh batch_master.sh --status    say what is done, running, missing and why
 set -eu
-here=$(cd -- "$(dirname -- "$0")" && pwd)
+here=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd)
 exec {python} {jobs} "$here" "$@"
 """
 
 
-def write_folder(args: argparse.Namespace, tasks: list[Task], batch: Batch, script: str) -> None:
+def render_sbatch(batch: Batch, job_name: str, log: str, about: str, body: str) -> str:
+    """Return a script for sbatch: header, the set-up lines, then `body`."""
+    header = [
+        "#!/bin/bash",
+        f"# {about}",
+        f"#SBATCH --job-name={job_name}",
+        f"#SBATCH --output={LOGS}/{log}",
+        "#SBATCH --open-mode=append",  # a requeued task keeps the log of its first run
+        *batch.sbatch_lines,
+        "# The set-up lines may source files that only the cluster has.",
+        "# shellcheck disable=SC1090,SC1091",
+    ]
+    setup = [*batch.setup, ""] if batch.setup else []
+    return "\n".join([*header, "", *setup, body])
+
+
+def write_folder(folder: Path, tasks: list[Task], batch: Batch, script: str) -> None:
     """Write everything `sh batch_master.sh` needs; the tasks' list last.
 
     Parameters
     ----------
-    args : Namespace
-        Flags of `add_slurm_flags`.
+    folder : Path
+        Made if missing.
     tasks : list of Task
         Lines 0..N-1 of tasks.tsv.
     batch : Batch
@@ -230,8 +201,6 @@ def write_folder(args: argparse.Namespace, tasks: list[Task], batch: Batch, scri
     script : str
         Name of the generator, for the headers.
     """
-    folder = args.out_dir
-    (folder / "logs").mkdir(parents=True, exist_ok=True)
     array = render_sbatch(
         batch,
         batch.name,
@@ -255,28 +224,46 @@ def tasks_text(tasks: list[Task]) -> str:
     return "".join(f"{i}\t{task.outputs}\t{task.command}\n" for i, task in enumerate(tasks))
 
 
-def read_tasks(folder: Path) -> list[Task]:
-    """Read tasks.tsv."""
-    try:
-        lines = (folder / "tasks.tsv").read_text().splitlines()
-        return [Task(*line.split("\t")[1:]) for line in lines]
-    except (FileNotFoundError, TypeError):
+def ensemble_command(folder: Path, batch: Batch) -> str:
+    """Return the command that ensembles this folder's scores with those of its sibling."""
+    sibling = read_batch(Path(str(batch.sibling)))
+    pixels, resnet = sorted([batch, sibling], key=lambda b: b.levels != [PIXEL_LEVEL])
+    if pixels.levels != [PIXEL_LEVEL] or resnet.levels == [PIXEL_LEVEL]:
         raise UserError(
-            f"{folder} must be a folder with tasks.tsv, got none that can be read; "
-            f"run create_batch_array_sinbad.py or create_batch_array_sinbad_224.py"
-        ) from None
+            f"--then_ensemble must name the folder of the other generator, got {batch.sibling}; "
+            f"generate {folder} again"
+        )
+    if set(pixels.mvtypes) != set(resnet.mvtypes):
+        raise UserError(
+            f"both folders must hold the same data sets, got {', '.join(batch.mvtypes)} in "
+            f"{folder} and {', '.join(sibling.mvtypes)} in {batch.sibling}; generate one again"
+        )
+    if pixels.reps != list(range(len(pixels.reps))):
+        raise UserError(
+            f"an ensemble must have the raw-pixel repetitions 0, 1, 2 ..., got "
+            f"{' '.join(shorten_numbers(pixels.reps))}; generate that folder with --rep 0-<last>"
+        )
+    words = [sys.executable, ENSEMBLE_PROGRAM, "--mvtype", *resnet.mvtypes]
+    words += ["--pyramid_level", *resnet.levels, "--rep", *shorten_numbers(resnet.reps)]
+    words += ["--version", f"{resnet.results_dir}/{resnet.version}_pyramid_lvl_#"]
+    words += ["--version_224", f"{pixels.results_dir}/{pixels.version}_pyramid_lvl_{PIXEL_LEVEL}"]
+    words += ["--rep_num_224", len(pixels.reps)]
+    words += ["--out", batch.ensemble_out] if batch.ensemble_out else []
+    return shlex.join(map(str, words))
 
 
-def read_batch(folder: Path) -> Batch:
-    """Read batch.json."""
-    try:
-        values = json.loads((folder / "batch.json").read_text())
-        return Batch(**{field.name: values[field.name] for field in fields(Batch)})
-    except (FileNotFoundError, ValueError, KeyError):
-        raise UserError(
-            f"{folder} must be a folder with batch.json, got none that can be read; "
-            f"run the generator again"
-        ) from None
+def write_ensemble(folder: Path, batch: Batch) -> Path:
+    """Write ensemble.sbatch; it leaves ensemble.done when it succeeds."""
+    done = shlex.quote(str(folder / ENSEMBLE_DONE))
+    about = "Ensemble the scores of both folders. Written and submitted by batch_master.sh."
+    body = f"rm -f {done}\n{ensemble_command(folder, batch)} && touch {done}\n"
+    path = folder / f"{ENSEMBLE}.sbatch"
+    name = f"{batch.name}_{ENSEMBLE}"
+    write_atomically(path, render_sbatch(batch, name, f"{ENSEMBLE}_%j.log", about, body))
+    return path
+
+
+# --- generators ------------------------------------------------------------------------------
 
 
 def make_batch(args: argparse.Namespace, name: str, levels: list[int]) -> Batch:
@@ -295,3 +282,36 @@ def make_batch(args: argparse.Namespace, name: str, levels: list[int]) -> Batch:
         sibling=str(args.out_dir.parent / args.then_ensemble) if args.then_ensemble else None,
         ensemble_out=str(args.ensemble_out) if args.ensemble_out else None,
     )
+
+
+def generate(args: argparse.Namespace, name: str, levels: list[int], script: str) -> None:
+    """Write the folder of a generator; refuse while jobs of another list of tasks are alive.
+
+    Parameters
+    ----------
+    args : Namespace
+        All flags of the generator.
+    name : str
+        Slurm's name of the jobs.
+    levels : list of int
+        Pyramid levels, all ResNet levels or only the raw-pixel one.
+    script : str
+        File name of the generator.
+    """
+    tasks, folder = plan_tasks(args, levels), args.out_dir
+    check_finished(args, tasks)
+    folder.mkdir(parents=True, exist_ok=True)
+    with only_one(folder):
+        path = folder / "tasks.tsv"
+        if path.exists() and path.read_text() != tasks_text(tasks):
+            old = look(folder, read_tasks(folder))
+            if old.running or old.alive_jobs:
+                raise UserError(
+                    f"out_dir must not have other tasks running, got {folder} with jobs "
+                    f"{', '.join(old.alive_jobs) or 'of --local'}; wait, scancel them, or write "
+                    f"to another --out_dir"
+                )
+            (folder / "submitted.tsv").unlink(missing_ok=True)
+            say(f"replaced another list of {old.n_tasks} tasks, their results are kept")
+        write_folder(folder, tasks, make_batch(args, name, levels), script)
+    say(f"{len(tasks)} tasks; submit them: sh {shlex.quote(str(folder / 'batch_master.sh'))}")

@@ -20,6 +20,7 @@ from loco_datasets import (
     IM_SIZE,
     LevelSettings,
 )
+from slurm_states import shorten_numbers
 
 # Flags that become a line `#SBATCH --<option>=<value>`, only when set.
 SBATCH_OPTIONS = {
@@ -39,16 +40,23 @@ PROFILE_SECTION = "slurm"
 PROFILE_KEYS = (*SBATCH_OPTIONS, "requeue", "throttle", "max_array_size", "setup")
 
 
+def one_line(text: str) -> str:
+    """Refuse what would break a line of a script (an argparse type)."""
+    if len(text.splitlines()) != 1 or not text.strip():
+        raise argparse.ArgumentTypeError(f"must be one line, got {text!r}")
+    return text.strip()
+
+
+def plain(text: str) -> str:
+    """Refuse what would break a line or a pattern of tasks.tsv (an argparse type)."""
+    if set(text) & set("\t{}"):
+        raise argparse.ArgumentTypeError(f"must be without tabs and {{}}, got {text!r}")
+    return one_line(text)
+
+
 def absolute_path(text: str) -> Path:
     """Make a path absolute (an argparse type)."""
-    return Path(os.path.abspath(os.path.expanduser(one_line(text))))
-
-
-def one_line(text: str) -> str:
-    """Refuse what would break a line or a pattern of a generated file (an argparse type)."""
-    if not text.strip() or set(text) & set("\t\n\r{}"):
-        raise argparse.ArgumentTypeError(f"must be one line without tabs and {{}}, got {text!r}")
-    return text.strip()
+    return Path(os.path.abspath(os.path.expanduser(plain(text))))
 
 
 def weights_source(text: str) -> str:
@@ -56,70 +64,101 @@ def weights_source(text: str) -> str:
     return text if text in ("imagenet", "random") else str(absolute_path(text))
 
 
-# Handed on to the tasks, only when given: the defaults are those of sinbad_single_layer.py.
+# Handed on to the tasks as they are; where there is no default, the task has its own.
 HANDED_ON = {
-    "net": (one_line, "network of torchvision"),
+    "initial_res": (integer_from(8), "side of the matrices in pixels"),
+    "crop_num_edge": (integer_from(1), "stride of the crops = side / this"),
     "n_projections": (integer_from(1), "number of random directions"),
     "n_quantiles": (integer_from(1), "number of thresholds a direction"),
-    "shrinkage_factor": (number_between(0, 1, low_open=True), "of the covariance, share above 0"),
-    "batch_size": (integer_from(1), "crops in one pass of the network"),
+    "shrinkage_factor": (number_between(0, 1, low_open=True), "of the covariance, above 0 to 1"),
+    "seed": (integer_from(0), "of the random directions"),
+    "net": (plain, "a ResNet or ResNeXt of torchvision"),
     "weights": (weights_source, "imagenet, random or a FILE with a state_dict"),
-    "seed": (integer_from(0), "seed of the random directions"),
-    "device": (one_line, "auto, cpu, cuda or cuda:<i>; with cpu no --gres by default"),
-    "precision": (one_line, "fp32, tf32 or bf16"),
+    "batch_size": (integer_from(1), "crops of one forward pass"),
+    "device": (plain, "auto, cpu, cuda or cuda:<i>; with cpu no --gres by default"),
+    "precision": (plain, "fp32, tf32 or bf16"),
+    "num_workers": (integer_from(1), "threads that read pixels"),
 }
 
 
 def add_task_flags(parser: ScriptParser, settings: LevelSettings) -> None:
-    """Add the flags that say what is computed; names and meanings are sinbad_single_layer.py's."""
-    add = parser.add_argument
-    add(
-        "--mvtype",
-        nargs="+",
-        type=one_line,
-        default=["all"],
-        help="data sets, classes or loco, struct, all",
-    )
-    add("--version_name", type=one_line, default=DEFAULT_VERSION, help=f"({DEFAULT_VERSION})")
+    """Add the flags that say what is computed, and how it is split into tasks.
+
+    Parameters
+    ----------
+    parser : ScriptParser
+    settings : LevelSettings
+        The paper's, of the levels that the generator is for: the defaults.
+    """
+    add = parser.add_argument_group("what is computed, see sinbad_single_layer.py").add_argument
+    ratios, reps = settings.crop_ratios, list(range(settings.n_reps))
+    add("--mvtype", nargs="+", type=plain, default=["all"], metavar="NAME",
+        help="data sets, classes or loco, struct, all (default: all)")  # fmt: skip
+    add("--version_name", type=plain, default=DEFAULT_VERSION,
+        help=f"start of the folder names (default: {DEFAULT_VERSION})")  # fmt: skip
     ratio = number_between(0, 1, low_open=True, high_open=True)
-    add("--crop_size_ratio", nargs="+", type=ratio, default=list(settings.crop_ratios),
-        help=f"crop side as share of the image's ({settings.crop_ratios})")  # fmt: skip
-    add("--rep", nargs="+", type=integer_ranges, default=[list(range(settings.n_reps))],
-        help=f"repetitions, like 0-99 (0-{settings.n_reps - 1})")  # fmt: skip
-    add("--reps_per_task", type=integer_from(1), help="repetitions in one task (all)")
-    add("--group", choices=("none", "class"), default="none",
-        help="class: a task does all of a class in one pass, the least GPU time (none: the most "
-        "tasks, one a data set, level and ratio)")  # fmt: skip
-    add("--initial_res", type=integer_from(1), default=IM_SIZE, help=f"pixels ({IM_SIZE})")
-    add("--crop_num_edge", type=integer_from(1), default=CROP_NUM_EDGE, help=f"({CROP_NUM_EDGE})")
+    add("--crop_size_ratio", nargs="+", type=ratio, default=list(ratios), metavar="SHARE",
+        help=f"side of a crop, of the image's (default: {' '.join(map(str, ratios))})")  # fmt: skip
+    add("--rep", nargs="+", type=integer_ranges, default=[reps],
+        help=f"repetitions, as 3 or 0-99 (default: {shorten_numbers(reps)[0]})")  # fmt: skip
     for name, path in (("data_dir", DEFAULT_DATA_DIR), ("results_dir", DEFAULT_RESULTS_DIR)):
-        add(f"--{name}", type=absolute_path, default=str(path), help=f"({path})")
+        add(f"--{name}", type=absolute_path, default=str(path), help=f"(default: {path})")
+    defaults = {
+        "initial_res": IM_SIZE,
+        "crop_num_edge": CROP_NUM_EDGE,
+        "n_projections": settings.n_projections,
+        "n_quantiles": settings.n_quantiles,
+        "shrinkage_factor": settings.shrinkage,
+        "seed": 0,
+    }
     for name, (kind, meaning) in HANDED_ON.items():
-        add(f"--{name}", type=kind, help=f"{meaning} (default of sinbad_single_layer.py)")
-    add("--official", action="store_true", help="the published scripts' two numeric differences")
+        default = f" (default: {defaults[name]})" if name in defaults else ""
+        add(f"--{name}", type=kind, default=defaults.get(name), help=meaning + default)
+    add("--official", action="store_true", help="the authors' numerics")
+    add = parser.add_argument_group("how it is split into tasks").add_argument
+    add("--group", choices=("none", "class"), default="none",
+        help="none: a task is one data set, level and crop ratio, the most tasks at once; class: a "
+        "task is a whole class in one pass, the least GPU time (default: none)")  # fmt: skip
+    add("--reps_per_task", type=integer_from(1), metavar="N",
+        help="repetitions in one task (default: all)")  # fmt: skip
 
 
 def add_slurm_flags(parser: ScriptParser, out_dir: Path, sibling: str) -> None:
-    """Add the flags that say how and where the tasks run; none of them changes a result."""
-    add = parser.add_argument
-    add("--out_dir", type=absolute_path, default=str(out_dir), help=f"folder to write ({out_dir})")
+    """Add the flags that say how and where the tasks run; none of them changes a result.
+
+    Parameters
+    ----------
+    parser : ScriptParser
+    out_dir : Path
+        Default of the folder to write.
+    sibling : str
+        Name of the other generator's folder, beside this one.
+    """
+    add = parser.add_argument_group("the folder").add_argument
+    add("--out_dir", type=absolute_path, default=str(out_dir), help=f"(default: {out_dir})")
     add("--status", action="store_true",
-        help="only print done, running, missing and why; exit 1 if any is missing")  # fmt: skip
-    add("--profile", type=Path, help=f"INI file whose [{PROFILE_SECTION}] section holds any of: "
-        f"{', '.join(PROFILE_KEYS)}; flags win")  # fmt: skip
-    for name, option in SBATCH_OPTIONS.items():
-        default = f" ({DEFAULT_GRES}; none: no such line)" if name == "gres" else ""
-        add(f"--{name}", type=one_line, help=f"#SBATCH --{option}{default}")
-    add("--requeue", action="store_true", help="#SBATCH --requeue: run again after preemption")
-    add("--throttle", type=integer_from(1), help="at most this many tasks at a time")
-    add("--setup", action="append", default=[], metavar="LINE",
-        help="shell line before the command, as module load; may be repeated")  # fmt: skip
-    add("--max_array_size", type=integer_from(2), help="(asked from scontrol when submitting)")
+        help="only print what is done, running, missing; exit 1 if any is missing")  # fmt: skip
     add("--then_ensemble", type=absolute_path, nargs="?", const=Path(sibling), metavar="SIBLING",
-        help="submit calc_anom_ensm.py after this folder's and SIBLING's arrays; SIBLING is the "
-        f"other generator's folder ({sibling}, beside --out_dir)")  # fmt: skip
-    add("--ensemble_out", type=absolute_path,
+        help="let calc_anom_ensm.py follow when the tasks of this and of the other generator's "
+        f"folder are done (default of SIBLING: {sibling} beside --out_dir)")  # fmt: skip
+    add("--ensemble_out", type=absolute_path, metavar="DIR",
         help="folder of the ensemble's tables (default of calc_anom_ensm.py)")  # fmt: skip
+    add = parser.add_argument_group(
+        "how Slurm runs the tasks", "A line #SBATCH is written only for what is set."
+    ).add_argument
+    add("--profile", type=Path, metavar="FILE",
+        help=f"INI file whose section [{PROFILE_SECTION}] holds any of {', '.join(PROFILE_KEYS)}; "
+        "flags win, --setup lines are added")  # fmt: skip
+    for name, option in SBATCH_OPTIONS.items():
+        default = f" (default: {DEFAULT_GRES}; none: no such line)" if name == "gres" else ""
+        add(f"--{name}", type=one_line, metavar="TEXT", help=f"#SBATCH --{option}{default}")
+    add("--requeue", action=argparse.BooleanOptionalAction,
+        help="start a preempted task again (default: the cluster's)")  # fmt: skip
+    add("--throttle", type=integer_from(1), metavar="N", help="at most N tasks at a time")
+    add("--setup", action="append", default=[], metavar="LINE",
+        help="shell line before the command, as 'module load cuda'; may be repeated")  # fmt: skip
+    add("--max_array_size", type=integer_from(2), metavar="N",
+        help="tasks in one array (default: MaxArraySize of scontrol when submitting)")  # fmt: skip
 
 
 def parse_with_profile(parser: ScriptParser, argv: list[str] | None) -> argparse.Namespace:
@@ -176,4 +215,6 @@ def sbatch_lines(args: argparse.Namespace) -> list[str]:
         if values[name] is not None
     ]
     lines += ["#SBATCH --mail-type=END,FAIL"] if args.mail else []
-    return lines + (["#SBATCH --requeue"] if args.requeue else [])
+    if args.requeue is not None:
+        lines.append("#SBATCH --requeue" if args.requeue else "#SBATCH --no-requeue")
+    return lines

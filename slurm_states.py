@@ -1,22 +1,60 @@
-"""What has been submitted of a folder of tasks, and what has become of it.
+"""The folder of an array: its tasks, what was submitted of them, and what has become of it.
 
-A task is done when all of its output files exist, running when squeue shows it (waiting included),
-else missing. Submission, local runs and --status all ask `look`.
+A task is done when all of its output files exist, running when squeue shows it (waiting included)
+or a local run of it holds its log, else missing. Submission, local runs and --status all ask
+`look`. Standard library only: it runs on login nodes.
 """
 
+import contextlib
+import fcntl
+import itertools
+import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
 import time
-from dataclasses import dataclass, field
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-from command_line import UserError
-from slurm_arrays import Task, expand_pattern, read_tasks, shorten_numbers, write_atomically
+from command_line import UserError, say
 
+LOGS = "logs"
 LOCAL_JOB = "local"
 ARRAY, ENSEMBLE = "array", "ensemble"
+ENSEMBLE_DONE = "ensemble.done"
+
+
+@dataclass(frozen=True)
+class Task:
+    """One line of tasks.tsv: its output files as one bash brace pattern, and the command."""
+
+    outputs: str
+    command: str
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What batch_master.sh must know of its folder; kept in batch.json.
+
+    `sibling` is the folder of the other generator, None without --then_ensemble.
+    """
+
+    name: str
+    sbatch_lines: list[str]
+    setup: list[str]
+    throttle: int | None
+    max_array_size: int | None
+    mvtypes: list[str]
+    version: str
+    results_dir: str
+    levels: list[int]
+    reps: list[int]
+    sibling: str | None
+    ensemble_out: str | None
 
 
 @dataclass(frozen=True)
@@ -25,24 +63,28 @@ class Submission:
 
     job_id: str
     kind: str
-    first: int
-    tasks: tuple[int, ...]
+    first: int = 0
+    tasks: tuple[int, ...] = ()
 
-    def log(self, task: int) -> str:
-        """Return the name of a task's log in FOLDER/logs."""
-        if self.job_id == LOCAL_JOB:
-            return f"{LOCAL_JOB}_{task}.log"
+    def log(self, task: int = 0) -> str:
+        """Return the name of a log in FOLDER/logs; a local task's is of its own number."""
+        if self.kind == ENSEMBLE:
+            return f"{ENSEMBLE}_{self.job_id}.log"
         return f"{self.job_id}_{task - self.first}.log"
 
 
 @dataclass
 class Overview:
-    """Which tasks are in which state; `waiting` are those of `running` that have not started."""
+    """Which tasks are in which state.
+
+    `waiting` are those of `running` that have not started, with Slurm's reason; `alive_jobs` are
+    the array indices that squeue shows, by job.
+    """
 
     n_tasks: int
     done: list[int] = field(default_factory=list)
     running: list[int] = field(default_factory=list)
-    waiting: list[int] = field(default_factory=list)
+    waiting: dict[int, str] = field(default_factory=dict)
     missing: list[int] = field(default_factory=list)
     alive_jobs: dict[str, list[int]] = field(default_factory=dict)
 
@@ -53,6 +95,85 @@ class Overview:
             f"{self.n_tasks} tasks: {len(self.done)} done, {len(self.running)} running{waiting}, "
             f"{len(self.missing)} missing"
         )
+
+
+# --- numbers and names -----------------------------------------------------------------------
+
+
+def shorten_numbers(numbers: Iterable[int]) -> list[str]:
+    """Shorten numbers to runs: 0 1 2 3 7 8 -> "0-3", "7-8"; what --rep and sbatch --array take."""
+    runs: list[list[int]] = []
+    for number in sorted(set(numbers)):
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return [str(low) if low == high else f"{low}-{high}" for low, high in runs]
+
+
+def brace_pattern(values: Sequence[object]) -> str:
+    """Write values as bash does: 7 -> "7", 7 14 -> "{7,14}", 0 ... 99 -> "{0..99}"."""
+    if len(values) == 1:
+        return str(values[0])
+    if all(isinstance(v, int) for v in values):
+        (run, *more) = shorten_numbers(values)  # type: ignore[arg-type]
+        if not more:
+            return "{" + run.replace("-", "..") + "}"
+    return "{" + ",".join(map(str, values)) + "}"
+
+
+def expand_pattern(pattern: str) -> list[str]:
+    """Expand a brace pattern as bash does; the inverse of `brace_pattern`."""
+    choices: list[list[str]] = []
+    for i, part in enumerate(re.split(r"\{([^{}]*)\}", pattern)):
+        first, dots, last = part.partition("..")
+        if i % 2 and dots:
+            choices.append([str(n) for n in range(int(first), int(last) + 1)])
+        else:
+            choices.append(part.split(",") if i % 2 else [part])
+    return ["".join(parts) for parts in itertools.product(*choices)]
+
+
+def group_by_value(values: dict[int, str]) -> dict[str, list[int]]:
+    """Return the numbers that have a value, by value."""
+    groups: defaultdict[str, list[int]] = defaultdict(list)
+    for number, value in values.items():
+        groups[value].append(number)
+    return groups
+
+
+# --- files of the folder ---------------------------------------------------------------------
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a text file under a temporary name, then rename it."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text)
+    temporary.replace(path)
+
+
+def read_tasks(folder: Path) -> list[Task]:
+    """Read tasks.tsv."""
+    try:
+        lines = (folder / "tasks.tsv").read_text().splitlines()
+        return [Task(*line.split("\t")[1:]) for line in lines]
+    except (FileNotFoundError, NotADirectoryError, TypeError):
+        raise UserError(
+            f"{folder} must be a folder with tasks.tsv, got none that can be read; write it with "
+            f"create_batch_array_sinbad.py or create_batch_array_sinbad_224.py"
+        ) from None
+
+
+def read_batch(folder: Path) -> Batch:
+    """Read batch.json."""
+    try:
+        values = json.loads((folder / "batch.json").read_text())
+        return Batch(**{one.name: values[one.name] for one in fields(Batch)})
+    except (FileNotFoundError, ValueError, KeyError):
+        raise UserError(
+            f"{folder} must be a folder with batch.json, got none that can be read; "
+            f"run the generator again"
+        ) from None
 
 
 def read_submissions(folder: Path) -> list[Submission]:
@@ -77,80 +198,179 @@ def record_submission(folder: Path, new: Submission) -> None:
     write_atomically(path, (path.read_text() if path.exists() else "") + line + "\n")
 
 
+@contextlib.contextmanager
+def only_one(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock, so that two batch_master.sh do not submit the same tasks."""
+    with (folder / ".lock").open("w") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"{folder} must be driven by one batch_master.sh or generator at a time, got a "
+                f"second; wait for the first"
+            ) from None
+        except OSError:
+            pass  # a file system without locks: the person must not start two
+        yield
+
+
+def is_held(log: Path) -> bool:
+    """Say whether a local task still runs: it holds a lock on its log (see `slurm_jobs`)."""
+    with contextlib.suppress(FileNotFoundError), log.open() as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:
+            pass  # a file system without locks
+    return False
+
+
+# --- Slurm -----------------------------------------------------------------------------------
+
+
 def ask_slurm(command: list[str], folder: Path | None = None) -> str:
     """Run one of Slurm's commands and return what it prints."""
     try:
         result = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     except FileNotFoundError:
         raise UserError(
-            f"{command[0]} must be on the PATH, got none; run this on a login node of a Slurm "
-            f"cluster, or run the tasks here: sh batch_master.sh --local 2"
+            f"Slurm's {command[0]} must be on the PATH, got none; run this on a login node of a "
+            f"cluster, or run the tasks here without Slurm: sh batch_master.sh --local 2"
         ) from None
     if result.returncode:
         raise UserError(
-            f"{command[0]} must succeed, got exit status {result.returncode} from "
-            f"`{shlex.join(command)}`: {result.stderr.strip()}; what was submitted before is kept"
+            f"`{shlex.join(command)}` must succeed, got exit status {result.returncode}: "
+            f"{result.stderr.strip()}; change the generator's flags or the cluster, then run this "
+            f"again, what was submitted is kept"
         )
     return result.stdout
 
 
-def list_jobs() -> dict[tuple[str, str], str]:
-    """Return state by (job id, array index or "N/A") of this user's jobs; none without Slurm."""
-    if shutil.which("squeue") is None:
+def list_jobs() -> dict[tuple[str, str], tuple[str, str]]:
+    """Return (state, reason) of this user's jobs by (job id, array index or "N/A")."""
+    user = f"--user={os.getuid()}"
+    listing = ask_slurm(["squeue", "--noheader", "--array", user, "--format=%F %K %T %r"])
+    rows = (line.split(maxsplit=3) for line in listing.splitlines())
+    return {(job_id, index): (state, reason) for job_id, index, state, reason in rows}
+
+
+def list_jobs_of(submissions: list[Submission]) -> dict[tuple[str, str], tuple[str, str]]:
+    """Return `list_jobs`; nothing where nothing was submitted, or Slurm is not to be asked."""
+    if all(submission.job_id == LOCAL_JOB for submission in submissions):
         return {}
-    uid = str(os.getuid())
-    listing = ask_slurm(["squeue", "--noheader", "--array", f"--user={uid}", "--format=%F %K %T"])
-    rows = (line.split() for line in listing.splitlines())
-    return {(job_id, index): state for job_id, index, state in rows}
+    if shutil.which("squeue") is None:
+        say("note: squeue is not on the PATH, what was submitted to Slurm counts as not running")
+        return {}
+    return list_jobs()
+
+
+# --- states ----------------------------------------------------------------------------------
 
 
 def look(folder: Path, tasks: list[Task]) -> Overview:
     """Find out the state of every task; used by submission, local runs and --status alike."""
-    submissions = [s for s in read_submissions(folder) if s.job_id != LOCAL_JOB]
-    jobs = list_jobs() if submissions else {}
-    alive: dict[int, str] = {}
+    submissions = [one for one in read_submissions(folder) if one.kind == ARRAY]
+    jobs = list_jobs_of(submissions)
     overview = Overview(len(tasks))
+    alive: dict[int, tuple[str, str]] = {}
     for submission in submissions:
         for task in submission.tasks:
             index = task - submission.first
-            state = jobs.get((submission.job_id, str(index)))
-            if state is not None:
-                alive[task] = state
+            job = jobs.get((submission.job_id, str(index)))
+            if job is not None:
+                alive[task] = job
                 overview.alive_jobs.setdefault(submission.job_id, []).append(index)
+            elif submission.job_id == LOCAL_JOB and is_held(folder / LOGS / submission.log(task)):
+                alive[task] = ("RUNNING", "")
     for i, task in enumerate(tasks):
         if all(map(os.path.exists, expand_pattern(task.outputs))):
             overview.done.append(i)
         elif i in alive:
             overview.running.append(i)
-            if alive[i] == "PENDING":
-                overview.waiting.append(i)
+            state, reason = alive[i]
+            if state == "PENDING":
+                overview.waiting[i] = reason
         else:
             overview.missing.append(i)
     return overview
 
 
-def failure_reason(folder: Path, task: int, submissions: list[Submission]) -> str | None:
-    """Return the last log line of a task's last run; None if it was never submitted."""
-    runs = [s for s in submissions if s.kind == ARRAY and task in s.tasks]
+def last_words(log: Path) -> str:
+    """Return the last line of a log."""
+    if not log.exists():
+        return "ended before it started"
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    return lines[-1].strip() if lines else "ended without a word"
+
+
+def last_log(folder: Path, task: int, submissions: list[Submission]) -> Path | None:
+    """Return the log of a missing task's last run; None if it never ran."""
+    runs = [one for one in submissions if one.kind == ARRAY and task in one.tasks]
     if not runs:
         return None
-    path = folder / "logs" / runs[-1].log(task)
-    if not path.exists():
-        return f"ended before it started: no log {path}"
-    lines = [line for line in path.read_text(errors="replace").splitlines() if line.strip()]
-    return f"{lines[-1].strip() if lines else 'ended without a word'} ({path})"
+    log = folder / LOGS / runs[-1].log(task)
+    if runs[-1].job_id == LOCAL_JOB and not log.exists():
+        return None  # its turn has not come, or the local run was ended before
+    return log
+
+
+def alive_ensembles(folders: list[Path]) -> dict[str, str]:
+    """Return the state of the ensembles of these folders that wait or run, by job id."""
+    submissions = [one for folder in folders for one in read_submissions(folder)]
+    ensembles = [one for one in submissions if one.kind == ENSEMBLE]
+    jobs = list_jobs_of(ensembles)
+    keys = {one.job_id: (one.job_id, "N/A") for one in ensembles}
+    return {job_id: jobs[key][0] for job_id, key in keys.items() if key in jobs}
+
+
+def ensemble_is_done(folders: list[Path]) -> bool:
+    """Say whether an ensemble has succeeded since the folders were generated."""
+    generated = [folder / "batch.json" for folder in folders]
+    if not all(path.exists() for path in generated):
+        return False
+    newest = max(path.stat().st_mtime for path in generated)
+    done = [folder / ENSEMBLE_DONE for folder in folders]
+    return any(path.exists() and path.stat().st_mtime >= newest for path in done)
+
+
+def ensemble_state(folders: list[Path]) -> tuple[str, bool]:
+    """Return what has become of the ensemble of two folders, and whether it failed."""
+    if ensemble_is_done(folders):
+        return "done", False
+    alive = alive_ensembles(folders)
+    if alive:
+        return ", ".join(f"{state.lower()}, job {job}" for job, state in alive.items()), False
+    for folder in folders:
+        for submission in reversed(read_submissions(folder)):
+            if submission.kind == ENSEMBLE:
+                log = folder / LOGS / submission.log()
+                return f"failed: {last_words(log)} ({log})", True
+    return "not submitted", False
+
+
+def name_tasks(numbers: list[int]) -> str:
+    """Write numbers of tasks as "task 3" or "tasks 0-2,5"."""
+    return f"task{'s' if len(numbers) > 1 else ''} {','.join(shorten_numbers(numbers))}"
 
 
 def print_status(folder: Path) -> int:
     """Print the table of done, running, missing with reasons; return 1 if any is missing."""
-    tasks = read_tasks(folder)
+    tasks, sibling = read_tasks(folder), read_batch(folder).sibling
     overview, submissions = look(folder, tasks), read_submissions(folder)
     print(f"{'state':<10}{'tasks':>6}  which")
     for state in ("done", "running", "missing"):
         numbers = getattr(overview, state)
         print(f"{state:<10}{len(numbers):>6}  {','.join(shorten_numbers(numbers))}".rstrip())
-    for task in overview.missing:
-        reason = failure_reason(folder, task, submissions)
-        if reason is not None:
-            print(f"task {task} failed: {reason}")
-    return int(bool(overview.missing))
+    for reason, numbers in group_by_value(overview.waiting).items():
+        print(f"{name_tasks(numbers)} of the running waiting: {reason}")
+    logs = {task: last_log(folder, task, submissions) for task in overview.missing}
+    failures = {task: last_words(log) for task, log in logs.items() if log is not None}
+    for words, numbers in group_by_value(failures).items():
+        print(f"{name_tasks(numbers)} failed: {words} ({logs[numbers[0]]})")
+    if not submissions:
+        say(f"nothing was submitted yet: sh {shlex.quote(str(folder / 'batch_master.sh'))}")
+    state, failed = ensemble_state([folder, Path(sibling)]) if sibling else ("", False)
+    if state:
+        print(f"ensemble  {state}")
+    return int(failed or bool(overview.missing))

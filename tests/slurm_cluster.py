@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 DAEMONS = ("munged", "slurmctld", "slurmd")
-SECONDS_TO_START = 20.0
+SECONDS_TO_START = 60.0
 SECONDS_TO_END = 10.0
 
 SLURM_CONF = """\

@@ -1,0 +1,188 @@
+"""The array generators on a real one-node Slurm; skipped, with the reason, where there is none."""
+
+import os
+import re
+import shlex
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from slurm_cluster import SlurmMissingError, end_jobs, job_listing, running_cluster, wait_until
+from slurm_stub import (
+    batch_master,
+    expected_results,
+    kill_task,
+    process_of,
+    stub_batch,
+    stub_results,
+)
+
+import calc_anom_ensm
+import create_batch_array_sinbad as resnet
+import create_batch_array_sinbad_224 as pixels
+import sinbad_single_layer
+from slurm_states import ask_slurm, look, read_submissions, read_tasks
+
+SECONDS_TO_START = 60.0
+SECONDS_TO_FINISH = 300.0
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    """Give a running one-node Slurm, or skip and say why."""
+    with tempfile.TemporaryDirectory(prefix="slurm", dir="/tmp") as folder:
+        daemons = running_cluster(Path(folder))
+        try:
+            daemons.__enter__()
+        except SlurmMissingError as error:
+            pytest.skip(str(error))
+        try:
+            yield
+        finally:
+            daemons.__exit__(None, None, None)
+
+
+@pytest.fixture
+def slurm(cluster: None) -> Iterator[None]:
+    """Give the running Slurm to one test and cancel what it leaves."""
+    yield
+    end_jobs()
+
+
+def is_quiet() -> bool:
+    """Say whether Slurm has no jobs left."""
+    return not job_listing()
+
+
+def set_node(state: str) -> None:
+    """Set the state of the only node."""
+    node = ask_slurm(["sinfo", "--noheader", "--format=%n"]).strip()
+    ask_slurm(["scontrol", "update", f"nodename={node}", f"state={state}", "reason=test"])
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    """Return the bytes of all files below a folder, by relative path."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {path.relative_to(folder): path.read_bytes() for path in files}
+
+
+def test_2500_tasks_are_split_and_submitted_once(slurm: None, tmp_path: Path) -> None:
+    folder = stub_batch(tmp_path, 2500, 0)
+    set_node("drain")
+    try:
+        jobs = batch_master(folder).stdout.split()
+        rows = [line.split() for line in job_listing().splitlines()]
+        arrays = [sorted(int(index) for job, index, _ in rows if job == one) for one in jobs]
+        assert arrays == [list(range(1001)), list(range(1001)), list(range(498))]
+        again = batch_master(folder)
+        assert again.stdout == ""
+        assert "2500 tasks: 0 done, 2500 running (2500 of them waiting), 0 missing" in again.stderr
+        ask_slurm(["scancel", f"{jobs[1]}_[4-6,8]"])
+        assert "submitted --array=4-6,8 (tasks from 1001)" in batch_master(folder).stderr
+    finally:
+        ask_slurm(["scancel", f"--user={os.getuid()}"])
+        set_node("resume")
+    wait_until(is_quiet, SECONDS_TO_FINISH, "the cancelled jobs")
+
+
+def test_lines_of_later_arrays_are_counted_on(slurm: None, tmp_path: Path) -> None:
+    folder = stub_batch(tmp_path, 3, 0, "--max_array_size", "2", "--throttle", "1")
+    assert len(batch_master(folder).stdout.split()) == 2
+    wait_until(is_quiet, SECONDS_TO_FINISH, "three tasks")
+    assert batch_master(folder, "--status").returncode == 0
+    assert stub_results(folder) == expected_results(3)
+
+
+def test_a_node_that_goes_down_loses_nothing(slurm: None, tmp_path: Path) -> None:
+    folder = stub_batch(tmp_path, 3, 1, "--requeue")
+    batch_master(folder)
+    wait_until(lambda: all(process_of(t, folder) for t in (0, 1)), SECONDS_TO_START, "two tasks")
+    set_node("down")
+    wait_until(lambda: not any(process_of(t, folder) for t in (0, 1)), SECONDS_TO_START, "an end")
+    assert len(look(folder, read_tasks(folder)).running) == 3
+    set_node("resume")
+    # Slurm holds requeued jobs back for two minutes; a person would wait.
+    for job in {line.split()[0] for line in job_listing().splitlines()}:
+        ask_slurm(["scontrol", "update", f"jobid={job}", "starttime=now"])
+    wait_until(is_quiet, SECONDS_TO_FINISH, "three tasks")
+    assert batch_master(folder, "--status").returncode == 0
+    assert stub_results(folder) == expected_results(3)
+    assert len(read_submissions(folder)) == 1
+
+
+def generate_both(root: Path, data_dir: Path) -> list[list[str]]:
+    """Generate both folders, the ensemble after them; return the flags that fix the scores."""
+    common = ["--data_dir", str(data_dir), "--mvtype", "pushpins_loco", "--initial_res", "64"]
+    # Threads are recorded once a process and batch size, so take one of our own.
+    common += ["--n_projections", "8", "--batch_size", "3", "--device", "cpu"]
+    levels = [*common, "--net", "resnet18", "--weights", "random", "--crop_size_ratio", ".99"]
+    raw = [*common, "--rep", "0-1", "--crop_size_ratio", ".999"]
+    site = ["--setup", "export OMP_NUM_THREADS=1", "--requeue", "--results_dir", str(root / "r")]
+    site += ["--then_ensemble", "--ensemble_out", str(root / "ensemble")]
+    resnet.main(["--out_dir", str(root / "sbatches"), *levels, *site])
+    pixels.main(["--out_dir", str(root / "sbatches_224"), *raw, *site])
+    return [[*levels, "--pyramid_level", "7", "14"], [*raw, "--pyramid_level", "224"]]
+
+
+def run_in_one_process(flags: list[list[str]], results_dir: Path) -> dict[Path, bytes]:
+    """Compute what the arrays compute, all of it in this process; the threads are the tasks'."""
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for levels in flags:
+            sinbad_single_layer.main([*levels, "--results_dir", str(results_dir)])
+    finally:
+        torch.set_num_threads(n_threads)
+    return contents(results_dir)
+
+
+def test_killed_tasks_are_redone_and_all_bytes_equal_one_process(
+    slurm: None, tmp_path: Path, data_dir: Path
+) -> None:
+    root = tmp_path / "it's mine"
+    first, second = root / "sbatches", root / "sbatches_224"
+    flags = generate_both(root, data_dir)
+
+    submitted = batch_master(first)
+    assert "ensemble not submitted: 1 tasks of" in submitted.stderr
+    (job,) = submitted.stdout.split()
+    job_224, ensemble = batch_master(second).stdout.split()
+    dependency = ask_slurm(["scontrol", "show", "job", ensemble])
+    assert f"afterok:{job}_*" in dependency
+    assert f"afterok:{job_224}_*" in dependency
+    again = batch_master(first)
+    assert again.stdout == ""
+    assert f"ensemble submitted before, as job {ensemble}" in again.stderr
+
+    wait_until(lambda: all(process_of(t, first) for t in (0, 1)), SECONDS_TO_START, "two tasks")
+    ask_slurm(["scancel", f"{job}_0"])
+    kill_task(1, first)
+    wait_until(lambda: job not in job_listing().split(), SECONDS_TO_FINISH, "their end")
+    status = batch_master(first, "--status").stdout
+    assert "missing        2  0-1" in status
+    assert re.search(r"task 0 failed: .*CANCELLED", status)
+    assert re.search("task 1 failed: .*Killed", status)
+
+    again = batch_master(first)
+    assert "2 tasks: 0 done, 0 running, 2 missing" in again.stderr
+    assert "submitted --array=0-1 " in again.stderr
+    assert len(again.stdout.split()) == 2  # the array and another ensemble
+    assert batch_master(second).stdout == ""
+    undisturbed = run_in_one_process(flags, root / "undisturbed")
+    wait_until(is_quiet, SECONDS_TO_FINISH, "all tasks and the ensemble")
+    assert contents(root / "r") == undisturbed
+    for folder in (first, second):
+        status = batch_master(folder, "--status")
+        assert status.returncode == 0, status.stdout
+        assert "ensemble  done" in status.stdout
+        assert "ensemble already done" in batch_master(folder).stderr
+
+    after_slurm = contents(root / "ensemble")
+    script = (first / "ensemble.sbatch").read_text()
+    words = shlex.split(script.splitlines()[-1])
+    shutil.rmtree(root / "ensemble")
+    calc_anom_ensm.main(words[2 : words.index("&&")])
+    assert contents(root / "ensemble") == after_slurm

@@ -55,7 +55,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="ResNet levels; none for raw pixels alone",
     )
     parser.add_argument(
-        "--rep", type=integer_ranges, nargs="+", default=[[0]], help="0, or 0-4: mean and std"
+        "--rep",
+        type=integer_ranges,
+        nargs="+",
+        default=[[0]],
+        help="of the ResNet levels; several, as 0-4, give mean and std (default: 0)",
     )
     parser.add_argument(
         "--rep_num_224",

@@ -23,13 +23,25 @@ class UserError(Exception):
     """An error of the user's input: shown as one line, `error: <what> must be <rule>, got ...`."""
 
 
+class _DefaultsShown(argparse.RawDescriptionHelpFormatter):
+    """Adds the default to the help of every flag that has one, unless the text names it."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text, default = action.help or "", action.default
+        shown = default is not None and default is not False and default is not argparse.SUPPRESS
+        if not shown or "default" in text:
+            return text
+        values = default if isinstance(default, list) else [default]
+        return f"{text} (default: {' '.join(map(str, values))})".strip()
+
+
 class ScriptParser(argparse.ArgumentParser):
     """Parser whose help is the script's docstring and whose errors are one line."""
 
     def __init__(self, description: str | None) -> None:
         super().__init__(
             description=description,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
+            formatter_class=_DefaultsShown,
             allow_abbrev=False,
         )
         self.add_argument("--debug", action="store_true", help="show the traceback of an error")

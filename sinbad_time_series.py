@@ -229,7 +229,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = ScriptParser(__doc__)
     parser.add_argument(
         "--dataset_dir", type=Path, default=Path("../dataset_uea"),
-        help="folder with a folder for each data set (../dataset_uea)",
+        help="folder with a folder for each data set",
     )  # fmt: skip
     parser.add_argument(
         "--dataset", nargs="+", required=True, metavar="NAME",
@@ -237,23 +237,23 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument(
         "--format", choices=["auto", *FORMATS], default="auto",
-        help="files to read; auto: .ts where both are there (auto)",
+        help="files to read; auto: .ts where both are there",
     )  # fmt: skip
     parser.add_argument(
         "--seeds", nargs="+", type=integer_ranges, default=[[0]],
-        help="seeds of the random directions, numbers or ranges like 0-9 (0)",
+        help="seeds of the random directions, numbers or ranges like 0-9 (default: 0)",
     )  # fmt: skip
     parser.add_argument(
-        "--n_projections", type=integer_from(1), default=100, help="random directions (100)"
+        "--n_projections", type=integer_from(1), default=100, help="random directions"
     )
     parser.add_argument(
-        "--n_quantiles", type=integer_from(1), default=20, help="thresholds a direction (20)"
+        "--n_quantiles", type=integer_from(1), default=20, help="thresholds a direction"
     )
     parser.add_argument(
         "--out", type=Path, default=Path("../sinbad_runs/time_series"),
-        help="folder of the results (../sinbad_runs/time_series)",
+        help="folder of the results",
     )  # fmt: skip
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:<i> (auto)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:<i>")
     return parser.parse_args(argv)
 
 

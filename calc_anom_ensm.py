@@ -67,7 +67,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         default=PIXEL_SETTINGS.n_reps,
         help="raw-pixel repetitions; 0 leaves the level out",
     )
-    parser.add_argument("--lambda_factor", type=number_between(0, 1e6), default=LAMBDA_FACTOR)
+    parser.add_argument(
+        "--lambda_factor",
+        type=number_between(0, 1e6),
+        default=LAMBDA_FACTOR,
+        help="weight of level 224",
+    )
     parser.add_argument("--out", type=Path, help="default: `ensemble` beside the scores' folders")
     add_report_flags(parser)
     return parser.parse_args(argv)

@@ -52,13 +52,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--mvtype", nargs="+", help="data sets, classes, loco, struct or all; default: all found"
     )
-    parser.add_argument("--seeds", type=integer_from(0), nargs="+", default=[0])
+    parser.add_argument(
+        "--seeds", type=integer_from(0), nargs="+", default=[0], help="several give mean and std"
+    )
     parser.add_argument(
         "--pyramid_level",
         type=int,
         nargs="+",
         choices=LEVELS,
         default=[*PAPER_RESNET_LEVELS, PIXEL_LEVEL],
+        help="7, 14, 28, 56: ResNet stages; 224: raw pixels",
     )
     parser.add_argument(
         "--rep_num_224",
@@ -66,7 +69,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         default=PIXEL_SETTINGS.n_reps,
         help="raw-pixel repetitions",
     )
-    parser.add_argument("--lambda_factor", type=number_between(0, 1e6), default=LAMBDA_FACTOR)
+    parser.add_argument(
+        "--lambda_factor",
+        type=number_between(0, 1e6),
+        default=LAMBDA_FACTOR,
+        help="weight of level 224",
+    )
     parser.add_argument(
         "--device",
         nargs="+",

@@ -94,7 +94,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--mvtype", nargs="+", required=True, help="data sets, classes, loco, struct or all"
     )
-    parser.add_argument("--pyramid_level", type=int, nargs="+", choices=LEVELS, default=[7])
+    parser.add_argument(
+        "--pyramid_level",
+        type=int,
+        nargs="+",
+        choices=LEVELS,
+        default=[7],
+        help="7, 14, 28, 56: ResNet stages, by the side of their feature map; 224: raw pixels",
+    )
     parser.add_argument(
         "--crop_size_ratio",
         type=number_between(0, 1, low_open=True, high_open=True),
@@ -105,7 +112,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--n_projections", type=integer_from(1), help="directions; default 1000, level 224: 10"
     )
-    parser.add_argument("--n_quantiles", type=integer_from(1), default=RESNET_SETTINGS.n_quantiles)
+    parser.add_argument(
+        "--n_quantiles",
+        type=integer_from(1),
+        default=RESNET_SETTINGS.n_quantiles,
+        help="thresholds of a direction",
+    )
     parser.add_argument(
         "--shrinkage_factor",
         type=number_between(0, 1, low_open=True),

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from command_line import UserError, say
-from loco_datasets import PIXEL_LEVEL, expand_mvtypes, split_mvtype
+from loco_datasets import KINDS, LOCO_CLASSES, PIXEL_LEVEL, expand_mvtypes, split_mvtype
 from result_files import LevelScores, Run, read_scores
 from sinbad_utils import Scores, ensemble_scores, grid_scores, level_scores, normalise_scores
 
@@ -93,25 +93,20 @@ def find_mvtypes(options: EnsembleOptions, names: list[str]) -> list[str]:
     UserError
         If a data set named by itself, or every data set of the groups, has no scores.
     """
-    level = options.levels[0] if options.levels else PIXEL_LEVEL
-    present = sorted(p.name for p in options.folder(level, 0, "x").parent.glob("*_*") if p.is_dir())
-    classes = list(dict.fromkeys(split_mvtype(name)[0] for name in present))
-    if "all" in names or "loco" in names or "struct" in names:
-        wanted = expand_mvtypes(names)
-        own = expand_mvtypes([n for n in names if n in ("all", "loco", "struct")], classes)
-        wanted += [name for name in own if name not in wanted]
-    else:
-        wanted = expand_mvtypes(names, classes)
-    groups = {"all", "loco", "struct", *classes}
+    level, rep = (options.levels[0], options.rep) if options.levels else (PIXEL_LEVEL, 0)
+    root = options.folder(level, rep, "")
+    endings = tuple(f"_{kind}" for kind in KINDS)
+    present = sorted(path.name for path in root.glob("*_*") if path.name.endswith(endings))
+    known = dict.fromkeys([*LOCO_CLASSES, *(split_mvtype(name)[0] for name in present)])
+    wanted = expand_mvtypes(names, list(known))
     chosen = [name for name in wanted if name in present or name in names]
     missing = [name for name in wanted if name not in chosen]
     if not chosen:
         raise UserError(
-            f"version must hold scores of {', '.join(wanted)}, got none in "
-            f"{options.folder(level, 0, 'x').parent}; run sinbad_single_layer.py first, or pass "
-            "--version"
+            f"version must hold scores of {', '.join(wanted)}, got none in {root}; run "
+            "sinbad_single_layer.py first, or pass --version and the --pyramid_level there are"
         )
-    if missing and groups & set(names):
+    if missing:
         say(f"note: no scores of {', '.join(missing)}")
     return chosen
 

@@ -173,10 +173,11 @@ def cumulative_histogram(values: Tensor, low: Tensor, high: Tensor, n_bins: int)
 class Whitening:
     """The inverse of a shrunk covariance, kept exact in the span of its training descriptors.
 
-    With centred training descriptors Y (n, p), Gram matrix G = Y Y' = U diag(l) U', mean variance
+    With centred training descriptors Y (n, p), Gram matrix G = Y Y', mean variance
     m = trace(G) / (n p), shrinkage s and c = n s m / (1 - s), Woodbury's identity gives
-    C^-1 = 1/(s m) (I - Y' U diag(1/(c + l)) U' Y). Nothing of size p x p is formed, and no small
-    eigenvalue is divided by. The squared matrix C^-2 (the authors' code) is of the same form.
+    C^-1 = 1/(s m) (I - Y' A Y) with A = (c I + G)^-1 = L'^-1 L^-1, L the Cholesky factor. The
+    squared matrix C^-2 (the authors' code) has A + c A A in place of A, 1/(s m)^2 in front.
+    Nothing of size p x p is formed.
 
     Attributes
     ----------
@@ -185,7 +186,7 @@ class Whitening:
         Y.
     scale : float
         1/(s m), its square for C^-2; 1 where the training descriptors do not vary at all.
-    in_span : (n, n), float64
+    in_span : (n, n), for C^-2 (2 n, n), float64
         Maps Y (x - mean) to coordinates whose squared length is what the span takes away.
     """
 
@@ -245,13 +246,13 @@ def fit_whitening(train_descriptors: Tensor, shrinkage: float, squared: bool = F
         return Whitening(mean, centred, scale**2 if squared else scale, nothing)
     scale = 1.0 / (shrinkage * mean_variance)
     ridge = n_train * shrinkage * mean_variance / (1.0 - shrinkage)  # c
-    eigenvalues, eigenvectors = torch.linalg.eigh(gram)
-    eigenvalues = eigenvalues.clamp(min=0.0)
-    taken = 1.0 / (ridge + eigenvalues)
-    if squared:  # (I - Y'aY)^2 = I - Y'(2a - a l a)Y with a = 1/(c + l)
-        taken = taken * (2.0 - eigenvalues * taken)
+    identity = torch.eye(n_train, dtype=torch.float64, device=gram.device)
+    factor = torch.linalg.cholesky(gram + ridge * identity)
+    in_span = torch.linalg.solve_triangular(factor, identity, upper=False)
+    if squared:  # (I - Y'AY)^2 = I - Y'(2A - AGA)Y, and AG = I - cA
+        in_span = torch.cat([in_span, math.sqrt(ridge) * in_span.T @ in_span])
         scale = scale**2
-    return Whitening(mean, centred, scale, taken.sqrt()[:, None] * eigenvectors.T)
+    return Whitening(mean, centred, scale, in_span)
 
 
 def nearest_distances(whitening: Whitening, queries: Tensor, train_descriptors: Tensor) -> Scores:

@@ -175,14 +175,17 @@ def read_profile(path: Path) -> dict[str, Any]:
     """Read the [slurm] section of an INI file: flags by name; setup may take many lines."""
     parser = configparser.ConfigParser(interpolation=None)
     try:
-        parser.read_string(path.read_text())
-        section = parser[PROFILE_SECTION]
-    except FileNotFoundError:
-        raise UserError(f"--profile must be an INI file, got {path}; no such file") from None
-    except (configparser.Error, KeyError, UnicodeDecodeError) as error:
+        parser.read_string(path.read_text(), str(path))
+    except OSError as error:
+        raise UserError(f"--profile must be a file, got {path}: {error.strerror}") from None
+    except (configparser.Error, UnicodeDecodeError) as error:
+        raise UserError(f"--profile must be an INI file, got another: {error}") from None
+    if PROFILE_SECTION not in parser:
         raise UserError(
-            f"--profile must be an INI file with a section [{PROFILE_SECTION}], got {path}; {error}"
-        ) from None
+            f"{path} must have a section [{PROFILE_SECTION}], got {parser.sections() or 'none'}; "
+            f"write that line above the keys"
+        )
+    section = parser[PROFILE_SECTION]
     unknown = set(section) - set(PROFILE_KEYS)
     if unknown:
         raise UserError(

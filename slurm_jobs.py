@@ -33,7 +33,7 @@ from slurm_states import (
     Submission,
     alive_ensembles,
     ask_slurm,
-    ensemble_is_done,
+    find_ensemble_done,
     last_words,
     look,
     name_tasks,
@@ -68,7 +68,8 @@ def sbatch(
     folder: Path, words: list[str], kind: str, first: int = 0, tasks: tuple[int, ...] = ()
 ) -> str:
     """Submit from the folder, whose logs/ Slurm writes to; record, print, return the job id."""
-    job_id = ask_slurm(["sbatch", "--parsable", *words], folder).split(";")[0].strip()
+    cure = "change the generator's flags or --profile, what was submitted before is kept"
+    job_id = ask_slurm(["sbatch", "--parsable", *words], folder, cure).split(";")[0].strip()
     record_submission(folder, Submission(job_id, kind, first, tasks))
     print(job_id, flush=True)
     return job_id
@@ -105,6 +106,12 @@ def submit(folder: Path, batch: Batch, overview: Overview) -> int:
 
 
 # --- ensemble --------------------------------------------------------------------------------
+
+
+def forget_ensemble(folders: list[Path]) -> None:
+    """Remove what says that the ensemble of two folders is done."""
+    for folder in folders:
+        (folder / ENSEMBLE_DONE).unlink(missing_ok=True)
 
 
 def look_at_both(folder: Path, sibling: Path) -> dict[Path, Overview] | None:
@@ -144,12 +151,13 @@ def submit_ensemble(folder: Path, sibling: Path, batch: Batch, replace: bool) ->
         if overview.missing:
             say(
                 f"ensemble not submitted: {len(overview.missing)} tasks of {path} are neither "
-                f"done nor submitted; sh {shlex.quote(str(path / 'batch_master.sh'))}"
+                f"done nor submitted; next: sh {shlex.quote(str(path / 'batch_master.sh'))}"
             )
             return
     after = [name for path, overview in overviews.items() for name in waiting_for(path, overview)]
-    if not after and ensemble_is_done(list(overviews)):
-        say(f"ensemble already done; to have it again, remove {ENSEMBLE_DONE}")
+    done = find_ensemble_done(list(overviews))
+    if done and not after:
+        say(f"ensemble already done; to have it again, remove {done}")
         return
     alive = alive_ensembles(list(overviews))
     if alive and not replace:
@@ -158,8 +166,7 @@ def submit_ensemble(folder: Path, sibling: Path, batch: Batch, replace: bool) ->
     for job_id in alive:
         ask_slurm(["scancel", job_id])
     script = write_ensemble(folder, batch)
-    for path in overviews:
-        (path / ENSEMBLE_DONE).unlink(missing_ok=True)
+    forget_ensemble(list(overviews))
     flags = [f"--dependency=afterok:{':'.join(after)}", "--kill-on-invalid-dep=yes"]
     job_id = sbatch(folder, [*(flags if after else []), script.name], ENSEMBLE)
     say(f"submitted the ensemble as job {job_id}, after {', '.join(after) or 'nothing'}")
@@ -239,8 +246,9 @@ def run_ensemble(folder: Path, sibling: Path, batch: Batch) -> int:
         if len(overview.done) < overview.n_tasks:
             say(f"ensemble not run: {path} has {overview.line()}")
             return 0
-    if ensemble_is_done(list(overviews)):
-        say(f"ensemble already done; to have it again, remove {ENSEMBLE_DONE}")
+    done = find_ensemble_done(list(overviews))
+    if done:
+        say(f"ensemble already done; to have it again, remove {done}")
         return 0
     job = Submission(LOCAL_JOB, ENSEMBLE)
     record_submission(folder, job)
@@ -277,6 +285,8 @@ def main(argv: list[str] | None = None) -> int:
         overview = look(folder, tasks)
         say(f"{overview.line()}; folder {folder}")
         (folder / LOGS).mkdir(exist_ok=True)
+        if overview.missing and batch.sibling is not None:
+            forget_ensemble([folder, Path(batch.sibling)])
         if args.local is None:
             return submit(folder, batch, overview)
         return run_locally(folder, batch, overview, args.local)

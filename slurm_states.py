@@ -14,6 +14,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import textwrap
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -26,6 +27,8 @@ LOGS = "logs"
 LOCAL_JOB = "local"
 ARRAY, ENSEMBLE = "array", "ensemble"
 ENSEMBLE_DONE = "ensemble.done"
+TRY_AGAIN = "try again when Slurm answers, or remove submitted.tsv if it never will"
+WIDTH_OF_REASON = 200  # characters of a log's last line
 
 
 @dataclass(frozen=True)
@@ -229,7 +232,7 @@ def is_held(log: Path) -> bool:
 # --- Slurm -----------------------------------------------------------------------------------
 
 
-def ask_slurm(command: list[str], folder: Path | None = None) -> str:
+def ask_slurm(command: list[str], folder: Path | None = None, cure: str = TRY_AGAIN) -> str:
     """Run one of Slurm's commands and return what it prints."""
     try:
         result = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
@@ -241,8 +244,7 @@ def ask_slurm(command: list[str], folder: Path | None = None) -> str:
     if result.returncode:
         raise UserError(
             f"`{shlex.join(command)}` must succeed, got exit status {result.returncode}: "
-            f"{result.stderr.strip()}; change the generator's flags or the cluster, then run this "
-            f"again, what was submitted is kept"
+            f"{result.stderr.strip()}; {cure}"
         )
     return result.stdout
 
@@ -297,11 +299,13 @@ def look(folder: Path, tasks: list[Task]) -> Overview:
 
 
 def last_words(log: Path) -> str:
-    """Return the last line of a log."""
+    """Return the last line of a log, or its beginning."""
     if not log.exists():
-        return "ended before it started"
+        return "ended without a log"
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    return lines[-1].strip() if lines else "ended without a word"
+    if not lines:
+        return "ended without a word"
+    return textwrap.shorten(lines[-1], WIDTH_OF_REASON, placeholder=" ...")
 
 
 def last_log(folder: Path, task: int, submissions: list[Submission]) -> Path | None:
@@ -324,19 +328,19 @@ def alive_ensembles(folders: list[Path]) -> dict[str, str]:
     return {job_id: jobs[key][0] for job_id, key in keys.items() if key in jobs}
 
 
-def ensemble_is_done(folders: list[Path]) -> bool:
-    """Say whether an ensemble has succeeded since the folders were generated."""
+def find_ensemble_done(folders: list[Path]) -> Path | None:
+    """Return what an ensemble left that has succeeded since the folders were generated."""
     generated = [folder / "batch.json" for folder in folders]
     if not all(path.exists() for path in generated):
-        return False
+        return None
     newest = max(path.stat().st_mtime for path in generated)
-    done = [folder / ENSEMBLE_DONE for folder in folders]
-    return any(path.exists() and path.stat().st_mtime >= newest for path in done)
+    found = [path for folder in folders if (path := folder / ENSEMBLE_DONE).exists()]
+    return next((path for path in found if path.stat().st_mtime >= newest), None)
 
 
 def ensemble_state(folders: list[Path]) -> tuple[str, bool]:
     """Return what has become of the ensemble of two folders, and whether it failed."""
-    if ensemble_is_done(folders):
+    if find_ensemble_done(folders):
         return "done", False
     alive = alive_ensembles(folders)
     if alive:
@@ -368,8 +372,8 @@ def print_status(folder: Path) -> int:
     failures = {task: last_words(log) for task, log in logs.items() if log is not None}
     for words, numbers in group_by_value(failures).items():
         print(f"{name_tasks(numbers)} failed: {words} ({logs[numbers[0]]})")
-    if not submissions:
-        say(f"nothing was submitted yet: sh {shlex.quote(str(folder / 'batch_master.sh'))}")
+    if overview.missing and not submissions:
+        say(f"nothing was submitted yet; next: sh {shlex.quote(str(folder / 'batch_master.sh'))}")
     state, failed = ensemble_state([folder, Path(sibling)]) if sibling else ("", False)
     if state:
         print(f"ensemble  {state}")

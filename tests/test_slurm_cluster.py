@@ -29,6 +29,12 @@ from slurm_states import ask_slurm, look, read_submissions, read_tasks
 SECONDS_TO_START = 60.0
 SECONDS_TO_FINISH = 300.0
 
+# The first two tasks take long, but not when Slurm or we start them again.
+HANG_ONCE = (
+    "export STUB_SECONDS=$((SLURM_ARRAY_TASK_ID < 2 && !SLURM_RESTART_COUNT && !STUB_AGAIN"
+    f" ? {SECONDS_TO_FINISH:.0f} : 0))"
+)
+
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
@@ -96,10 +102,15 @@ def test_lines_of_later_arrays_are_counted_on(slurm: None, tmp_path: Path) -> No
     assert stub_results(folder) == expected_results(3)
 
 
-def test_a_node_that_goes_down_loses_nothing(slurm: None, tmp_path: Path) -> None:
-    folder = stub_batch(tmp_path, 3, 1, "--requeue")
-    batch_master(folder)
+def wait_for_two_tasks(folder: Path) -> None:
+    """Wait until the first two tasks are at work."""
     wait_until(lambda: all(process_of(t, folder) for t in (0, 1)), SECONDS_TO_START, "two tasks")
+
+
+def test_a_node_that_goes_down_loses_nothing(slurm: None, tmp_path: Path) -> None:
+    folder = stub_batch(tmp_path, 3, 0, "--requeue", "--setup", HANG_ONCE)
+    batch_master(folder)
+    wait_for_two_tasks(folder)
     set_node("down")
     wait_until(lambda: not any(process_of(t, folder) for t in (0, 1)), SECONDS_TO_START, "an end")
     assert len(look(folder, read_tasks(folder)).running) == 3
@@ -113,6 +124,28 @@ def test_a_node_that_goes_down_loses_nothing(slurm: None, tmp_path: Path) -> Non
     assert len(read_submissions(folder)) == 1
 
 
+def test_only_killed_tasks_are_submitted_again(
+    slurm: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = stub_batch(tmp_path / "it's mine", 4, 0, "--setup", HANG_ONCE)
+    (job,) = batch_master(folder).stdout.split()
+    wait_for_two_tasks(folder)
+    ask_slurm(["scancel", f"{job}_0"])
+    kill_task(1, folder)
+    wait_until(is_quiet, SECONDS_TO_FINISH, "the other two")
+    status = batch_master(folder, "--status")
+    assert status.returncode == 1
+    assert "missing        2  0-1" in status.stdout
+    assert re.search(r"task 0 failed: .*CANCELLED", status.stdout)
+    assert re.search(r"task 1 failed: .*Killed", status.stdout)
+    monkeypatch.setenv("STUB_AGAIN", "1")
+    again = batch_master(folder)
+    assert "4 tasks: 2 done, 0 running, 2 missing" in again.stderr
+    assert "submitted --array=0-1 as job" in again.stderr
+    wait_until(is_quiet, SECONDS_TO_FINISH, "two tasks")
+    assert stub_results(folder) == expected_results(4)
+
+
 def generate_both(root: Path, data_dir: Path) -> list[list[str]]:
     """Generate both folders, the ensemble after them; return the flags that fix the scores."""
     common = ["--data_dir", str(data_dir), "--mvtype", "pushpins_loco", "--initial_res", "64"]
@@ -122,7 +155,7 @@ def generate_both(root: Path, data_dir: Path) -> list[list[str]]:
     raw = [*common, "--rep", "0-1", "--crop_size_ratio", ".999"]
     site = ["--setup", "export OMP_NUM_THREADS=1", "--requeue", "--results_dir", str(root / "r")]
     site += ["--then_ensemble", "--ensemble_out", str(root / "ensemble")]
-    resnet.main(["--out_dir", str(root / "sbatches"), *levels, *site])
+    resnet.main(["--out_dir", str(root / "sbatches"), *levels, "--group", "class", *site])
     pixels.main(["--out_dir", str(root / "sbatches_224"), *raw, *site])
     return [[*levels, "--pyramid_level", "7", "14"], [*raw, "--pyramid_level", "224"]]
 
@@ -139,7 +172,7 @@ def run_in_one_process(flags: list[list[str]], results_dir: Path) -> dict[Path, 
     return contents(results_dir)
 
 
-def test_killed_tasks_are_redone_and_all_bytes_equal_one_process(
+def test_both_arrays_and_the_ensemble_equal_one_process_to_the_byte(
     slurm: None, tmp_path: Path, data_dir: Path
 ) -> None:
     root = tmp_path / "it's mine"
@@ -157,19 +190,10 @@ def test_killed_tasks_are_redone_and_all_bytes_equal_one_process(
     assert again.stdout == ""
     assert f"ensemble submitted before, as job {ensemble}" in again.stderr
 
-    wait_until(lambda: all(process_of(t, first) for t in (0, 1)), SECONDS_TO_START, "two tasks")
-    ask_slurm(["scancel", f"{job}_0"])
-    kill_task(1, first)
-    wait_until(lambda: job not in job_listing().split(), SECONDS_TO_FINISH, "their end")
-    status = batch_master(first, "--status").stdout
-    assert "missing        2  0-1" in status
-    assert re.search(r"task 0 failed: .*CANCELLED", status)
-    assert re.search("task 1 failed: .*Killed", status)
-
-    again = batch_master(first)
-    assert "2 tasks: 0 done, 0 running, 2 missing" in again.stderr
-    assert "submitted --array=0-1 " in again.stderr
-    assert len(again.stdout.split()) == 2  # the array and another ensemble
+    wait_until(lambda: process_of(0, first) is not None, SECONDS_TO_START, "a task")
+    kill_task(0, first)
+    wait_until(lambda: job not in job_listing().split(), SECONDS_TO_FINISH, "its end")
+    assert len(batch_master(first).stdout.split()) == 2  # the array and another ensemble
     assert batch_master(second).stdout == ""
     undisturbed = run_in_one_process(flags, root / "undisturbed")
     wait_until(is_quiet, SECONDS_TO_FINISH, "all tasks and the ensemble")

@@ -129,7 +129,8 @@ class DescriptorBuilder:
 
     def check_finite(self, names: list[str], level: int) -> None:
         """Stop if the network gave NaN or infinity for an image."""
-        bad = [index for index, flag in self.not_finite.items() if bool(flag)]
+        flags = torch.stack(list(self.not_finite.values())).cpu()  # one wait for the GPU, not many
+        bad = [index for index, flag in zip(self.not_finite, flags, strict=True) if flag]
         if bad:
             raise UserError(
                 f"features must be finite, got NaN or infinity for image {names[bad[0]]} at level "

@@ -1,5 +1,6 @@
 #!/bin/sh
-# The three steps on a small drawn data set, with a small net; everything written lies in demo/.
+# The three steps on a small drawn data set, with a small net; everything written lies in demo/. The
+# paths that a step prints are left out: the last step's table is what there is to see.
 # Called by `make demo`; PYTHON names the interpreter.
 set -eu
 cd "$(dirname "$0")"
@@ -29,9 +30,10 @@ set -x
     --mvtype juice_bottle pushpins
 "$python" sinbad_single_layer.py --mvtype juice_bottle pushpins --pyramid_level 7 14 \
     --crop_size_ratio .25 .5 .7 .99 --net resnet18 --weights "$weights" --initial_res 256 \
-    --version_name "$weights" --data_dir demo/matrices --results_dir demo/results
+    --version_name "$weights" --data_dir demo/matrices --results_dir demo/results >/dev/null
 "$python" sinbad_single_layer.py --mvtype juice_bottle pushpins --pyramid_level 224 \
     --rep "0-$((reps - 1))" --initial_res 256 --version_name "$weights" \
     --data_dir demo/matrices --results_dir demo/results >/dev/null
-"$python" calc_anom_ensm.py --mvtype all --version "demo/results/${weights}_pyramid_lvl_#" \
-    --version_224 "demo/results/${weights}_pyramid_lvl_#" --rep_num_224 "$reps" --out demo/tables
+"$python" calc_anom_ensm.py --mvtype juice_bottle pushpins \
+    --version "demo/results/${weights}_pyramid_lvl_#" --version_224 "demo/results/${weights}_pyramid_lvl_#" \
+    --rep_num_224 "$reps" --dataset_dir demo/dataset --out demo/tables

@@ -15,7 +15,7 @@ Points = NDArray[np.float64]
 Place = Callable[[ArrayLike], Points]  # maps points of a thing into the image
 Colour = tuple[int, int, int]
 
-DRAWING_VERSION = 1  # to be raised with every change of the pictures
+DRAWING_VERSION = 2  # to be raised with every change of the pictures
 OVERSAMPLING = 2  # pixels drawn per pixel written, each way
 # Split, kind of image; the position is part of an image's random seed.
 FOLDERS = [("train", "good"), ("validation", "good"), ("test", "good")]
@@ -264,7 +264,7 @@ def _draw_pin(
 
 
 def draw_pushpins(canvas: Canvas, rng: np.random.Generator, defect: str | None, value: int) -> None:
-    """Draw a box of 3 x 5 compartments with one pushpin each; mark the defect."""
+    """Draw a box of 3 x 5 compartments with one pushpin each, all alike; mark the defect."""
     shift_x, shift_y = rng.normal(0, 8, 2)
     canvas.fill(_box(850 + shift_x, 500 + shift_y, 800, 450, 0.1), (214, 216, 216), blur=5)
     odd_one = rng.integers(15)
@@ -275,7 +275,7 @@ def draw_pushpins(canvas: Canvas, rng: np.random.Generator, defect: str | None, 
         canvas.fill(_box(x + 3, y + 4, 140, 129, 0.15), (176, 179, 180), blur=5)
         canvas.fill(_ellipse(x - 40, y - 40, 50, 40), (205, 208, 208), 0.5, blur=25)
         fault = str(defect) if number == odd_one else "none"
-        angle, (right, down) = rng.uniform(0, 2 * np.pi), rng.uniform(-16, 16, 2)
+        angle, (right, down) = rng.normal(0, 0.15), rng.uniform(-16, 16, 2)
         if fault in ("missing_pushpin", "1_additional_pushpin"):
             canvas.mark(cell, value)
         if fault != "missing_pushpin":

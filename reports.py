@@ -55,7 +55,7 @@ def add_report_flags(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--maps_dir", type=Path, help="write anomaly maps (.tiff) there")
     parser.add_argument(
-        "--figures", action=argparse.BooleanOptionalAction, default=False, help="draw pictures"
+        "--figures", action=argparse.BooleanOptionalAction, default=True, help="draw pictures"
     )
 
 

@@ -108,7 +108,7 @@ def _share(figure: Figure, left: float, top: float) -> tuple[float, float]:
     return left / width, 1.0 - top / height
 
 
-def _axes_at(figure: Figure, left: float, top: float, width: float, height: float) -> Axes:
+def axes_at(figure: Figure, left: float, top: float, width: float, height: float) -> Axes:
     """Add axes; place and size in inches from the top left corner."""
     corner = _share(figure, left, top + height)
     return figure.add_axes((*corner, *(np.array([width, height]) / figure.get_size_inches())))
@@ -128,7 +128,7 @@ def distribution_figure(sets: Sequence[DataSetScores]) -> Figure:
     for number, (class_name, own) in enumerate(classes.items()):
         row, column = divmod(number, n_columns)
         left, top = column * pitch + PANEL_LEFT, TITLE + row * PANEL + 0.3
-        axes = _axes_at(figure, left, top, pitch - PANEL_LEFT - 0.15, PANEL - 0.65)
+        axes = axes_at(figure, left, top, pitch - PANEL_LEFT - 0.15, PANEL - 0.65)
         _draw_distributions(axes, own)
         axes.set_title(class_name, loc="left", fontweight="bold")
     figure.text(
@@ -170,7 +170,7 @@ def roc_figure(sets: Sequence[DataSetScores]) -> Figure:
     """Draw the ROC curves of all data sets; a colour a class, dashed for structural anomalies."""
     longest = max(len(scores.mvtype) for scores in sets) + len("structural: 100.0") - len("struct")
     figure = Figure((ROC_LEFT + ROC_SIDE + 0.75 + LETTER * longest, TITLE + ROC_SIDE + 0.5))
-    axes = _axes_at(figure, ROC_LEFT, TITLE, ROC_SIDE, ROC_SIDE)
+    axes = axes_at(figure, ROC_LEFT, TITLE, ROC_SIDE, ROC_SIDE)
     axes.plot([0, 100], [0, 100], color="0.7", linewidth=1)
     classes = list(dict.fromkeys(split_mvtype(scores.mvtype)[0] for scores in sets))
     for scores in sets:
@@ -218,7 +218,7 @@ def grid_figure(sets: Sequence[DataSetScores]) -> Figure:
     left = 0.2 + LETTER * max(len(scores.mvtype) for scores in sets)
     width, height = CELL[0] * len(names), CELL[1] * len(sets)
     figure = Figure((left + width + GAP + BAR + 0.7, TITLE + height + 0.6))
-    axes = _axes_at(figure, left, TITLE, width, height)
+    axes = axes_at(figure, left, TITLE, width, height)
     image = axes.imshow(values, AUROC_COLOURS, vmin=CHANCE, vmax=PERFECT, aspect="auto")
     for (row, column), value in np.ndenumerate(values):
         text = NOTHING if np.isnan(value) else f"{value:.1f}"
@@ -231,7 +231,7 @@ def grid_figure(sets: Sequence[DataSetScores]) -> Figure:
     axes.set_yticks(range(len(sets)), [scores.mvtype for scores in sets])
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
-    bar = _axes_at(figure, left + width + GAP, TITLE, BAR, height)
+    bar = axes_at(figure, left + width + GAP, TITLE, BAR, height)
     figure.colorbar(image, bar, label="AUROC (%)", extend="min", extendfrac=0.03)
     axes.set_title("AUROC in percent", loc="left")
     return figure
@@ -329,8 +329,8 @@ def picture_rows(
         step = (tile[0] + GAP, 0.0) if beside else (0.0, tile[1] + GAP)
         for number, picture in enumerate(row):
             left = LEFT + number * slot
-            plain = _axes_at(figure, left, top, *tile)
-            covered = _axes_at(figure, left + step[0], top + step[1], *tile)
+            plain = axes_at(figure, left, top, *tile)
+            covered = axes_at(figure, left + step[0], top + step[1], *tile)
             for axes in (plain, covered):
                 axes.set_axis_off()
             plain.imshow(picture.image)
@@ -342,7 +342,7 @@ def picture_rows(
             plain.annotate(first, (0, 1), (0, 13), **at, color=picture.colour, fontweight="bold")
         middle = _share(figure, LEFT / 2, top + heights[name] / 2)
         figure.text(*middle, name, rotation=90, ha="center", va="center", fontweight="bold")
-        bar = _axes_at(figure, width - RIGHT + GAP, top, BAR, heights[name])
+        bar = axes_at(figure, width - RIGHT + GAP, top, BAR, heights[name])
         figure.colorbar(ScalarMappable(scales[name], colours), bar, label="crop score")
         top += heights[name]
     return figure

@@ -70,7 +70,11 @@ def check_distinct_files(tasks: Iterable[ScoreTask], paths: Iterable[Path]) -> N
 
 
 def run_record(
-    options: RunOptions, task: ScoreTask, data_set: MatrixSet, weights: Weights | None
+    options: RunOptions,
+    task: ScoreTask,
+    data_set: MatrixSet,
+    weights: Weights | None,
+    device: torch.device,
 ) -> Run:
     """Return what determines a task's numbers, and (not compared later) what they were made on."""
     descriptor = options.descriptors[task.level]
@@ -89,25 +93,27 @@ def run_record(
         "matrices": data_set.settings,
         "n_images": {split: len(images) for split, images in data_set.images.items()},
     }
-    if weights is not None:
+    if weights is not None and task.level != PIXEL_LEVEL:
         settings["net"] = options.net
         settings["weights_sha256"] = weights.sha256
         settings["precision"] = options.precision
-    return {"settings": settings, "made_with": made_with(options.batch_size)}
+    return {"settings": settings, "made_with": made_with(options.batch_size, device)}
 
 
 @cache
-def made_with(batch_size: int) -> dict[str, object]:
-    """Return versions, threads and git commit: they may change last bits, or nothing."""
+def made_with(batch_size: int, device: torch.device) -> dict[str, object]:
+    """Return versions, device, threads and git commit: they may change last bits, or nothing."""
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     try:
         commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         commit = "unknown"
+    on_gpu = device.type == "cuda"
     return {
         "batch_size": batch_size,
         "commit": commit,
-        "cuda": torch.version.cuda if torch.cuda.is_available() else None,
+        "cuda": torch.version.cuda if on_gpu else None,
+        "device": torch.cuda.get_device_name(device) if on_gpu else device.type,
         "machine": platform.machine(),
         "numpy": np.__version__,
         "python": platform.python_version(),
@@ -140,10 +146,7 @@ def score_tasks(
     resnet = any(task.level != PIXEL_LEVEL for task in tasks)
     weights = load_weights(options.net, options.weights) if resnet else None
     runs = {
-        task: run_record(
-            options, task, data_sets[task.mvtype], None if task.level == PIXEL_LEVEL else weights
-        )
-        for task in tasks
+        task: run_record(options, task, data_sets[task.mvtype], weights, device) for task in tasks
     }
     sweep(options.results_dir)
     todo: dict[str, list[ScoreTask]] = defaultdict(list)

@@ -1,0 +1,70 @@
+"""The README's pictures: which images and which direction they show, and that they are drawn."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import data_to_matrices
+import make_demo_dataset
+import sinbad_single_layer
+from imgs import make_figures
+
+IM_SIZE = "64"
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with a tiny demo: images, matrices, scores of level 14."""
+    folder = tmp_path_factory.mktemp("demo")
+    few = ["--n_train", "3", "--n_valid", "2", "--n_test", "2", "--scale", "0.06"]
+    make_demo_dataset.main(["--out_dir", str(folder / "dataset"), *few])
+    where = ["--dataset_dir", str(folder / "dataset"), "--out_dir", str(folder / "matrices")]
+    data_to_matrices.main([*where, "--im_size", IM_SIZE])
+    sinbad_single_layer.main(
+        [
+            *("--mvtype", "juice_bottle", "pushpins", "--pyramid_level", "14"),
+            *("--crop_size_ratio", ".7", ".99", "--net", "resnet18", "--weights", "random"),
+            *("--data_dir", str(folder / "matrices"), "--results_dir", str(folder / "results")),
+            *("--initial_res", IM_SIZE, "--n_projections", "10", "--device", "cpu"),
+        ]
+    )
+    return folder
+
+
+def draw(demo: Path, out: Path) -> dict[str, bytes]:
+    """Draw both pictures and return their bytes."""
+    make_figures.main(
+        [
+            *("--dataset_dir", str(demo / "dataset"), "--data_dir", str(demo / "matrices")),
+            *("--version", str(demo / "results" / "ver1_pyramid_lvl_#"), "--rep_num_224", "0"),
+            *("--weights", "random", "--out", str(out)),
+        ]
+    )
+    return {path.name: path.read_bytes() for path in out.iterdir()}
+
+
+def test_both_pictures_are_drawn_and_equal_scores_give_equal_bytes(
+    demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    drawn = draw(demo, tmp_path / "one")
+    names = ["LOCO_demo_fig.png", "histograms_fig.png"]
+    assert sorted(drawn) == names
+    assert sorted(capsys.readouterr().out.split()) == [str(tmp_path / "one" / n) for n in names]
+    for name in names:
+        picture = np.asarray(Image.open(tmp_path / "one" / name).convert("RGB"))
+        assert picture.shape[1] > 1000
+        assert (picture != 255).any(2).mean() > 0.1
+    assert draw(demo, tmp_path / "two") == drawn
+
+
+def test_the_direction_shown_is_the_one_furthest_outside_the_training_images() -> None:
+    rng = np.random.default_rng(0)
+    train = rng.uniform(0.4, 0.6, (6, 5, 3)).astype(np.float32)
+    inside = train.mean(0)
+    above, below = inside.copy(), inside.copy()
+    above[3, 1], below[2, 0] = 0.9, 0.1
+    above[1, 2] = 0.7  # outside too, but less
+    assert make_figures.most_telling_direction(train, above) == 3
+    assert make_figures.most_telling_direction(train, below) == 2

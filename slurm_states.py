@@ -29,6 +29,10 @@ ARRAY, ENSEMBLE = "array", "ensemble"
 ENSEMBLE_DONE = "ensemble.done"
 TRY_AGAIN = "try again when Slurm answers, or remove submitted.tsv if it never will"
 WIDTH_OF_REASON = 200  # characters of a log's last line
+WHOLE_LISTS = {"SLURM_BITSTR_LEN": "0"}  # squeue cuts an array's indices at 64 characters otherwise
+
+# (state, reason) by (job id, index in the array, None of a job that is no array)
+Jobs = dict[tuple[str, int | None], tuple[str, str]]
 
 
 @dataclass(frozen=True)
@@ -114,6 +118,16 @@ def shorten_numbers(numbers: Iterable[int]) -> list[str]:
     return [str(low) if low == high else f"{low}-{high}" for low, high in runs]
 
 
+def expand_numbers(text: str) -> list[int]:
+    """Expand what `shorten_numbers` and squeue write: "0-3,7" -> 0 1 2 3 7, "0-8:4" -> 0 4 8."""
+    numbers: list[int] = []
+    for run in filter(None, text.split(",")):
+        bounds, _, step = run.partition(":")
+        low, dash, high = bounds.partition("-")
+        numbers += range(int(low), int(high if dash else low) + 1, int(step or 1))
+    return numbers
+
+
 def brace_pattern(values: Sequence[object]) -> str:
     """Write values as bash does: 7 -> "7", 7 14 -> "{7,14}", 0 ... 99 -> "{0..99}"."""
     if len(values) == 1:
@@ -185,11 +199,7 @@ def read_submissions(folder: Path) -> list[Submission]:
     submissions = []
     for line in path.read_text().splitlines() if path.exists() else []:
         job_id, kind, first, runs, *_ = line.split("\t")
-        tasks: list[int] = []
-        for run in filter(None, runs.split(",")):
-            low, _, high = run.partition("-")
-            tasks += range(int(low), int(high or low) + 1)
-        submissions.append(Submission(job_id, kind, int(first), tuple(tasks)))
+        submissions.append(Submission(job_id, kind, int(first), tuple(expand_numbers(runs))))
     return submissions
 
 
@@ -233,9 +243,16 @@ def is_held(log: Path) -> bool:
 
 
 def ask_slurm(command: list[str], folder: Path | None = None, cure: str = TRY_AGAIN) -> str:
-    """Run one of Slurm's commands and return what it prints."""
+    """Run one of Slurm's commands and return what it prints.
+
+    The person's own settings of squeue's format and filters (SQUEUE_...) do not count.
+    """
+    own = {name: value for name, value in os.environ.items() if not name.startswith("SQUEUE_")}
     try:
-        result = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+        result = subprocess.run(
+            command, cwd=folder, env={**own, **WHOLE_LISTS}, capture_output=True,
+            encoding="utf-8", errors="replace", check=False,
+        )  # fmt: skip
     except FileNotFoundError:
         raise UserError(
             f"Slurm's {command[0]} must be on the PATH, got none; run this on a login node of a "
@@ -249,15 +266,25 @@ def ask_slurm(command: list[str], folder: Path | None = None, cure: str = TRY_AG
     return result.stdout
 
 
-def list_jobs() -> dict[tuple[str, str], tuple[str, str]]:
-    """Return (state, reason) of this user's jobs by (job id, array index or "N/A")."""
-    user = f"--user={os.getuid()}"
-    listing = ask_slurm(["squeue", "--noheader", "--array", user, "--format=%F %K %T %r"])
-    rows = (line.split(maxsplit=3) for line in listing.splitlines())
-    return {(job_id, index): (state, reason) for job_id, index, state, reason in rows}
+def list_jobs() -> Jobs:
+    """Ask squeue for this user's jobs."""
+    # Not with --array: it leaves out the last index of a waiting array like 0-20:4.
+    command = ["squeue", "--noheader", f"--user={os.getuid()}", "--format=%F %K %T %r"]
+    jobs: Jobs = {}
+    for line in ask_slurm(command).splitlines():
+        try:
+            job_id, indices, state, reason = line.split(maxsplit=3)
+            numbers = [None] if indices == "N/A" else expand_numbers(indices.partition("%")[0])
+        except ValueError:
+            raise UserError(
+                f"a line of squeue must be job id, array indices, state and reason, got {line}; "
+                f"{TRY_AGAIN}"
+            ) from None
+        jobs |= {(job_id, number): (state, reason) for number in numbers}
+    return jobs
 
 
-def list_jobs_of(submissions: list[Submission]) -> dict[tuple[str, str], tuple[str, str]]:
+def list_jobs_of(submissions: list[Submission]) -> Jobs:
     """Return `list_jobs`; nothing where nothing was submitted, or Slurm is not to be asked."""
     if all(submission.job_id == LOCAL_JOB for submission in submissions):
         return {}
@@ -279,7 +306,7 @@ def look(folder: Path, tasks: list[Task]) -> Overview:
     for submission in submissions:
         for task in submission.tasks:
             index = task - submission.first
-            job = jobs.get((submission.job_id, str(index)))
+            job = jobs.get((submission.job_id, index))
             if job is not None:
                 alive[task] = job
                 overview.alive_jobs.setdefault(submission.job_id, []).append(index)
@@ -324,8 +351,8 @@ def alive_ensembles(folders: list[Path]) -> dict[str, str]:
     submissions = [one for folder in folders for one in read_submissions(folder)]
     ensembles = [one for one in submissions if one.kind == ENSEMBLE]
     jobs = list_jobs_of(ensembles)
-    keys = {one.job_id: (one.job_id, "N/A") for one in ensembles}
-    return {job_id: jobs[key][0] for job_id, key in keys.items() if key in jobs}
+    ids = dict.fromkeys(one.job_id for one in ensembles)
+    return {job_id: jobs[job_id, None][0] for job_id in ids if (job_id, None) in jobs}
 
 
 def find_ensemble_done(folders: list[Path]) -> Path | None:

@@ -22,6 +22,7 @@ from result_files import LevelScores, save_scores
 from slurm_arrays import write_ensemble
 from slurm_states import (
     brace_pattern,
+    expand_numbers,
     expand_pattern,
     look,
     read_batch,
@@ -44,6 +45,25 @@ def test_patterns_name_every_file_as_bash_does(values: list[object]) -> None:
 def test_runs_of_numbers_are_shortened() -> None:
     assert shorten_numbers([15, 4, 8, 5, 6]) == ["4-6", "8", "15"]
     assert shorten_numbers([]) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "numbers"),
+    [
+        ("7", [7]),
+        ("0-20:4", [0, 4, 8, 12, 16, 20]),
+        ("0-2,5,7-8", [0, 1, 2, 5, 7, 8]),
+        ("", []),
+    ],
+)
+def test_runs_of_numbers_are_expanded(text: str, numbers: list[int]) -> None:
+    assert expand_numbers(text) == numbers
+
+
+@pytest.mark.parametrize("text", ["x", "3-", "0-4,...", "1-2-3"])
+def test_cut_runs_of_numbers_are_no_numbers(text: str) -> None:
+    with pytest.raises(ValueError, match="invalid literal"):
+        expand_numbers(text)
 
 
 def test_the_papers_grid(tmp_path: Path) -> None:
@@ -130,7 +150,7 @@ def test_results_of_other_settings_do_not_count_as_done(tmp_path: Path) -> None:
     resnet.main([*flags, "--seed", "3"])
     path = Path(read_tasks(tmp_path / "a")[5].outputs)
     run = {"settings": {"mvtype": "pushpins_loco", "seed": 3, "n_projections": 1000}}
-    save_scores(path, LevelScores(np.ones((4, 2)), np.ones((4, 2)), np.ones(2), [], run), tmp_path)
+    save_scores(path, LevelScores(np.ones((9, 2)), np.ones((9, 2)), np.ones(2), [], run), tmp_path)
     resnet.main([*flags, "--seed", "3"])
     with pytest.raises(UserError, match=f"{path} was made with seed 3, now seed is 0; choose"):
         resnet.main(flags)

@@ -94,6 +94,29 @@ def test_2500_tasks_are_split_and_submitted_once(slurm: None, tmp_path: Path) ->
     wait_until(is_quiet, SECONDS_TO_FINISH, "the cancelled jobs")
 
 
+@pytest.mark.parametrize("step", [1, 4, 7])
+def test_evenly_spaced_tasks_are_submitted_once(
+    slurm: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    folder = stub_batch(tmp_path, 43, 0, "--throttle", "3")
+    for task in set(range(43)) - set(range(0, 43, step)):
+        path = Path(read_tasks(folder)[task].outputs)
+        path.parent.mkdir(parents=True)
+        path.touch()
+    monkeypatch.setenv("SQUEUE_ARRAY", "1")
+    monkeypatch.setenv("SQUEUE_STATES", "RUNNING")
+    set_node("drain")
+    try:
+        assert len(batch_master(folder).stdout.split()) == 1
+        assert batch_master(folder).stdout == ""
+        overview = look(folder, read_tasks(folder))
+        assert sorted(overview.waiting) == list(range(0, 43, step))
+        assert overview.missing == []
+    finally:
+        ask_slurm(["scancel", f"--user={os.getuid()}"])
+        set_node("resume")
+
+
 def test_lines_of_later_arrays_are_counted_on(slurm: None, tmp_path: Path) -> None:
     folder = stub_batch(tmp_path, 3, 0, "--max_array_size", "2", "--throttle", "1")
     assert len(batch_master(folder).stdout.split()) == 2

@@ -5,7 +5,10 @@ the last, third, second and first stage of a torchvision ResNet.
 """
 
 import hashlib
+import sys
+from contextlib import redirect_stdout
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
@@ -51,7 +54,7 @@ def load_weights(net: str, weights: str) -> Weights:
         If the net is unknown, the download fails, or the file is no state dict.
     """
     if net not in net_names():
-        raise UserError(f"net must be one of {', '.join(net_names())}, got {net}")
+        raise UserError(f"net must be one of {', '.join(net_names())}, got {net}; see --help")
     if weights == "random":
         return Weights("random", None, "random")
     path = _download(net) if weights == "imagenet" else Path(weights)
@@ -79,8 +82,9 @@ def _download(net: str) -> Path:
     if not path.is_file():
         say(f"downloading {url}")
         try:
-            torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True)
-        except (URLError, OSError, RuntimeError) as error:
+            with redirect_stdout(sys.stderr):  # torch prints there
+                torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True)
+        except (URLError, HTTPException, OSError, RuntimeError, ValueError) as error:
             reason = getattr(error, "reason", error)
             raise UserError(
                 f"weights must be reachable, got {reason} for {url}; download that file on another "
@@ -150,13 +154,17 @@ class Backbone(nn.Module):
 
 
 def _load_state(model: nn.Module, weights: Weights) -> None:
-    """Load the parameters of the stages that are left; others may be missing or too many."""
+    """Load the parameters of the stages that are left; those of other stages count for nothing."""
     own = model.state_dict()
-    state = {name: value for name, value in (weights.state or {}).items() if name in own}
+    stages = [f"layer{stage}." for stage in STAGE_OF_LEVEL.values()]
+    unused = ("fc.", *(stage for stage in stages if not hasattr(model, stage[:-1])))
+    state = {n: value for n, value in (weights.state or {}).items() if not n.startswith(unused)}
     missing = [n for n in own if n not in state and not n.endswith("num_batches_tracked")]
-    wrong = [n for n, value in state.items() if value.shape != own[n].shape]
-    if missing or wrong:
-        what = f"lacks {missing[0]}" if missing else f"has another shape of {wrong[0]}"
+    extra = [n for n in state if n not in own]
+    wrong = [n for n in own if n in state and state[n].shape != own[n].shape]
+    if missing or extra or wrong:
+        found = (("lacks", missing), ("also holds", extra), ("has another shape of", wrong))
+        what = next(f"{verb} {names[0]}" for verb, names in found if names)
         raise UserError(
             f"weights must be of the net and levels asked for, got {weights.name}, which {what}; "
             "choose the --net these weights are of, or other --weights"

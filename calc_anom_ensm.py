@@ -1,4 +1,4 @@
-"""Ensemble the scores of all levels: ROC-AUC tables and per-image scores.
+r"""Ensemble the scores of all levels: ROC-AUC tables and per-image scores.
 
 Reads   VERSION/rep_num_<rep>/<mvtype>/   (from sinbad_single_layer.py; # is the pyramid level)
 Writes  OUT/{table.md,metrics.json,scores.csv,*.csv,*.png}

@@ -7,6 +7,7 @@ at once on a login node.
 import argparse
 import errno
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -91,9 +92,10 @@ def number_between(
 def integer_ranges(text: str) -> list[int]:
     """Parse "3" or "0-99" (an argparse type; several of them are joined by `flatten`)."""
     first, dash, last = text.partition("-")
-    if not first.isdigit() or (dash and not (last.isdigit() and int(last) >= int(first))):
+    numbers = [int(part) if re.fullmatch("[0-9]{1,6}", part) else -1 for part in (first, last)]
+    if numbers[0] < 0 or (dash and numbers[1] < numbers[0]):
         raise argparse.ArgumentTypeError(f"must be a number or a range like 0-99, got {text}")
-    return list(range(int(first), int(last or first) + 1))
+    return list(range(numbers[0], (numbers[1] if dash else numbers[0]) + 1))
 
 
 def flatten(lists: Iterable[Iterable[int]]) -> list[int]:
@@ -180,25 +182,36 @@ def run_script(main: Callable[..., Any], argv: list[str] | None = None) -> NoRet
     Anything else is a bug of ours and shows its traceback; `--debug` shows every traceback.
     """
     debug = "--debug" in (sys.argv[1:] if argv is None else argv)
+    if sys.stderr is None:  # closed by the caller
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115  open as long as the process lives
     try:
         status = main(argv)
+        if sys.stdout is not None:
+            sys.stdout.flush()  # here its errors are still caught
     except UserError as error:
         if debug:
             raise
         sys.exit(_fail(str(error)))
     except OSError as error:
+        _give_up_stdout()
         if debug or error.errno is None:
             raise
-        if isinstance(
-            error, BrokenPipeError
-        ):  # the reader of our stdout has gone, as `| head` does
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):  # the reader has gone, as `| head` does
             sys.exit(EXIT_USER_ERROR)
         sys.exit(_fail(describe_os_error(error)))
     except KeyboardInterrupt:
         say("interrupted; run the same command again to go on, finished outputs are kept")
         sys.exit(EXIT_INTERRUPTED)
     sys.exit(status or 0)
+
+
+def _give_up_stdout() -> None:
+    """If nobody takes what is left to print, let the interpreter end without a second error."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _fail(message: str) -> int:

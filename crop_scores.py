@@ -113,7 +113,10 @@ class ClassScorer:
         for mvtype, data_set in data_sets.items():
             n_train = len(data_set.images["train"])
             if n_train < 2:
-                raise UserError(f"train images must be at least 2, got {n_train} of {mvtype}")
+                raise UserError(
+                    f"train images must be at least 2, got {n_train} of {mvtype}; add some, and "
+                    "make the matrices again"
+                )
         self.extractor, self.settings, self.device = extractor, settings, device
         self.im_size = next(iter(data_sets.values())).im_size
         self.pool = ImagePool(data_sets.values(), device)

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from command_line import UserError, say
-from loco_datasets import KINDS, LOCO_CLASSES, PIXEL_LEVEL, expand_mvtypes, split_mvtype
+from command_line import UserError
+from loco_datasets import PIXEL_LEVEL, choose_mvtypes
 from result_files import LevelScores, Run, read_scores
 from sinbad_utils import Scores, ensemble_scores, grid_scores, level_scores, normalise_scores
 
@@ -86,28 +86,21 @@ class DataSetScores:
 
 
 def find_mvtypes(options: EnsembleOptions, names: list[str]) -> list[str]:
-    """Return the data sets that names stand for; of a group only those that have scores.
+    """Return the data sets that names stand for; of a class or a group those that have scores.
 
     Raises
     ------
     UserError
-        If a data set named by itself, or every data set of the groups, has no scores.
+        If there are scores of none.
     """
     level, rep = (options.levels[0], options.rep) if options.levels else (PIXEL_LEVEL, 0)
     root = options.folder(level, rep, "")
-    endings = tuple(f"_{kind}" for kind in KINDS)
-    present = sorted(path.name for path in root.glob("*_*") if path.name.endswith(endings))
-    known = dict.fromkeys([*LOCO_CLASSES, *(split_mvtype(name)[0] for name in present)])
-    wanted = expand_mvtypes(names, list(known))
-    chosen = [name for name in wanted if name in present or name in names]
-    missing = [name for name in wanted if name not in chosen]
-    if not chosen:
+    chosen = choose_mvtypes(names, [path.name for path in root.glob("*_*")])
+    if not any((root / name).is_dir() for name in chosen):
         raise UserError(
-            f"version must hold scores of {', '.join(wanted)}, got none in {root}; run "
+            f"version must hold scores of {', '.join(chosen)}, got none in {root}; run "
             "sinbad_single_layer.py first, or pass --version and the --pyramid_level there are"
         )
-    if missing:
-        say(f"note: no scores of {', '.join(missing)}")
     return chosen
 
 
@@ -191,10 +184,15 @@ def _read_pixels(folder: Path) -> LevelScores:
     """Read one repetition of the raw-pixel level."""
     names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
     files = [folder / name for name in names if PIXEL_FILE.fullmatch(name)]
-    if len(files) != 1:
+    if len(files) > 1:
+        raise UserError(
+            f"{folder} must hold one file <crop side>.00_lvl_anom_maps.npz, got "
+            f"{' and '.join(path.name for path in files)}; move all but one away"
+        )
+    if not files:
         rep = folder.parent.name.removeprefix("rep_num_")
         raise UserError(
-            f"{folder} must hold one file <crop side>.00_lvl_anom_maps.npz, got {len(files)}; run "
+            f"{folder} must hold a file <crop side>.00_lvl_anom_maps.npz, got none; run "
             f"`python sinbad_single_layer.py --mvtype {folder.name} --pyramid_level 224 --rep {rep}"
             "` first, or pass the number of repetitions there are as --rep_num_224 (0 for none)"
         )
@@ -204,7 +202,9 @@ def _read_pixels(folder: Path) -> LevelScores:
 def _check_same_images(mvtype: str, everything: list[LevelScores]) -> None:
     """Stop if files of one data set are of different images."""
     if not everything:
-        raise UserError("pyramid_level must name a level, or rep_num_224 be above 0, got neither")
+        raise UserError(
+            "pyramid_level must name a level, or rep_num_224 be above 0, got neither; see --help"
+        )
     first = everything[0]
     for scores in everything:
         same = np.array_equal(scores.labels, first.labels)
@@ -213,6 +213,7 @@ def _check_same_images(mvtype: str, everything: list[LevelScores]) -> None:
         if not same or scores.valid.shape[1] != first.valid.shape[1]:
             raise UserError(
                 f"scores of {mvtype} must be of the same images, got files of "
-                f"{len(first.labels)} and {len(scores.labels)} test images, or of others; run "
+                f"{len(first.labels)} and {len(scores.labels)} test, {first.valid.shape[1]} and "
+                f"{scores.valid.shape[1]} validation images, or of other names or labels; run "
                 "sinbad_single_layer.py again with --overwrite"
             )

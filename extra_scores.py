@@ -9,6 +9,7 @@ import numpy as np
 from command_line import UserError
 from ensembles import DataSetScores
 from loco_datasets import split_mvtype
+from result_metrics import columns_of
 from sinbad_utils import normalise_scores
 
 IMAGE_COLUMN, SCORE_COLUMN = "image_path", "score"
@@ -36,8 +37,11 @@ def read_extra_scores(path: Path, weight: float) -> ExtraScores:
     UserError
         If a line has no path of four parts or no finite number; names file and line.
     """
-    with open(path, newline="", encoding="utf-8") as file:
-        rows = list(csv.reader(file))
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:  # Excel begins with a mark
+            rows = list(csv.reader(file))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path} must be CSV in UTF-8, got {error}; save it so") from error
     columns = (0, 1)
     start = 0
     if rows and {IMAGE_COLUMN, SCORE_COLUMN} <= set(rows[0]):
@@ -86,6 +90,11 @@ def add_extra_scores(scores: DataSetScores, extra: ExtraScores) -> DataSetScores
             "what scores are divided by"
         )
     test = np.array([extra.by_image[image] for image in images])
+    if extra.name in columns_of(scores):
+        raise UserError(
+            f"extra_scores must not be named as a column of the table, got {extra.name}; rename "
+            "the file"
+        )
     normalised = normalise_scores(test, np.array(valid))
     return replace(
         scores,

@@ -1,6 +1,5 @@
 """The images of a class' data sets, each once, and the pixels of their crops."""
 
-import json
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -13,7 +12,7 @@ from matrix_files import MatrixSet, crop_is_empty, crop_pixels
 
 
 class ImagePool:
-    """The images of a class' data sets, each once, in the order train, valid, test.
+    """The images of a class' data sets in the order train, valid, test; equal pixels once.
 
     Attributes
     ----------
@@ -27,18 +26,17 @@ class ImagePool:
         self.ids: dict[tuple[str, str], list[int]] = {}
         self.device = device
         self.resident: Tensor | None = None
-        known: dict[tuple[str, str], int] = {}
+        known: dict[str, int] = {}
         for data_set in data_sets:
-            made = json.dumps(data_set.settings, sort_keys=True)
             for split, images in data_set.images.items():
-                ids = []
-                for row, path in enumerate(data_set.paths[split]):
-                    index = known.setdefault((path, made), len(self.sources))
+                names = data_set.paths[split]
+                keys = data_set.sha256.get(split, names)  # the authors' names are never shared
+                for row, (key, name) in enumerate(zip(keys, names, strict=True)):
+                    index = known.setdefault(key, len(self.sources))
                     if index == len(self.sources):
                         self.sources.append((images, row))
-                        self.names.append(path)
-                    ids.append(index)
-                self.ids[data_set.mvtype, split] = ids
+                        self.names.append(name)
+                    self.ids.setdefault((data_set.mvtype, split), []).append(index)
 
     def __len__(self) -> int:
         return len(self.sources)

@@ -8,7 +8,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from command_line import UserError
+from command_line import UserError, say
 
 KINDS = {"loco": "logical_anomalies", "struct": "structural_anomalies"}
 KIND_NAMES = {"loco": "logical", "struct": "structural"}
@@ -111,6 +111,29 @@ def expand_mvtypes(names: list[str], known_classes: list[str] | None = None) -> 
             split_mvtype(name)
             wanted.append(name)
     return list(dict.fromkeys(wanted))
+
+
+def choose_mvtypes(names: list[str], present: list[str]) -> list[str]:
+    """Return the data sets that names stand for; of a class or a group only what is there.
+
+    Parameters
+    ----------
+    names : what `--mvtype` takes
+    present : data sets there are; their classes belong to `loco`, `struct` and `all`
+
+    Returns
+    -------
+    If nothing is there, all that the names stand for: the caller says what is missing.
+    """
+    endings = tuple(f"_{kind}" for kind in KINDS)
+    found = [name for name in sorted(present) if name.endswith(endings)]
+    known = dict.fromkeys([*LOCO_CLASSES, *(split_mvtype(name)[0] for name in found)])
+    wanted = expand_mvtypes(names, list(known))
+    chosen = [name for name in wanted if name in found or name in names]
+    missing = [name for name in wanted if name not in chosen]
+    if chosen and missing:
+        say(f"note: not there: {', '.join(missing)}")
+    return chosen or wanted
 
 
 def crop_side(im_size: int, ratio: float) -> int:

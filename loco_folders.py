@@ -40,10 +40,6 @@ class Plan:
     labels: NDArray[np.float64]
     settings: dict[str, Any]
 
-    def record(self) -> dict[str, Any]:
-        """Return what is written to image_paths.json."""
-        return {**self.paths, "settings": self.settings}
-
 
 def find_classes(dataset_dir: Path) -> list[str]:
     """Return the class folders below `dataset_dir`, LOCO's first.
@@ -65,6 +61,12 @@ def find_classes(dataset_dir: Path) -> list[str]:
             f"LOCO AD there ({DOWNLOAD_PAGE}, archive sha256 {ARCHIVE_SHA256}), or pass "
             "--dataset_dir"
         )
+    ambiguous = [name for name in found if name.endswith(tuple(f"_{kind}" for kind in KINDS))]
+    if ambiguous:
+        raise UserError(
+            f"a class' folder must not end in {' or '.join(f'_{kind}' for kind in KINDS)}, as data "
+            f"sets do, got {ambiguous[0]} in {dataset_dir}; rename it"
+        )
     return sorted(found, key=lambda name: (name not in LOCO_CLASSES, name))
 
 
@@ -77,9 +79,16 @@ def list_images(class_dir: Path, part: str) -> list[str]:
             f"{class_dir} must hold {part}, got {', '.join(there) or 'an empty folder'}; the tree "
             f"is {EXPECTED_TREE}"
         )
-    names = sorted(p.name for p in folder.iterdir() if p.suffix.lower() in IMAGE_ENDINGS)
+    names = sorted(
+        path.name
+        for path in folder.iterdir()
+        if path.suffix.lower() in IMAGE_ENDINGS and not path.name.startswith(".")
+    )
     if not names:
         raise UserError(f"{folder} must hold images ({' '.join(IMAGE_ENDINGS)}), got none")
+    unreadable = [name for name in names if os.fsencode(name) != name.encode(errors="replace")]
+    if unreadable:
+        raise UserError(f"{folder} must hold names in UTF-8, got {unreadable[0]!r}; rename it")
     return [f"{part}/{name}" for name in names]
 
 
@@ -139,10 +148,14 @@ def open_image(path: Path, mode: str = "RGB") -> Image.Image:
     """Decode an image as RGB (or another of Pillow's modes); a broken one is an error."""
     try:
         with Image.open(path) as image:
+            if image.mode.startswith(("I", "F")):
+                raise UserError(
+                    f"{path} must have 8 bits a channel, got Pillow's mode {image.mode}; convert it"
+                )
             return image.convert(mode)
-    except FileNotFoundError:
+    except (FileNotFoundError, PermissionError):
         raise
-    except (OSError, SyntaxError, ValueError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(
             f"{path} must be a whole image, got one that cannot be decoded "
             f"({type(error).__name__}); unpack it again from the archive"

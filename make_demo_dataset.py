@@ -44,6 +44,12 @@ def is_finished(out_dir: Path, settings: dict[str, object], overwrite: bool) -> 
             f"{SETTINGS_FILE}; choose another --out_dir"
         )
     difference = first_difference(found, settings)
+    foreign = {path.name for path in out_dir.iterdir()} - {SETTINGS_FILE, *DEFECTS}
+    if overwrite and foreign:
+        raise UserError(
+            f"--out_dir must hold nothing but the demo data set to be replaced, got "
+            f"{', '.join(sorted(foreign))} in {out_dir}; move that away, or choose another"
+        )
     if difference and not overwrite:
         name, old, new = difference
         raise UserError(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from command_line import number_between, say
 from ensembles import DataSetScores
-from extra_scores import add_extra_scores, read_extra_scores
+from extra_scores import ExtraScores, add_extra_scores, read_extra_scores
 from loco_datasets import DEFAULT_DATASET_DIR, split_mvtype
 from loco_folders import defect_images
 from result_metrics import Defects, all_metrics
@@ -22,21 +22,20 @@ Published: SINBAD, arXiv 2302.12245, shown beside whole LOCO data sets only."""
 
 @dataclass(frozen=True)
 class ReportOptions:
-    """What a report holds; the names are those of the flags.
+    """What a report holds.
 
     Attributes
     ----------
     out : folder of tables and pictures
     dataset_dir : LOCO's folder, for pictures, masks and the size of maps; may be missing
-    extra_scores, extra_weight : CSV file of another method's scores and their weight, or None
+    extra : another method's scores, or None
     maps_dir : folder of anomaly maps, or None
     figures : draw pictures
     """
 
     out: Path
     dataset_dir: Path
-    extra_scores: Path | None
-    extra_weight: float
+    extra: ExtraScores | None
     maps_dir: Path | None
     figures: bool
 
@@ -47,7 +46,7 @@ def add_report_flags(parser: argparse.ArgumentParser) -> None:
         "--dataset_dir",
         type=Path,
         default=DEFAULT_DATASET_DIR,
-        help="LOCO's folder: images for the pictures, masks for the AUROC per defect",
+        help="folder of the classes: their images, and masks for the AUROC per defect",
     )
     parser.add_argument("--extra_scores", type=Path, help="CSV of another method: image_path,score")
     parser.add_argument(
@@ -60,9 +59,12 @@ def add_report_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def report_options(args: argparse.Namespace, out: Path) -> ReportOptions:
-    """Collect the flags of `add_report_flags`."""
-    names = set(ReportOptions.__dataclass_fields__) - {"out"}
-    return ReportOptions(out=out, **{name: getattr(args, name) for name in names})
+    """Collect the flags of `add_report_flags`; what they name is tried now, before long work."""
+    extra = None
+    if args.extra_scores is not None:
+        extra = read_extra_scores(args.extra_scores, args.extra_weight)
+    out.mkdir(parents=True, exist_ok=True)
+    return ReportOptions(out, args.dataset_dir, extra, args.maps_dir, args.figures)
 
 
 def find_defects(dataset_dir: Path, sets: list[DataSetScores]) -> Defects:
@@ -84,8 +86,8 @@ def write_report(runs: dict[str, list[DataSetScores]], options: ReportOptions) -
         Pictures and maps are of the first run.
     options
     """
-    if options.extra_scores is not None:
-        extra = read_extra_scores(options.extra_scores, options.extra_weight)
+    extra = options.extra
+    if extra is not None:
         runs = {name: [add_extra_scores(s, extra) for s in sets] for name, sets in runs.items()}
     first = next(iter(runs.values()))
     defects = find_defects(options.dataset_dir, first)

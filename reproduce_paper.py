@@ -15,7 +15,6 @@ under the version name <version>_seed<k>.
 
 import argparse
 import multiprocessing
-import os
 from collections import defaultdict
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import ExitStack
@@ -25,7 +24,7 @@ from queue import SimpleQueue
 import torch
 
 from backbones import load_weights
-from command_line import ScriptParser, integer_from, number_between, run_script
+from command_line import ScriptParser, UserError, integer_from, number_between, run_script
 from crop_descriptors import Descriptor
 from crop_scores import ScoreTask
 from data_to_matrices import make_matrices
@@ -41,7 +40,7 @@ from loco_datasets import (
 )
 from loco_folders import choose_data_sets
 from reports import add_report_flags, report_options, write_report
-from score_runs import RunOptions, score_tasks
+from score_runs import RunOptions, output_paths, score_tasks
 from sinbad_single_layer import add_run_flags, run_options
 from sinbad_utils import LAMBDA_FACTOR, choose_device
 
@@ -163,18 +162,28 @@ def load_runs(args: argparse.Namespace, mvtypes: list[str]) -> dict[str, list[Da
 def main(argv: list[str] | None = None) -> None:
     """Make matrices, score, ensemble, report."""
     args = parse_args(argv)
+    if "#" in f"{args.results_dir}{args.version_name}":
+        raise UserError(
+            f"results_dir and version_name must be without #, which stands for a level, got "
+            f"{args.results_dir} and {args.version_name}; choose others"
+        )
     devices = [choose_device(name) for name in args.device]
+    report = report_options(args, args.out)
     if set(args.pyramid_level) - {PIXEL_LEVEL}:
         load_weights(args.net, args.weights)  # if they cannot be had, say so before the long work
     mvtypes = choose_data_sets(args.dataset_dir, args.mvtype)
     data_dir = args.data_dir or args.dataset_dir / "data_matrices"
-    make_matrices(args.dataset_dir, data_dir, mvtypes, args.initial_res, os.cpu_count() or 1)
     descriptors = {level: paper_descriptor(level) for level in args.pyramid_level}
+    options = run_options(args, data_dir, descriptors)
     tasks = paper_tasks(
         mvtypes, args.pyramid_level, args.seeds, args.rep_num_224, args.version_name
     )
-    score_on_devices(tasks, run_options(args, data_dir, descriptors), devices)
-    print(write_report(load_runs(args, mvtypes), report_options(args, args.out)))
+    output_paths(options, tasks)
+    make_matrices(
+        args.dataset_dir, data_dir, mvtypes, args.initial_res, args.num_workers, args.overwrite
+    )
+    score_on_devices(tasks, options, devices)
+    print(write_report(load_runs(args, mvtypes), report))
 
 
 if __name__ == "__main__":

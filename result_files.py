@@ -1,13 +1,15 @@
 """Files that are either whole or not there: atomic writes, and the scores of a level on disk.
 
-Everything is written below ROOT/.partial/<run>/ and renamed into place. A run holds a lock on its
-folder there, so what a killed run left is told from what a living one writes, and swept.
+Everything is written below ROOT/.sinbad_partial/<run>/ and renamed into place. A run holds a lock
+on its folder there, so what a killed run left is told from what a living one writes, and swept.
 """
 
 import fcntl
 import io
 import json
+import math
 import os
+import re
 import shutil
 import socket
 import time
@@ -23,7 +25,8 @@ from numpy.typing import NDArray
 
 from command_line import UserError
 
-PARTIAL = ".partial"
+PARTIAL = ".sinbad_partial"
+OF_A_RUN = re.compile(r".+-\d+-[0-9a-f]{8}")  # host, process, random: nothing else is swept
 LABELS_FILE = "lbl.npy"
 UPSTREAM_LABELS_FILE = "lbl.py.npy"
 # Without working locks (some network file systems) a folder this old counts as left behind.
@@ -35,7 +38,7 @@ Run = dict[str, Any]
 
 @contextmanager
 def partial_folder(root: Path) -> Iterator[Path]:
-    """Yield a fresh folder below `root`/.partial, removed at the end; sweep what was left there."""
+    """Yield a fresh folder below `root`/.sinbad_partial, removed at the end; sweep the others."""
     sweep(root)
     folder = _make_folder(root / PARTIAL)
     try:
@@ -49,7 +52,7 @@ def partial_folder(root: Path) -> Iterator[Path]:
 
 
 def sweep(root: Path) -> None:
-    """Remove what killed runs left below `root`/.partial."""
+    """Remove what killed runs left below `root`/.sinbad_partial."""
     parent = root / PARTIAL
     if parent.is_dir():
         _sweep(parent)
@@ -85,7 +88,7 @@ def _try_lock(descriptor: int) -> bool | None:
 def _sweep(parent: Path) -> None:
     """Remove what killed runs left below `parent`."""
     try:
-        folders = list(parent.iterdir())
+        folders = [path for path in parent.iterdir() if OF_A_RUN.fullmatch(path.name)]
     except FileNotFoundError:  # another run has just removed it
         return
     for folder in folders:
@@ -119,17 +122,28 @@ def write_atomic(path: Path, data: bytes, root: Path | None = None) -> None:
         Its folder is made if missing.
     data : bytes
     root : Path, optional
-        Folder on the same file system whose .partial holds the unfinished file; by default the
-        file's own folder.
+        Folder on the same file system whose .sinbad_partial holds the unfinished file; by default
+        the file's own folder.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with partial_folder(root or path.parent) as folder:
+    with naming(path), partial_folder(root or path.parent) as folder:
         unfinished = folder / path.name
         with open(unfinished, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(unfinished, path)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Let an error that names no file (a full disk does not) name this one."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
 
 
 def to_json(value: object) -> str:
@@ -160,12 +174,16 @@ class LevelScores:
 
 
 def save_scores(path: Path, scores: LevelScores, root: Path) -> None:
-    """Write a file of scores and, before it, the labels beside it (equal runs: equal bytes)."""
+    """Write a file of scores and, before it, the labels beside it (equal runs: equal bytes).
+
+    The authors' labels are removed: their ensemble script takes any other file for the labels.
+    """
     labels_path = path.parent / LABELS_FILE
-    if not labels_path.exists() or not np.array_equal(read_array(labels_path), scores.labels):
-        buffer = io.BytesIO()
-        np.save(buffer, scores.labels)
+    buffer = io.BytesIO()
+    np.save(buffer, scores.labels)
+    if not labels_path.exists() or labels_path.read_bytes() != buffer.getvalue():
         write_atomic(labels_path, buffer.getvalue(), root)
+    labels_path.with_name(UPSTREAM_LABELS_FILE).unlink(missing_ok=True)
     buffer = io.BytesIO()
     np.savez(
         buffer,
@@ -180,8 +198,11 @@ def save_scores(path: Path, scores: LevelScores, root: Path) -> None:
 def read_array(path: Path) -> NDArray[Any]:
     """Read a .npy file whole; a damaged one is an error that names it."""
     try:
-        return np.load(path, allow_pickle=False)
-    except (ValueError, EOFError) as error:
+        with open(path, "rb") as file:
+            return np.lib.format.read_array(file, allow_pickle=False)
+    except OSError:
+        raise
+    except Exception as error:  # a damaged header raises whatever Python's own parser does
         raise UserError(
             f"{path} must be a whole .npy file, got a damaged one ({error}); delete it and run the "
             "step that writes it again"
@@ -195,7 +216,8 @@ def read_scores(path: Path) -> LevelScores:
             test, valid = archive["anom_map_test"], archive["anom_map_valid"]
             image_paths = archive["image_paths"].tolist() if "image_paths" in archive else []
             run = json.loads(str(archive["run"])) if "run" in archive else {}
-    except FileNotFoundError:
+        _check_scores(path, test, valid, run)
+    except (FileNotFoundError, PermissionError):
         raise
     except Exception as error:  # a cut zip raises BadZipFile, zlib.error, KeyError, ValueError, ...
         raise UserError(
@@ -219,6 +241,21 @@ def read_scores(path: Path) -> LevelScores:
     return LevelScores(test, valid, labels, image_paths, run)
 
 
+def _check_scores(path: Path, test: NDArray[Any], valid: NDArray[Any], run: object) -> None:
+    """Refuse arrays that are no scores of one crop grid, or not of the grid the name tells."""
+    for name, array in (("anom_map_test", test), ("anom_map_valid", valid)):
+        if array.ndim != 2 or array.dtype.kind != "f" or 0 in array.shape:
+            raise ValueError(f"{name} is {array.dtype} of shape {array.shape}")
+        if not np.isfinite(array).all():
+            raise ValueError(f"{name} holds NaN or infinity")
+    n_crops = re.match(r"(\d+)_crop_", path.name)
+    expected = int(n_crops[1]) if n_crops else len(test)
+    if not len(test) == len(valid) == expected or math.isqrt(len(test)) ** 2 != len(test):
+        raise ValueError(f"{len(test)} and {len(valid)} crops in a file of {expected}")
+    if not isinstance(run, dict) or not isinstance(run.get("settings", {}), dict):
+        raise ValueError("run is no record of settings")
+
+
 def is_finished(path: Path, run: Run) -> bool:
     """Tell whether a file of scores is there already, made with the same settings.
 
@@ -227,7 +264,8 @@ def is_finished(path: Path, run: Run) -> bool:
     UserError
         If it is there with other settings; names the first that differs.
     """
-    if not path.exists() or not path.with_name(LABELS_FILE).exists():
+    labels = [path.with_name(name) for name in (LABELS_FILE, UPSTREAM_LABELS_FILE)]
+    if not path.exists() or not any(map(Path.exists, labels)):
         return False
     found, wanted = read_scores(path).run.get("settings"), run["settings"]
     if found is None:

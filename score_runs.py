@@ -6,7 +6,6 @@ What `sinbad_single_layer.py` and `reproduce_paper.py` share above `crop_scores`
 import platform
 import subprocess
 from collections import defaultdict, deque
-from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
@@ -57,16 +56,19 @@ def output_path(options: RunOptions, version: str, task: ScoreTask) -> Path:
     return folder / name
 
 
-def check_distinct_files(tasks: Iterable[ScoreTask], paths: Iterable[Path]) -> None:
-    """Stop if two crop ratios would write the same file."""
+def output_paths(options: RunOptions, tasks: dict[ScoreTask, str]) -> dict[ScoreTask, Path]:
+    """Return the file of every task -> its version name; stop if two tasks have the same."""
+    paths = {task: output_path(options, version, task) for task, version in tasks.items()}
     owners: dict[Path, ScoreTask] = {}
-    for task, path in zip(tasks, paths, strict=True):
+    for task, path in paths.items():
         other = owners.setdefault(path, task)
         if other != task:
             raise UserError(
                 f"crop_size_ratio must give files of different names, got {other.ratio} and "
-                f"{task.ratio}, which both write {path.name}; run them under two --version_name"
+                f"{task.ratio}, which both write {path.name} at crop_num_edge "
+                f"{options.crop_num_edge}; run them under two --version_name"
             )
+    return paths
 
 
 def run_record(
@@ -91,6 +93,7 @@ def run_record(
         "official": options.official,
         "initial_res": options.initial_res,
         "matrices": data_set.settings,
+        "images_sha256": data_set.digest(),
         "n_images": {split: len(images) for split, images in data_set.images.items()},
     }
     if weights is not None and task.level != PIXEL_LEVEL:
@@ -137,8 +140,7 @@ def score_tasks(
     -------
     task -> its file of scores
     """
-    paths = {task: output_path(options, version, task) for task, version in tasks.items()}
-    check_distinct_files(paths, paths.values())
+    paths = output_paths(options, tasks)
     data_sets = {}
     for mvtype in dict.fromkeys(task.mvtype for task in tasks):
         data_sets[mvtype] = load_matrices(options.data_dir, mvtype)

@@ -36,8 +36,8 @@ from loco_datasets import (
     IM_SIZE,
     LEVELS,
     RESNET_SETTINGS,
+    choose_mvtypes,
     crop_corners,
-    expand_mvtypes,
     level_settings,
 )
 from score_runs import RunOptions, score_tasks
@@ -77,8 +77,8 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--num_workers",
         type=integer_from(1),
-        default=min(4, os.cpu_count() or 1),
-        help="threads that read pixels",
+        default=os.cpu_count() or 1,
+        help="threads that read images",
     )
     parser.add_argument(
         "--official",
@@ -157,9 +157,10 @@ def main(argv: list[str] | None = None) -> None:
             args.n_quantiles,
             args.shrinkage_factor or defaults.shrinkage,
         )
+    found = [path.parent.name for path in args.data_dir.glob("*/train_data.npy")]
     tasks = {
         ScoreTask(mvtype, level, ratio, args.seed, rep): args.version_name
-        for mvtype in expand_mvtypes(args.mvtype)
+        for mvtype in choose_mvtypes(args.mvtype, found)
         for level in args.pyramid_level
         for ratio in args.crop_size_ratio
         for rep in flatten(args.rep)

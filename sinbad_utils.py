@@ -9,6 +9,7 @@ Source: "Set Features for Fine-grained Anomaly Detection", arXiv 2302.12245 and 
 """
 
 import math
+import re
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,12 +42,14 @@ def choose_device(name: str) -> torch.device:
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    kind, _, index = name.partition(":")
-    if kind not in ("cpu", "cuda") or (index and not index.isdigit()):
-        raise UserError(f"device must be auto, cpu, cuda or cuda:<i>, got {name}")
+    form = re.fullmatch(r"cpu|cuda(?::(\d{1,4}))?", name)
+    if form is None:
+        raise UserError(f"device must be auto, cpu, cuda or cuda:<i>, got {name}; see --help")
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if kind == "cuda" and int(index or 0) >= count:
-        raise UserError(f"device must be on this machine ({count} CUDA devices), got {name}")
+    if name != "cpu" and int(form[1] or 0) >= count:
+        raise UserError(
+            f"device must be on this machine ({count} CUDA devices), got {name}; pass --device cpu"
+        )
     return torch.device(name)
 
 

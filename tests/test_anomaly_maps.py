@@ -157,7 +157,7 @@ def test_files_read_back(tmp_path: Path) -> None:
         written = write_maps(maps, [scores], tmp_path / "images", 2)
     assert sorted(p for p in maps.rglob("*") if not p.is_dir()) == sorted(written)
     assert len(written) == N_TEST
-    assert not (maps / ".partial").exists()
+    assert not (maps / ".sinbad_partial").exists()
     for index, path in enumerate(IMAGE_PATHS):
         with Image.open(maps / "cable" / path.replace(".png", ".tiff")) as image:
             assert (image.mode, image.format) == ("F", "TIFF")

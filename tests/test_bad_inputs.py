@@ -2,6 +2,7 @@
 
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,12 +14,16 @@ import pytest
 import torch
 import torchvision
 from conftest import IM_SIZE, draw_class, draw_image, files_below
+from PIL import Image
 
 import calc_anom_ensm
 import data_to_matrices
+import make_demo_dataset
 import sinbad_single_layer
 from command_line import run_script
 from result_files import LevelScores, save_scores
+
+ROOT = Path(__file__).parents[1]
 
 
 @dataclass(frozen=True)
@@ -136,6 +141,18 @@ def images_of_two_aspects_in_an_own_class(place: Place) -> Case:
     return matrices_case(place, place.root / "images")
 
 
+def images_of_16_bits(place: Place) -> Case:
+    images = place.images()
+    pixels = np.full((50, 85), 30000, np.uint16)
+    Image.fromarray(pixels).save(images / "pushpins/train/good/002.png")
+    return matrices_case(place, images)
+
+
+def a_class_named_like_a_data_set(place: Place) -> Case:
+    draw_class(place.root / "images" / "own_loco")
+    return matrices_case(place, place.root / "images")
+
+
 def unknown_class_of_images(place: Place) -> Case:
     return matrices_case(place, place.drawn, "--mvtype", "teapots_loco")
 
@@ -187,6 +204,47 @@ def json_cut_short(place: Place) -> Case:
     path = data / "pushpins_loco/image_paths.json"
     path.write_text(path.read_text()[:40])
     return scores_case(place, data=data)
+
+
+def json_of_another_kind(place: Place) -> Case:
+    data = place.data()
+    (data / "pushpins_loco/image_paths.json").write_text('{"train": 5}')
+    return scores_case(place, data=data)
+
+
+def npy_with_a_damaged_header(place: Place) -> Case:
+    data = place.data()
+    path = data / "pushpins_loco/valid_data.npy"
+    path.write_bytes(path.read_bytes().replace(b"}", b" ", 1))
+    return scores_case(place, data=data)
+
+
+def matrices_of_whole_numbers(place: Place) -> Case:
+    data = place.data()
+    path = data / "pushpins_loco/valid_data.npy"
+    images = np.load(path).astype(np.int64)
+    path.unlink()  # it may be linked
+    np.save(path, images)
+    return scores_case(place, data=data)
+
+
+def matrices_of_no_validation_image(place: Place) -> Case:
+    data = place.data()
+    path = data / "pushpins_loco/valid_data.npy"
+    path.unlink()
+    np.save(path, np.zeros((0, 3, IM_SIZE, IM_SIZE), np.uint8))
+    return scores_case(place, data=data)
+
+
+def authors_matrices_with_nan(place: Place) -> Case:
+    data = place.data()
+    folder = data / "pushpins_loco"
+    (folder / "image_paths.json").unlink()
+    images = np.load(folder / "train_data.npy").astype(np.float32) / 255
+    images[1, 0, 3, 3] = np.nan
+    (folder / "train_data.npy").unlink()
+    np.save(folder / "train_data.npy", images)
+    return scores_case(place, "--pyramid_level", "224", data=data)
 
 
 # ---------------------------------------------------------------- flags of the scores
@@ -262,6 +320,12 @@ def weights_of_another_net(place: Place) -> Case:
     state = torchvision.models.resnet18(weights=None).state_dict()
     torch.save(state, place.root / "resnet18.pth")
     return scores_case(place, "--net", "resnet50", "--weights", str(place.root / "resnet18.pth"))
+
+
+def weights_of_a_deeper_net(place: Place) -> Case:
+    state = torchvision.models.resnet34(weights=None).state_dict()
+    torch.save(state, place.root / "resnet34.pth")
+    return scores_case(place, "--weights", str(place.root / "resnet34.pth"))
 
 
 def weights_without_a_stage(place: Place) -> Case:
@@ -358,6 +422,33 @@ def scores_cut_short(place: Place) -> Case:
     return ensemble_case(place)
 
 
+def damage_scores(place: Place, **arrays: np.ndarray) -> Case:
+    """Replace arrays of a file of scores of 4 crops."""
+    for level in (7, 14):
+        write_scores(place, level, 4)
+    path = place.root / "runs/v_pyramid_lvl_14/rep_num_0/pushpins_loco/4_crop_anom_maps.npz"
+    with np.load(path) as archive:
+        found = dict(archive)
+    np.savez(path, **{**found, **arrays})
+    return ensemble_case(place)
+
+
+def scores_with_nan(place: Place) -> Case:
+    return damage_scores(place, anom_map_test=np.full((4, 4), np.nan))
+
+
+def scores_of_fewer_crops_than_named(place: Place) -> Case:
+    return damage_scores(place, anom_map_test=np.ones((1, 4)), anom_map_valid=np.ones((1, 3)))
+
+
+def scores_of_one_axis(place: Place) -> Case:
+    return damage_scores(place, anom_map_valid=np.ones(4))
+
+
+def scores_with_a_record_of_another_kind(place: Place) -> Case:
+    return damage_scores(place, run=np.array("[]"))
+
+
 def negative_lambda(place: Place) -> Case:
     return ensemble_case(place, "--lambda_factor", "-1")
 
@@ -371,6 +462,8 @@ CASES: dict[Callable[[Place], Case], list[str]] = {
     text_named_png: ["train/good/002.png must be a whole image"],
     images_of_two_aspects: ["002.png must have the aspect 1700 x 1000", "got 50 x 85"],
     images_of_two_aspects_in_an_own_class: ["001.png must have the aspect 85 x 50", "60 x 60"],
+    images_of_16_bits: ["002.png must have 8 bits a channel", "I;16|I"],
+    a_class_named_like_a_data_set: ["must not end in _loco or _struct", "got own_loco", "rename"],
     unknown_class_of_images: ["mvtype must", "got teapots_loco", "pushpins"],
     unknown_group: ["mvtype must", "got teapots", "breakfast_box"],
     tiny_im_size: ["--im_size", "from 8, got 0"],
@@ -379,8 +472,16 @@ CASES: dict[Callable[[Place], Case], list[str]] = {
     matrices_of_another_size: ["initial_res must", "64, got 128", "--initial_res 64"],
     npy_cut_short: ["test_data.npy must be a whole .npy file", "--overwrite"],
     empty_npy: ["train_data.npy must be a whole .npy file", "--overwrite"],
-    labels_of_another_length: ["image_level_label.npy must hold 5 labels, got 3"],
+    labels_of_another_length: ["image_level_label.npy must hold 5 labels, 0 or 1, got 3"],
     json_cut_short: ["image_paths.json must be JSON", "--overwrite"],
+    json_of_another_kind: ["image_paths.json must be JSON with train", "--overwrite"],
+    npy_with_a_damaged_header: ["valid_data.npy must be a whole .npy file", "--overwrite"],
+    matrices_of_whole_numbers: ["valid_data.npy must be uint8", "got int64"],
+    matrices_of_no_validation_image: [
+        "valid_data.npy must be (n, 3, 64, 64)",
+        "got (0, 3, 64, 64)",
+    ],
+    authors_matrices_with_nan: ["must hold k/255"],
     unknown_level: ["--pyramid_level", "8", "224"],
     unknown_data_set: ["mvtype must", "got teapots"],
     unknown_net: ["net must be one of", "resnet18", "got resnet19"],
@@ -397,6 +498,7 @@ CASES: dict[Callable[[Place], Case], list[str]] = {
     weights_no_torch_file: ["weights must be a file written by torch.save", "text.pth"],
     weights_no_state_dict: ["weights must hold a state_dict", "list.pth"],
     weights_of_another_net: ["weights must be of the net", "resnet18.pth", "--net"],
+    weights_of_a_deeper_net: ["weights must be of the net", "also holds layer1.2.conv1.weight"],
     weights_without_a_stage: ["weights must be of the net and levels", "lacks layer3"],
     weights_with_nan: ["features must be finite", "train/good/000.png", "level 14"],
     results_folder_is_a_file: ["file", "choose|check"],
@@ -409,6 +511,10 @@ CASES: dict[Callable[[Place], Case], list[str]] = {
     ensemble_labels_of_another_length: ["lbl.npy must hold 4 labels", "got 3"],
     levels_of_other_images: ["same images", "4 and 6"],
     scores_cut_short: ["1_crop_anom_maps.npz must be a whole file of scores"],
+    scores_with_nan: ["4_crop_anom_maps.npz must be a whole file of scores", "NaN"],
+    scores_of_fewer_crops_than_named: ["4_crop_anom_maps.npz must be", "1 and 1 crops"],
+    scores_of_one_axis: ["4_crop_anom_maps.npz must be", "anom_map_valid is float64 of shape (4,)"],
+    scores_with_a_record_of_another_kind: ["4_crop_anom_maps.npz must be", "no record"],
     negative_lambda: ["--lambda_factor", "got -1"],
 }
 
@@ -449,6 +555,83 @@ def test_what_was_finished_before_stays_as_it_was(
     (images / "pushpins/train/good/002.png").write_text("no image")
     fails(matrices_case(place, images, "--overwrite"), capsys)
     assert files_below(place.out) == before
+
+
+def test_results_and_matrices_of_the_authors_are_not_replaced(
+    place: Place, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = place.out / "ver1_pyramid_lvl_14/rep_num_0/pushpins_loco"
+    folder.mkdir(parents=True)
+    arrays = {"anom_map_test": np.ones((1, 5)), "anom_map_valid": np.ones((1, 3))}
+    np.savez(folder / "1_crop_anom_maps.npz", **arrays)
+    np.save(folder / "lbl.py.npy", np.zeros(5))
+    before = files_below(place.out)
+    assert "file of this collection" in fails(scores_case(place), capsys)
+    assert files_below(place.out) == before
+    main, argv = scores_case(place, "--overwrite")
+    main(argv)
+    assert sorted(path.name for path in folder.iterdir()) == ["1_crop_anom_maps.npz", "lbl.npy"]
+
+    matrices = place.root / "theirs" / "pushpins_loco"
+    matrices.mkdir(parents=True)
+    np.save(matrices / "train_data.npy", np.zeros((2, 3, 64, 64), np.float32))
+    case = matrices_case(place, place.drawn, "--out_dir", str(matrices.parent))
+    assert "hold matrices of this script" in fails(case, capsys)
+    assert [path.name for path in matrices.iterdir()] == ["train_data.npy"]
+
+
+def test_scores_of_images_that_have_changed_do_not_count_as_finished(
+    place: Place, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = place.images()
+    data = ["--out_dir", str(place.root / "data"), "--mvtype", "pushpins_loco"]
+    make, argv = matrices_case(place, images, *data, "--im_size", str(IM_SIZE))
+    make(argv)
+    score = scores_case(place, "--pyramid_level", "224", data=place.root / "data")
+    score[0](score[1])
+    before = files_below(place.out)
+    good, bad = (images / f"pushpins/test/{part}" for part in ("good", "logical_anomalies"))
+    (good / "000.png").write_bytes((bad / "000.png").read_bytes())
+    make(argv)
+    assert "000.png is newer than" in capsys.readouterr().err
+    make([*argv, "--overwrite"])
+    assert "was made with images_sha256" in fails(score, capsys)
+    assert files_below(place.out) == before
+
+
+def test_a_demo_data_set_is_not_replaced_with_what_lies_beside(
+    place: Place, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["--out_dir", str(place.out), "--scale", ".02", "--n_train", "1", "--n_test", "1"]
+    make_demo_dataset.main(argv)
+    (place.out / "notes.txt").write_text("mine")
+    before = files_below(place.out)
+    again = [*argv, "--seed", "1", "--overwrite"]
+    assert "notes.txt" in fails((make_demo_dataset.main, again), capsys)
+    assert files_below(place.out) == before
+    (place.out / "notes.txt").unlink()
+    make_demo_dataset.main(again)
+    assert files_below(place.out) != before
+
+
+@pytest.mark.parametrize(
+    ("redirection", "status", "words"),
+    [
+        ("| true", 2, ""),
+        (">/dev/full", 2, "error: the output: No space left on device"),
+        (">&-", 0, ""),
+        ("2>&-", 0, ""),
+    ],
+)
+def test_a_reader_that_goes_away(redirection: str, status: int, words: str) -> None:
+    code = "from command_line import *; run_script(lambda argv: print('x' * 9) or say('y'), [])"
+    command = f"set -o pipefail; '{sys.executable}' -c \"{code}\" {redirection}"
+    result = subprocess.run(
+        ["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, check=False, env={}
+    )
+    assert result.returncode == status
+    assert words in result.stderr
+    assert "Exception" not in result.stderr
 
 
 def test_debug_shows_the_traceback(place: Place) -> None:
@@ -510,7 +693,7 @@ def test_full_disk_while_scores_are_written(
         reps = ["--pyramid_level", "224", "--rep", "0-19", "--crop_size_ratio", ".7"]
         line = fails(scores_case(place, *reps), capsys)
         assert "No space left on device; free some space" in line
-        assert not (place.out / ".partial").exists()
+        assert not (place.out / ".sinbad_partial").exists()
         (place.out / "filler").unlink()
         for name in files_below(place.out):  # what is there is whole
             np.load(place.out / name)

@@ -1,6 +1,7 @@
 """Runs killed at any moment, runs side by side, a GPU that runs out of memory: the same bytes."""
 
 import json
+import os
 import random
 import shutil
 import subprocess
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from backbones import FeatureExtractor
 from command_line import UserError
-from result_files import partial_folder, write_atomic
+from result_files import PARTIAL, partial_folder, write_atomic
 
 KILLED = -9
 N_KILLS = 5
@@ -107,7 +108,7 @@ def test_killed_runs_end_with_the_bytes_of_an_undisturbed_one(
         codes = server.run((script, argv(killed)), kill_after=after)["codes"]
         assert codes[0] in (KILLED, 0)
         for name, found in files_below(killed).items():  # what is under its name is whole
-            if ".partial/" not in name:
+            if ".sinbad_partial/" not in name:
                 assert found == expected[name]
         if codes == [KILLED]:
             n_killed += 1
@@ -119,7 +120,7 @@ def test_killed_runs_end_with_the_bytes_of_an_undisturbed_one(
     assert n_killed == N_KILLS
     assert server.run((script, argv(killed)))["codes"] == [0]
     assert files_below(killed) == expected
-    assert not list(killed.rglob(".partial"))
+    assert not list(killed.rglob(PARTIAL))
 
 
 @pytest.mark.parametrize("script", ["data_to_matrices", "sinbad_single_layer"])
@@ -133,11 +134,11 @@ def test_two_processes_writing_the_same_results(
     both = (script, argv(tmp_path / "two"))
     assert server.run(both, both)["codes"] == [0, 0]
     assert files_below(tmp_path / "two") == files_below(tmp_path / "one")
-    assert not (tmp_path / "two" / ".partial").exists()
+    assert not (tmp_path / "two" / PARTIAL).exists()
 
 
 def test_what_a_killed_run_left_is_swept_but_not_what_a_living_one_writes(tmp_path: Path) -> None:
-    left = tmp_path / ".partial" / "host-1-dead"
+    left = tmp_path / PARTIAL / "host-1-0000dead"
     left.mkdir(parents=True)
     (left / "lock").touch()
     (left / "train_data.npy").write_bytes(b"half of it")
@@ -147,7 +148,7 @@ def test_what_a_killed_run_left_is_swept_but_not_what_a_living_one_writes(tmp_pa
         assert not left.exists()
         assert (living / "mine").read_bytes() == b"whole"
     assert files_below(tmp_path) == {"other.txt": b"other"}
-    assert not (tmp_path / ".partial").exists()
+    assert not (tmp_path / PARTIAL).exists()
 
 
 @pytest.mark.parametrize("script", ["data_to_matrices", "sinbad_single_layer"])
@@ -161,12 +162,12 @@ def test_a_run_with_nothing_to_do_sweeps_too(
     )
     assert server.run((script, argv))["codes"] == [0]
     finished = files_below(tmp_path)
-    left = tmp_path / ".partial" / "host-1-dead"
+    left = tmp_path / PARTIAL / "host-1-0000dead"
     left.mkdir(parents=True)
     (left / "lock").touch()
     assert server.run((script, argv))["codes"] == [0]
     assert files_below(tmp_path) == finished
-    assert not (tmp_path / ".partial").exists()
+    assert not (tmp_path / PARTIAL).exists()
 
 
 def test_many_runs_may_write_below_one_folder_at_once(tmp_path: Path) -> None:
@@ -177,14 +178,22 @@ def test_many_runs_may_write_below_one_folder_at_once(tmp_path: Path) -> None:
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(write, range(8)))
     assert len(files_below(tmp_path)) == 8 * 30
-    assert not (tmp_path / ".partial").exists()
+    assert not (tmp_path / PARTIAL).exists()
+
+
+def test_folders_of_others_are_not_swept(tmp_path: Path) -> None:
+    mine = tmp_path / PARTIAL / "mine"
+    mine.mkdir(parents=True)
+    os.utime(mine, (0, 0))
+    write_atomic(tmp_path / "other.txt", b"other")
+    assert mine.is_dir()
 
 
 def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
     (tmp_path / "taken").mkdir()
     with pytest.raises(OSError, match="taken"):
         write_atomic(tmp_path / "taken", b"data")
-    assert not (tmp_path / ".partial").exists()
+    assert not (tmp_path / PARTIAL).exists()
 
 
 # ---------------------------------------------------------------- out of GPU memory

@@ -100,7 +100,7 @@ def test_train_and_valid_of_both_data_sets_are_stored_once(data_dir: Path) -> No
     for name, shared in (("train", True), ("valid", True), ("test", False)):
         loco, struct = (data_dir / f"pushpins_{k}" / f"{name}_data.npy" for k in ANOMALIES)
         assert loco.samefile(struct) == shared
-    assert not (data_dir / ".partial").exists()
+    assert not (data_dir / ".sinbad_partial").exists()
 
 
 def test_loading_gives_back_what_was_written(data_dir: Path) -> None:
@@ -148,6 +148,23 @@ def test_another_list_of_images_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "in" / "pushpins" / "train/good/004.png").unlink()
     with pytest.raises(UserError, match=r"train list of 5 images.*another list, of 4"):
         make_matrices(tmp_path / "in", tmp_path / "out", ["pushpins_loco"], 32)
+
+
+def test_a_second_data_set_of_a_class_is_linked_in_a_later_run_too(
+    dataset_dir: Path, data_dir: Path, tmp_path: Path
+) -> None:
+    for name in ("pushpins_struct", "pushpins_loco"):
+        make_matrices(dataset_dir, tmp_path, [name], IM_SIZE)
+    loco, struct = (tmp_path / name for name in ("pushpins_loco", "pushpins_struct"))
+    assert (loco / "train_data.npy").samefile(struct / "train_data.npy")
+    assert files_below(tmp_path) == files_below(data_dir)
+
+
+def test_sha256_is_of_the_pixels_of_each_image(data_dir: Path) -> None:
+    matrices = load_matrices(data_dir, "pushpins_loco")
+    for split, images in matrices.images.items():
+        found = [hashlib.sha256(image.tobytes()).hexdigest() for image in images]
+        assert matrices.sha256[split] == found
 
 
 def test_number_of_workers_does_not_change_a_byte(dataset_dir: Path, tmp_path: Path) -> None:

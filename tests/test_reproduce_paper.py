@@ -288,6 +288,34 @@ def test_extra_scores_are_normalised_weighted_and_added(
     assert "ensemble,efficientad,ensemble + efficientad" in header
 
 
+def test_extra_scores_named_as_a_column_are_refused(
+    folder: Path, dataset_dir: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "ensemble.csv"
+    path.write_text("".join(f"{image},{score}\n" for image, score in extra_lines(folder)))
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    with pytest.raises(UserError, match="must not be named as a column of the table, got ensemble"):
+        reproduce(dataset_dir, tmp_path, "--extra_scores", str(path))
+
+
+@pytest.mark.parametrize(
+    ("flags", "line"),
+    [
+        (["--extra_scores", "none.csv"], "none.csv"),
+        (["--version_name", "a#b"], "must be without #"),
+        (["--crop_num_edge", "1"], "0.7 and 0.99, which both write 1_crop"),
+        (["--out", "/dev/null"], "/dev/null"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_wrong_flags_stop_before_the_long_work(
+    flags: list[str], line: str, dataset_dir: Path, tmp_path: Path
+) -> None:
+    with pytest.raises((UserError, OSError), match=line):
+        reproduce(dataset_dir, tmp_path, *flags)
+    assert not (tmp_path / "matrices").exists()
+
+
 @pytest.mark.parametrize(
     ("edit", "line"),
     [
@@ -307,4 +335,4 @@ def test_bad_extra_scores(
     shutil.copytree(folder / "results", tmp_path / "results")
     with pytest.raises(UserError, match=line):
         reproduce(dataset_dir, tmp_path, "--extra_scores", str(path))
-    assert not (tmp_path / "out").exists()
+    assert not list((tmp_path / "out").glob("*"))

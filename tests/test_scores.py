@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,12 +11,14 @@ import torch
 import torchvision
 from conftest import COUNTS, GOLDEN, IM_SIZE, SHARED, files_below
 from numpy.typing import NDArray
+from PIL import Image, ImageOps
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 import data_to_matrices
 import sinbad_single_layer
 from command_line import UserError
+from data_to_matrices import make_matrices
 from result_files import LevelScores, read_scores
 
 Array = NDArray[np.float64]
@@ -77,7 +80,7 @@ def test_files_and_figures_of_a_run(together: Path, capsys: pytest.CaptureFixtur
     settings = scores.run["settings"]
     assert settings["crop_size_ratio"] == 0.7
     assert (settings["pyramid_level"], settings["rep"], settings["seed"]) == (7, 1, 0)
-    assert not (together / ".partial").exists()
+    assert not (together / ".sinbad_partial").exists()
 
 
 @pytest.mark.parametrize(
@@ -147,6 +150,37 @@ def test_float32_matrices_of_the_authors_give_the_same_scores(
     found = single(tmp_path / "matrices", tmp_path / "results", *asked)
     path = together / "ver1_pyramid_lvl_224/rep_num_0/pushpins_loco/44.00_lvl_anom_maps.npz"
     np.testing.assert_array_equal(found.test, read_scores(path).test)
+
+
+def test_groups_stand_for_what_is_there(
+    data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(data_dir / "pushpins_loco", tmp_path / "matrices" / "own_loco")
+    shutil.copytree(data_dir / "pushpins_loco", tmp_path / "matrices" / "pushpins_loco")
+    score(tmp_path / "matrices", tmp_path / "r", "--mvtype", "all", "--pyramid_level", "224")
+    assert {path.parent.name for path in tmp_path.glob("r/**/*.npz")} == {
+        "own_loco",
+        "pushpins_loco",
+    }
+    assert "note: not there: breakfast_box_loco" in capsys.readouterr().err
+    score(tmp_path / "matrices", tmp_path / "r", "--mvtype", "own", "--pyramid_level", "224")
+    assert capsys.readouterr().err.count("finished already") == 1
+
+
+def test_images_of_equal_names_but_other_pixels_are_not_mixed_up(
+    dataset_dir: Path, data_dir: Path, tmp_path: Path
+) -> None:
+    other = Path(shutil.copytree(dataset_dir, tmp_path / "other"))
+    for path in other.glob("pushpins/train/good/*.png"):
+        ImageOps.invert(Image.open(path)).save(path)
+    matrices = tmp_path / "matrices"
+    make_matrices(other, matrices, ["pushpins_struct"], IM_SIZE)
+    shutil.copytree(data_dir / "pushpins_loco", matrices / "pushpins_loco")
+    score(matrices, tmp_path / "both", "--mvtype", "pushpins", "--pyramid_level", "224")
+    score(matrices, tmp_path / "one", "--mvtype", "pushpins_struct", "--pyramid_level", "224")
+    both, one = files_below(tmp_path / "both"), files_below(tmp_path / "one")
+    assert len(one) == 2
+    assert one == {name: both[name] for name in one}
 
 
 def test_finished_scores_are_skipped_and_other_settings_are_an_error(

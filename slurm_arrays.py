@@ -271,7 +271,7 @@ def make_batch(args: argparse.Namespace, name: str, levels: list[int]) -> Batch:
     return Batch(
         name=name,
         sbatch_lines=sbatch_lines(args),
-        setup=args.setup,
+        setup=args.setup or [],
         throttle=args.throttle,
         max_array_size=args.max_array_size,
         mvtypes=expand_mvtypes(args.mvtype),

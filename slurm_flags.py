@@ -7,7 +7,9 @@ Standard library only: the generators run on login nodes.
 import argparse
 import configparser
 import os
+import re
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -47,22 +49,49 @@ def one_line(text: str) -> str:
     return text.strip()
 
 
-def plain(text: str) -> str:
-    """Refuse what would break a line or a pattern of tasks.tsv (an argparse type)."""
-    if set(text) & set("\t{}"):
-        raise argparse.ArgumentTypeError(f"must be without tabs and {{}}, got {text!r}")
-    return one_line(text)
+def text_without(characters: str) -> Callable[[str], str]:
+    """Make an argparse type: one line without tabs (they part tasks.tsv) and these characters."""
+
+    def parse(text: str) -> str:
+        if set(text) & {"\t", *characters}:
+            raise argparse.ArgumentTypeError(f"must be without tabs and {characters}, got {text!r}")
+        return one_line(text)
+
+    return parse
 
 
-def absolute_path(text: str) -> Path:
-    """Make a path absolute (an argparse type)."""
-    return Path(os.path.abspath(os.path.expanduser(plain(text))))
+def path_without(characters: str) -> Callable[[str], Path]:
+    """Make an argparse type: a path that is without these characters once it is absolute."""
+    check = text_without(characters)
+    return lambda text: Path(check(os.path.abspath(os.path.expanduser(one_line(text)))))
+
+
+def matching(pattern: str, rule: str) -> Callable[[str], str]:
+    """Make an argparse type: a text that a regular expression describes."""
+
+    def parse(text: str) -> str:
+        if not re.fullmatch(pattern, text):
+            raise argparse.ArgumentTypeError(f"must be {rule}, got {text}")
+        return text
+
+    return parse
+
+
+IN_PATTERNS = "{}"  # mean something in the output patterns of tasks.tsv
+IN_LOG_NAMES = "%\\"  # mean something to Slurm in the path of a log
+IN_VERSIONS = "#"  # stands for the level in --version of calc_anom_ensm.py
+absolute_path = path_without(IN_PATTERNS)
 
 
 def weights_source(text: str) -> str:
     """Make a file of weights absolute, leave the two words alone (an argparse type)."""
     return text if text in ("imagenet", "random") else str(absolute_path(text))
 
+
+# Those of sinbad_single_layer.py, which imports torch: a test compares them.
+NETWORK_DEFAULTS = {"net": "wide_resnet50_2", "weights": "imagenet", "precision": "fp32"}
+PRECISIONS = "fp32, tf32 or bf16"
+DEVICES = "auto, cpu, cuda or cuda:<i>"
 
 # Handed on to the tasks as they are; where there is no default, the task has its own.
 HANDED_ON = {
@@ -72,11 +101,11 @@ HANDED_ON = {
     "n_quantiles": (integer_from(1), "number of thresholds a direction"),
     "shrinkage_factor": (number_between(0, 1, low_open=True), "of the covariance, above 0 to 1"),
     "seed": (integer_from(0), "of the random directions"),
-    "net": (plain, "a ResNet or ResNeXt of torchvision"),
+    "net": (matching(r"\w+", "a name"), "a ResNet or ResNeXt of torchvision"),
     "weights": (weights_source, "imagenet, random or a FILE with a state_dict"),
     "batch_size": (integer_from(1), "crops of one forward pass"),
-    "device": (plain, "auto, cpu, cuda or cuda:<i>; with cpu no --gres by default"),
-    "precision": (plain, "fp32, tf32 or bf16"),
+    "device": (matching("auto|cpu|cuda(:[0-9]+)?", DEVICES), f"{DEVICES}; cpu: no --gres"),
+    "precision": (matching("fp32|tf32|bf16", PRECISIONS), PRECISIONS),
     "num_workers": (integer_from(1), "threads that read pixels"),
 }
 
@@ -92,17 +121,20 @@ def add_task_flags(parser: ScriptParser, settings: LevelSettings) -> None:
     """
     add = parser.add_argument_group("what is computed, see sinbad_single_layer.py").add_argument
     ratios, reps = settings.crop_ratios, list(range(settings.n_reps))
-    add("--mvtype", nargs="+", type=plain, default=["all"], metavar="NAME",
+    add("--mvtype", nargs="+", type=text_without(IN_PATTERNS), default=["all"], metavar="NAME",
         help="data sets, classes or loco, struct, all (default: all)")  # fmt: skip
-    add("--version_name", type=plain, default=DEFAULT_VERSION,
+    add("--version_name", type=text_without(IN_PATTERNS + IN_VERSIONS), default=DEFAULT_VERSION,
         help=f"start of the folder names (default: {DEFAULT_VERSION})")  # fmt: skip
     ratio = number_between(0, 1, low_open=True, high_open=True)
     add("--crop_size_ratio", nargs="+", type=ratio, default=list(ratios), metavar="SHARE",
         help=f"side of a crop, of the image's (default: {' '.join(map(str, ratios))})")  # fmt: skip
     add("--rep", nargs="+", type=integer_ranges, default=[reps],
         help=f"repetitions, as 3 or 0-99 (default: {shorten_numbers(reps)[0]})")  # fmt: skip
-    for name, path in (("data_dir", DEFAULT_DATA_DIR), ("results_dir", DEFAULT_RESULTS_DIR)):
-        add(f"--{name}", type=absolute_path, default=str(path), help=f"(default: {path})")
+    for name, kind, path in (
+        ("data_dir", absolute_path, DEFAULT_DATA_DIR),
+        ("results_dir", path_without(IN_PATTERNS + IN_VERSIONS), DEFAULT_RESULTS_DIR),
+    ):
+        add(f"--{name}", type=kind, default=str(path), help=f"(default: {path})")
     defaults = {
         "initial_res": IM_SIZE,
         "crop_num_edge": CROP_NUM_EDGE,
@@ -110,6 +142,7 @@ def add_task_flags(parser: ScriptParser, settings: LevelSettings) -> None:
         "n_quantiles": settings.n_quantiles,
         "shrinkage_factor": settings.shrinkage,
         "seed": 0,
+        **NETWORK_DEFAULTS,
     }
     for name, (kind, meaning) in HANDED_ON.items():
         default = f" (default: {defaults[name]})" if name in defaults else ""
@@ -135,7 +168,8 @@ def add_slurm_flags(parser: ScriptParser, out_dir: Path, sibling: str) -> None:
         Name of the other generator's folder, beside this one.
     """
     add = parser.add_argument_group("the folder").add_argument
-    add("--out_dir", type=absolute_path, default=str(out_dir), help=f"(default: {out_dir})")
+    add("--out_dir", type=path_without(IN_PATTERNS + IN_LOG_NAMES), default=str(out_dir),
+        help=f"(default: {out_dir})")  # fmt: skip
     add("--status", action="store_true",
         help="only print what is done, running, missing; exit 1 if any is missing")  # fmt: skip
     add("--then_ensemble", type=absolute_path, nargs="?", const=Path(sibling), metavar="SIBLING",
@@ -143,19 +177,24 @@ def add_slurm_flags(parser: ScriptParser, out_dir: Path, sibling: str) -> None:
         f"folder are done (default of SIBLING: {sibling} beside --out_dir)")  # fmt: skip
     add("--ensemble_out", type=absolute_path, metavar="DIR",
         help="folder of the ensemble's tables (default of calc_anom_ensm.py)")  # fmt: skip
-    add = parser.add_argument_group(
+    group = parser.add_argument_group(
         "how Slurm runs the tasks", "A line #SBATCH is written only for what is set."
-    ).add_argument
-    add("--profile", type=Path, metavar="FILE",
+    )
+    group.add_argument("--profile", type=Path, metavar="FILE",
         help=f"INI file whose section [{PROFILE_SECTION}] holds any of {', '.join(PROFILE_KEYS)}; "
         "flags win, --setup lines are added")  # fmt: skip
+    add_site_flags(group.add_argument)
+
+
+def add_site_flags(add: Callable[..., argparse.Action]) -> None:
+    """Add the flags that a profile can set, by a parser's or a group's `add_argument`."""
     for name, option in SBATCH_OPTIONS.items():
         default = f" (default: {DEFAULT_GRES}; none: no such line)" if name == "gres" else ""
         add(f"--{name}", type=one_line, metavar="TEXT", help=f"#SBATCH --{option}{default}")
     add("--requeue", action=argparse.BooleanOptionalAction,
         help="start a preempted task again (default: the cluster's)")  # fmt: skip
     add("--throttle", type=integer_from(1), metavar="N", help="at most N tasks at a time")
-    add("--setup", action="append", default=[], metavar="LINE",
+    add("--setup", action="append", metavar="LINE",
         help="shell line before the command, as 'module load cuda'; may be repeated")  # fmt: skip
     add("--max_array_size", type=integer_from(2), metavar="N",
         help="tasks in one array (default: MaxArraySize of scontrol when submitting)")  # fmt: skip
@@ -175,7 +214,7 @@ def read_profile(path: Path) -> dict[str, Any]:
     """Read the [slurm] section of an INI file: flags by name; setup may take many lines."""
     parser = configparser.ConfigParser(interpolation=None)
     try:
-        parser.read_string(path.read_text(), str(path))
+        parser.read_string(path.read_text(encoding="utf-8"), str(path))
     except OSError as error:
         raise UserError(f"--profile must be a file, got {path}: {error.strerror}") from None
     except (configparser.Error, UnicodeDecodeError) as error:
@@ -202,7 +241,24 @@ def read_profile(path: Path) -> dict[str, Any]:
             raise UserError(
                 f"requeue in {path} must be yes or no, got {section['requeue']}; change it"
             ) from None
+    check_texts(path, {name: text for name, text in values.items() if isinstance(text, str)})
     return values
+
+
+def check_texts(path: Path, texts: dict[str, str]) -> None:
+    """Refuse values of a profile that are none of their flags, and name the profile."""
+    for name, text in texts.items():
+        if re.search(r"\s[#;]", text):
+            raise UserError(
+                f"{name} in {path} must be a value alone, got {text}; give the comment a line of "
+                f"its own"
+            )
+    parser = ScriptParser(None)
+    add_site_flags(parser.add_argument)
+    try:
+        parser.parse_args([f"--{name}={text}" for name, text in texts.items()])
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
 
 
 def sbatch_lines(args: argparse.Namespace) -> list[str]:

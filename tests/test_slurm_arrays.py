@@ -16,10 +16,12 @@ from slurm_stub import batch_master, expected_results, kill_task, stub_batch, st
 import create_batch_array_sinbad as resnet
 import create_batch_array_sinbad_224 as pixels
 import sinbad_single_layer
+from backbones import PRECISIONS
 from command_line import UserError
 from loco_datasets import scores_folder
 from result_files import LevelScores, save_scores
 from slurm_arrays import write_ensemble
+from slurm_flags import NETWORK_DEFAULTS
 from slurm_states import (
     brace_pattern,
     expand_numbers,
@@ -113,7 +115,7 @@ def test_sbatch_lines_only_for_what_was_set(tmp_path: Path) -> None:
     profile = tmp_path / "site.ini"
     profile.write_text(
         "[slurm]\npartition = gpu\nmem = 16G\nthrottle = 4\nrequeue = yes\n"
-        "setup =\n    module load cuda\n    source /venv/bin/activate\n"
+        "setup =\n    module load cuda ; true # quietly\n    source /venv/bin/activate\n"
     )
     flags = ["--mvtype", "pushpins_loco", "--out_dir"]
     resnet.main([*flags, str(tmp_path / "a")])
@@ -124,7 +126,7 @@ def test_sbatch_lines_only_for_what_was_set(tmp_path: Path) -> None:
     text = (tmp_path / "b/array.sbatch").read_text()
     for line in ("--partition=gpu", "--mem=32G", "--requeue"):
         assert f"#SBATCH {line}\n" in text
-    assert "\nmodule load cuda\nsource /venv/bin/activate\n" in text
+    assert "\nmodule load cuda ; true # quietly\nsource /venv/bin/activate\n" in text
 
 
 @pytest.mark.parametrize(
@@ -134,6 +136,16 @@ def test_sbatch_lines_only_for_what_was_set(tmp_path: Path) -> None:
         (["--mvtype", "nothing"], "mvtype must be a data set"),
         (["--throttle", "0"], "throttle: must be a whole number from 1, got 0"),
         (["--results_dir", "a\tb"], "must be without tabs"),
+        (
+            ["--results_dir", "run#2"],
+            r"results_dir: must be without tabs and \{\}#, got '/.*run#2'",
+        ),
+        (["--version_name", "run#2"], r"version_name: must be without tabs and \{\}#, got 'run#2'"),
+        (["--out_dir", "100%"], r"out_dir: must be without tabs and \{\}%\\, got '/.*100%'"),
+        (["--out_dir", "a\\b"], r"out_dir: must be without tabs"),
+        (["--precision", "fp8"], "precision: must be fp32, tf32 or bf16, got fp8"),
+        (["--device", "gpu"], "device: must be auto, cpu, cuda or cuda:<i>, got gpu"),
+        (["--device", "cuda:"], "device: must be auto, cpu, cuda or cuda:<i>, got cuda:"),
         (["--mem", "1G\n2G"], "must be one line, got"),
         (["--profile", "missing.ini"], "profile must be a file, got missing.ini: No such file"),
         (["--status"], "must be a folder with tasks.tsv"),
@@ -157,10 +169,47 @@ def test_results_of_other_settings_do_not_count_as_done(tmp_path: Path) -> None:
     resnet.main([*flags, "--version_name", "ver2"])
 
 
-def test_unknown_profile_key(tmp_path: Path) -> None:
-    (tmp_path / "site.ini").write_text("[slurm]\ncolour = red\n")
-    with pytest.raises(UserError, match=r"keys of .* must be flags of Slurm, got colour"):
-        resnet.main(["--profile", str(tmp_path / "site.ini")])
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("colour = red", r"keys of .*site\.ini must be flags of Slurm, got colour"),
+        ("requeue = perhaps", r"requeue in .*site\.ini must be yes or no, got perhaps"),
+        ("throttle = many", r"site\.ini: argument --throttle: must be a whole .* got many"),
+        ("mem = 1G\n 2G", r"site\.ini: argument --mem: must be one line, got"),
+        ("cpus = 4 ; four", r"cpus in .*site\.ini must be a value alone, got 4 ; four"),
+        ("cpus = 4 # four", r"cpus in .*site\.ini must be a value alone, got 4 # four"),
+    ],
+)
+def test_bad_profile_is_one_line(tmp_path: Path, line: str, message: str) -> None:
+    (tmp_path / "site.ini").write_text(f"[slurm]\n{line}\n")
+    with pytest.raises(UserError, match=message):
+        resnet.main(["--profile", str(tmp_path / "site.ini"), "--out_dir", str(tmp_path / "a")])
+    assert not (tmp_path / "a").exists()
+
+
+def test_braces_in_the_working_directory_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a{1,2}").mkdir()
+    monkeypatch.chdir(tmp_path / "a{1,2}")
+    with pytest.raises(UserError, match=r"must be without tabs and \{\}.*a\{1,2\}/results"):
+        resnet.main(["--out_dir", str(tmp_path / "new"), "--results_dir", "results"])
+
+
+def test_help_shows_no_empty_default(capsys: pytest.CaptureFixture[str]) -> None:
+    for script in (resnet, pixels):
+        with pytest.raises(SystemExit):
+            script.parse_args(["--help"])
+        assert "(default: )" not in capsys.readouterr().out
+
+
+def test_the_tasks_defaults_are_those_shown() -> None:
+    task = sinbad_single_layer.parse_args(["--mvtype", "pushpins_loco"])
+    for name, value in NETWORK_DEFAULTS.items():
+        assert getattr(task, name) == value
+        assert getattr(resnet.parse_args([]), name) == value
+    for precision in PRECISIONS:
+        assert resnet.parse_args(["--precision", precision]).precision == precision
 
 
 def test_generators_start_at_once_and_without_torch() -> None:

@@ -6,9 +6,9 @@ line of it), `batch_master.sh` (submits what is unfinished, see slurm_jobs.py) a
 """
 
 import argparse
+import functools
 import itertools
 import json
-import os
 import shlex
 import sys
 from dataclasses import asdict, dataclass
@@ -31,10 +31,10 @@ from slurm_states import (
     Task,
     brace_pattern,
     expand_pattern,
-    look,
+    find_alive,
     only_one,
     read_batch,
-    read_tasks,
+    sha256_of,
     shorten_numbers,
     write_atomically,
 )
@@ -126,30 +126,54 @@ def task_command(args: argparse.Namespace, share: Share) -> str:
     return shlex.join(map(str, words))
 
 
-def check_finished(args: argparse.Namespace, tasks: list[Task]) -> None:
+def check_finished(args: argparse.Namespace, tasks: list[Task], level: int) -> None:
     """Stop if an output is there that was made with other settings: it would count as done."""
-    firsts = [next(filter(os.path.exists, expand_pattern(t.outputs)), None) for t in tasks]
-    paths = [Path(path) for path in firsts if path is not None]
+    outputs = (Path(path) for task in tasks for path in expand_pattern(task.outputs))
+    paths = [path for path in outputs if path.exists()]
     if not paths:
         return
     from result_files import read_scores  # imports numpy
 
     wanted = {name: getattr(args, name) for name in (*HANDED_ON, "official")}
+    ratios = ratios_by_file(args, level)
     for path in paths:
-        for name, found in read_scores(path).run.get("settings", {}).items():
-            if wanted.get(name, found) not in (None, found):
+        # The raw pixels' files have no settings of the network.
+        found = read_scores(path).run.get("settings", {})
+        now = {**wanted, "crop_size_ratio": ratios[path.name]}
+        if "weights_sha256" in found:
+            now["weights_sha256"] = weights_sha256(args.weights, found["weights_sha256"])
+        for name, value in now.items():
+            if found.get(name, value) != value:
                 raise UserError(
-                    f"{path} was made with {name} {found}, now {name} is {wanted[name]}; choose "
+                    f"{path} was made with {name} {found[name]}, now {name} is {value}; choose "
                     f"another --version_name or --results_dir, or remove it"
                 )
 
 
+def weights_sha256(weights: str, found: str) -> str:
+    """Return what a task will record of --weights, to compare with what was `found`."""
+    if weights == "imagenet":  # unknown before torchvision has them: any file's may be theirs
+        return found if found != "random" else "that of imagenet"
+    return weights if weights == "random" else sha256_of_file(Path(weights))
+
+
+@functools.cache
+def sha256_of_file(path: Path) -> str:
+    """Return the sha256 of a file of weights; it is read once."""
+    return sha256_of(path.read_bytes())
+
+
 # --- scripts ---------------------------------------------------------------------------------
 
+WHERE_TO_RUN = """\
+# The folder, however it was moved; the set-up lines may go elsewhere.
+sinbad_folder=$PWD
+"""
+
 ARRAY_BODY = """\
-tasks={tasks}
-task=$((SLURM_ARRAY_TASK_ID + ${{1:-0}}))
-command=$(awk -F '\\t' -v task="$task" '$1 == task {{ print $3 }}' "$tasks")
+tasks=$sinbad_folder/tasks.tsv
+task=$((SLURM_ARRAY_TASK_ID + ${1:-0}))
+command=$(awk -F '\\t' -v task="$task" '$1 == task { print $3 }' "$tasks")
 if [ -z "$command" ]; then
     echo "error: task must be one of $tasks, got $task; generate the folder again" >&2
     exit 2
@@ -172,7 +196,7 @@ exec {python} {jobs} "$here" "$@"
 
 
 def render_sbatch(batch: Batch, job_name: str, log: str, about: str, body: str) -> str:
-    """Return a script for sbatch: header, the set-up lines, then `body`."""
+    """Return a script for sbatch, started in the folder: header, the set-up lines, then `body`."""
     header = [
         "#!/bin/bash",
         f"# {about}",
@@ -184,7 +208,7 @@ def render_sbatch(batch: Batch, job_name: str, log: str, about: str, body: str) 
         "# shellcheck disable=SC1090,SC1091",
     ]
     setup = [*batch.setup, ""] if batch.setup else []
-    return "\n".join([*header, "", *setup, body])
+    return "\n".join([*header, "", WHERE_TO_RUN, *setup, body])
 
 
 def write_folder(folder: Path, tasks: list[Task], batch: Batch, script: str) -> None:
@@ -206,7 +230,7 @@ def write_folder(folder: Path, tasks: list[Task], batch: Batch, script: str) -> 
         batch.name,
         "%A_%a.log",
         f"Run line $1 + $SLURM_ARRAY_TASK_ID of tasks.tsv. Written by {script}.",
-        ARRAY_BODY.format(tasks=shlex.quote(str(folder / "tasks.tsv"))),
+        ARRAY_BODY,
     )
     master = BATCH_MASTER.format(
         script=script,
@@ -222,6 +246,9 @@ def write_folder(folder: Path, tasks: list[Task], batch: Batch, script: str) -> 
 def tasks_text(tasks: list[Task]) -> str:
     """Return the content of tasks.tsv."""
     return "".join(f"{i}\t{task.outputs}\t{task.command}\n" for i, task in enumerate(tasks))
+
+
+# --- ensemble ---------------------------------------------------------------------------------
 
 
 def ensemble_command(folder: Path, batch: Batch) -> str:
@@ -254,7 +281,7 @@ def ensemble_command(folder: Path, batch: Batch) -> str:
 
 def write_ensemble(folder: Path, batch: Batch) -> Path:
     """Write ensemble.sbatch; it leaves ensemble.done when it succeeds."""
-    done = shlex.quote(str(folder / ENSEMBLE_DONE))
+    done = f'"$sinbad_folder"/{ENSEMBLE_DONE}'
     about = "Ensemble the scores of both folders. Written and submitted by batch_master.sh."
     body = f"rm -f {done}\n{ensemble_command(folder, batch)} && touch {done}\n"
     path = folder / f"{ENSEMBLE}.sbatch"
@@ -263,10 +290,26 @@ def write_ensemble(folder: Path, batch: Batch) -> Path:
     return path
 
 
+def forget_ensemble(folders: list[Path]) -> None:
+    """Remove what says that the ensemble of two folders is done."""
+    for folder in folders:
+        (folder / ENSEMBLE_DONE).unlink(missing_ok=True)
+
+
+def has_sibling(batch: Batch) -> bool:
+    """Say whether an ensemble is wanted and can be: print it if the other folder is not there."""
+    if batch.sibling is None:
+        return False
+    there = Path(batch.sibling, "tasks.tsv").exists()
+    if not there:
+        say(f"ensemble not started: {batch.sibling} has not been generated yet")
+    return there
+
+
 # --- generators ------------------------------------------------------------------------------
 
 
-def make_batch(args: argparse.Namespace, name: str, levels: list[int]) -> Batch:
+def make_batch(args: argparse.Namespace, name: str, levels: list[int], tasks_sha256: str) -> Batch:
     """Gather what batch_master.sh must know from the flags."""
     return Batch(
         name=name,
@@ -281,7 +324,27 @@ def make_batch(args: argparse.Namespace, name: str, levels: list[int]) -> Batch:
         reps=flatten(args.rep),
         sibling=str(args.out_dir.parent / args.then_ensemble) if args.then_ensemble else None,
         ensemble_out=str(args.ensemble_out) if args.ensemble_out else None,
+        tasks_sha256=tasks_sha256,
     )
+
+
+def forget_other_tasks(folder: Path, batch: Batch) -> None:
+    """Forget what was submitted of another list of tasks; refuse while any of it is alive."""
+    try:
+        same = read_batch(folder).tasks_sha256 == batch.tasks_sha256
+    except UserError:  # none yet, or damaged
+        same = False
+    if same or not (folder / "submitted.tsv").exists():
+        return
+    alive, alive_jobs = find_alive(folder)
+    if alive:
+        raise UserError(
+            f"out_dir must not have other tasks running, got {folder} with jobs "
+            f"{', '.join(alive_jobs) or 'of --local'}; wait, scancel them, or write "
+            f"to another --out_dir"
+        )
+    (folder / "submitted.tsv").unlink()
+    say("replaced another list of tasks, their results are kept")
 
 
 def generate(args: argparse.Namespace, name: str, levels: list[int], script: str) -> None:
@@ -299,19 +362,10 @@ def generate(args: argparse.Namespace, name: str, levels: list[int], script: str
         File name of the generator.
     """
     tasks, folder = plan_tasks(args, levels), args.out_dir
-    check_finished(args, tasks)
+    check_finished(args, tasks, levels[0])
     folder.mkdir(parents=True, exist_ok=True)
+    batch = make_batch(args, name, levels, sha256_of(tasks_text(tasks).encode()))
     with only_one(folder):
-        path = folder / "tasks.tsv"
-        if path.exists() and path.read_text() != tasks_text(tasks):
-            old = look(folder, read_tasks(folder))
-            if old.running or old.alive_jobs:
-                raise UserError(
-                    f"out_dir must not have other tasks running, got {folder} with jobs "
-                    f"{', '.join(old.alive_jobs) or 'of --local'}; wait, scancel them, or write "
-                    f"to another --out_dir"
-                )
-            (folder / "submitted.tsv").unlink(missing_ok=True)
-            say(f"replaced another list of {old.n_tasks} tasks, their results are kept")
-        write_folder(folder, tasks, make_batch(args, name, levels), script)
+        forget_other_tasks(folder, batch)
+        write_folder(folder, tasks, batch, script)
     say(f"{len(tasks)} tasks; submit them: sh {shlex.quote(str(folder / 'batch_master.sh'))}")

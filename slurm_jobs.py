@@ -21,21 +21,23 @@ import time
 from pathlib import Path
 
 from command_line import Progress, ScriptParser, integer_from, run_script, say
-from slurm_arrays import write_ensemble
+from slurm_arrays import forget_ensemble, has_sibling, write_ensemble
 from slurm_states import (
     ARRAY,
     ENSEMBLE,
-    ENSEMBLE_DONE,
     LOCAL_JOB,
     LOGS,
     Batch,
     Overview,
     Submission,
+    Task,
     alive_ensembles,
     ask_slurm,
     find_ensemble_done,
+    is_done,
     last_words,
     look,
+    max_array_size,
     name_tasks,
     only_one,
     print_status,
@@ -46,22 +48,11 @@ from slurm_states import (
     shorten_numbers,
 )
 
-DEFAULT_MAX_ARRAY_SIZE = 1001  # slurm.conf's own default
+ENSEMBLE_LOCK = ".ensemble.lock"
 SECONDS_BETWEEN_LOOKS = 0.1
 
 
 # --- submission ------------------------------------------------------------------------------
-
-
-def max_array_size(batch: Batch) -> int:
-    """Return the flag's value, else what this cluster allows: indices stay below it."""
-    if batch.max_array_size is not None:
-        return batch.max_array_size
-    for line in ask_slurm(["scontrol", "show", "config"]).splitlines():
-        name, _, value = line.partition("=")
-        if name.strip() == "MaxArraySize" and value.strip().isdigit():
-            return int(value)
-    return DEFAULT_MAX_ARRAY_SIZE
 
 
 def sbatch(
@@ -75,13 +66,17 @@ def sbatch(
     return job_id
 
 
-def submit_arrays(folder: Path, batch: Batch, tasks: list[int]) -> list[str]:
-    """Submit tasks, as several arrays where one is not allowed to be so long; return job ids.
+def submit_arrays(folder: Path, batch: Batch, overview: Overview) -> list[str]:
+    """Submit what is missing, as several arrays where one is not allowed to be so long.
 
-    With a throttle the arrays follow one another, so that the limit holds for all of them.
+    With a throttle an array follows those before it, also those of earlier submissions, so that
+    the limit holds for all of them. Returns job ids.
     """
-    size, job_ids = max_array_size(batch), []
-    for first in range(0, max(tasks, default=-1) + 1, size):
+    tasks, job_ids = overview.missing, []
+    if not tasks:
+        return []
+    size, before = max_array_size(batch), list(overview.alive_jobs)
+    for first in range(0, max(tasks) + 1, size):
         part = tuple(task for task in tasks if first <= task < first + size)
         if not part:
             continue
@@ -89,9 +84,10 @@ def submit_arrays(folder: Path, batch: Batch, tasks: list[int]) -> list[str]:
         after = []
         if batch.throttle is not None:
             array += f"%{batch.throttle}"
-            after = [f"--dependency=afterany:{job_ids[-1]}"] if job_ids else []
+            after = [f"--dependency=afterany:{':'.join(before)}"] if before else []
         words = [*after, f"--array={array}", "array.sbatch", str(first)]
-        job_ids.append(sbatch(folder, words, ARRAY, first, part))
+        before = [sbatch(folder, words, ARRAY, first, part)]
+        job_ids += before
         offset = f" (tasks from {first})" if first else ""
         say(f"submitted --array={array}{offset} as job {job_ids[-1]}")
     return job_ids
@@ -99,27 +95,26 @@ def submit_arrays(folder: Path, batch: Batch, tasks: list[int]) -> list[str]:
 
 def submit(folder: Path, batch: Batch, overview: Overview) -> int:
     """Submit what is missing, then the ensemble if it was asked for."""
-    new_jobs = submit_arrays(folder, batch, overview.missing)
-    if batch.sibling is not None:
-        submit_ensemble(folder, Path(batch.sibling), batch, replace=bool(new_jobs))
+    new_jobs = submit_arrays(folder, batch, overview)
+    if has_sibling(batch):
+        with one_ensemble(folder, batch):
+            submit_ensemble(folder, batch, replace=bool(new_jobs))
     return 0
 
 
 # --- ensemble --------------------------------------------------------------------------------
 
 
-def forget_ensemble(folders: list[Path]) -> None:
-    """Remove what says that the ensemble of two folders is done."""
-    for folder in folders:
-        (folder / ENSEMBLE_DONE).unlink(missing_ok=True)
+def look_at_both(folder: Path, batch: Batch) -> dict[Path, Overview]:
+    """Return the states of both folders' tasks."""
+    both = (folder, Path(str(batch.sibling)))
+    return {path: look(path, read_tasks(path)) for path in both}
 
 
-def look_at_both(folder: Path, sibling: Path) -> dict[Path, Overview] | None:
-    """Return the states of both folders' tasks; None, and say so, if one is not there yet."""
-    if not (sibling / "tasks.tsv").exists():
-        say(f"ensemble not started: {sibling} has not been generated yet")
-        return None
-    return {path: look(path, read_tasks(path)) for path in (folder, sibling)}
+def one_ensemble(folder: Path, batch: Batch) -> contextlib.AbstractContextManager[None]:
+    """Wait for the lock that both folders share, so that they do not start two ensembles."""
+    first = min(folder.resolve(), Path(str(batch.sibling)).resolve())
+    return only_one(first, ENSEMBLE_LOCK, wait=True)
 
 
 def waiting_for(folder: Path, overview: Overview) -> list[str]:
@@ -134,19 +129,17 @@ def waiting_for(folder: Path, overview: Overview) -> list[str]:
     return names
 
 
-def submit_ensemble(folder: Path, sibling: Path, batch: Batch, replace: bool) -> None:
+def submit_ensemble(folder: Path, batch: Batch, replace: bool) -> None:
     """Submit the ensemble after both folders' arrays, or say what it still waits for.
 
     Parameters
     ----------
-    folder, sibling, batch
-        Folder that was generated with --then_ensemble, the other one, and the first's batch.json.
+    folder, batch
+        Folder that was generated with --then_ensemble, and its batch.json.
     replace : bool
         Whether tasks were submitted just now: an ensemble that waits does not wait for those.
     """
-    overviews = look_at_both(folder, sibling)
-    if overviews is None:
-        return
+    overviews = look_at_both(folder, batch)
     for path, overview in overviews.items():
         if overview.missing:
             say(
@@ -199,8 +192,11 @@ def end(processes: list[subprocess.Popen[bytes]]) -> None:
         process.wait()
 
 
-def run_tasks(folder: Path, tasks: list[int], n_at_once: int) -> list[int]:
-    """Run tasks here, some at a time; return those that failed. An interrupt ends the running."""
+def run_tasks(folder: Path, tasks: dict[int, Task], n_at_once: int) -> list[int]:
+    """Run tasks here, some at a time; return those that failed. An interrupt ends the running.
+
+    A task whose outputs are not there has failed, whatever it says itself.
+    """
     job = Submission(LOCAL_JOB, ARRAY, 0, tuple(tasks))
     logs = {task: folder / LOGS / job.log(task) for task in tasks}
     for log in logs.values():
@@ -216,32 +212,35 @@ def run_tasks(folder: Path, tasks: list[int], n_at_once: int) -> list[int]:
                     running[task] = start(folder, "array.sbatch", logs[task], task)
                 time.sleep(SECONDS_BETWEEN_LOOKS)
                 for task in [t for t, process in running.items() if process.poll() is not None]:
-                    if running.pop(task).returncode:
-                        failed.append(task)
-                        say(f"task {task} failed: {last_words(logs[task])} ({logs[task]})")
-                    else:
+                    status = running.pop(task).returncode
+                    if status == 0 and is_done(tasks[task]):
                         say(f"task {task} done")
+                    else:
+                        failed.append(task)
+                        reason = last_words(logs[task]) if status else "wrote no output"
+                        say(f"task {task} failed: {reason} ({logs[task]})")
                     bar.update()
     finally:
         end(list(running.values()))
     return failed
 
 
-def run_locally(folder: Path, batch: Batch, overview: Overview, n_at_once: int) -> int:
+def run_locally(folder: Path, batch: Batch, missing: dict[int, Task], n_at_once: int) -> int:
     """Run what is missing without Slurm, then the ensemble if it was asked for."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    failed = run_tasks(folder, overview.missing, n_at_once) if overview.missing else []
+    failed = run_tasks(folder, missing, n_at_once) if missing else []
     if failed:
         say(f"{name_tasks(failed)} failed; the same command runs what is missing again")
         return 1
-    return run_ensemble(folder, Path(batch.sibling), batch) if batch.sibling is not None else 0
+    if has_sibling(batch):
+        with one_ensemble(folder, batch):
+            return run_ensemble(folder, batch)
+    return 0
 
 
-def run_ensemble(folder: Path, sibling: Path, batch: Batch) -> int:
+def run_ensemble(folder: Path, batch: Batch) -> int:
     """Run the ensemble here, unless tasks are unfinished."""
-    overviews = look_at_both(folder, sibling)
-    if overviews is None:
-        return 0
+    overviews = look_at_both(folder, batch)
     for path, overview in overviews.items():
         if len(overview.done) < overview.n_tasks:
             say(f"ensemble not run: {path} has {overview.line()}")
@@ -280,8 +279,8 @@ def main(argv: list[str] | None = None) -> int:
     folder = args.folder.absolute()
     if args.status:
         return print_status(folder)
-    batch, tasks = read_batch(folder), read_tasks(folder)
     with only_one(folder):
+        batch, tasks = read_batch(folder), read_tasks(folder)
         overview = look(folder, tasks)
         say(f"{overview.line()}; folder {folder}")
         (folder / LOGS).mkdir(exist_ok=True)
@@ -289,7 +288,7 @@ def main(argv: list[str] | None = None) -> int:
             forget_ensemble([folder, Path(batch.sibling)])
         if args.local is None:
             return submit(folder, batch, overview)
-        return run_locally(folder, batch, overview, args.local)
+        return run_locally(folder, batch, {i: tasks[i] for i in overview.missing}, args.local)
 
 
 if __name__ == "__main__":

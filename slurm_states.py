@@ -7,6 +7,7 @@ or a local run of it holds its log, else missing. Submission, local runs and --s
 
 import contextlib
 import fcntl
+import hashlib
 import itertools
 import json
 import os
@@ -27,7 +28,10 @@ LOGS = "logs"
 LOCAL_JOB = "local"
 ARRAY, ENSEMBLE = "array", "ensemble"
 ENSEMBLE_DONE = "ensemble.done"
+DEFAULT_MAX_ARRAY_SIZE = 1001  # slurm.conf's own default
+GENERATE = "write it with create_batch_array_sinbad.py or create_batch_array_sinbad_224.py"
 TRY_AGAIN = "try again when Slurm answers, or remove submitted.tsv if it never will"
+HEADER_OF_LOG = re.compile(r"task \d+ on \S+, .*: ")  # of array.sbatch
 WIDTH_OF_REASON = 200  # characters of a log's last line
 WHOLE_LISTS = {"SLURM_BITSTR_LEN": "0"}  # squeue cuts an array's indices at 64 characters otherwise
 
@@ -47,7 +51,8 @@ class Task:
 class Batch:
     """What batch_master.sh must know of its folder; kept in batch.json.
 
-    `sibling` is the folder of the other generator, None without --then_ensemble.
+    `sibling` is the folder of the other generator, None without --then_ensemble; `tasks_sha256`
+    is of tasks.tsv.
     """
 
     name: str
@@ -62,6 +67,7 @@ class Batch:
     reps: list[int]
     sibling: str | None
     ensemble_out: str | None
+    tasks_sha256: str
 
 
 @dataclass(frozen=True)
@@ -165,42 +171,57 @@ def group_by_value(values: dict[int, str]) -> dict[str, list[int]]:
 def write_atomically(path: Path, text: str) -> None:
     """Write a text file under a temporary name, then rename it."""
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text)
+    temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)
 
 
-def read_tasks(folder: Path) -> list[Task]:
-    """Read tasks.tsv."""
+def sha256_of(data: bytes) -> str:
+    """Return what batch.json keeps of tasks.tsv."""
+    return hashlib.sha256(data).hexdigest()
+
+
+@contextlib.contextmanager
+def in_one_line(path: Path, cure: str = GENERATE) -> Iterator[None]:
+    """Turn what reading a missing or damaged file of the folder raises into one line."""
     try:
-        lines = (folder / "tasks.tsv").read_text().splitlines()
-        return [Task(*line.split("\t")[1:]) for line in lines]
-    except (FileNotFoundError, NotADirectoryError, TypeError):
-        raise UserError(
-            f"{folder} must be a folder with tasks.tsv, got none that can be read; write it with "
-            f"create_batch_array_sinbad.py or create_batch_array_sinbad_224.py"
-        ) from None
+        yield
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"{path} must be a file, got none; {cure}") from None
+    except (ValueError, TypeError, KeyError):
+        raise UserError(f"{path} must be as it was written, got another text; {cure}") from None
+
+
+def read_tasks(folder: Path) -> list[Task]:
+    """Read tasks.tsv; it must be the generator's to the byte."""
+    path, wanted = folder / "tasks.tsv", read_batch(folder).tasks_sha256
+    with in_one_line(path):
+        data = path.read_bytes()
+        if sha256_of(data) != wanted:
+            raise ValueError("edited, cut or of another batch.json")
+        return [Task(*line.split("\t")[1:]) for line in data.decode("utf-8").splitlines()]
 
 
 def read_batch(folder: Path) -> Batch:
     """Read batch.json."""
-    try:
-        values = json.loads((folder / "batch.json").read_text())
+    with in_one_line(folder / "batch.json"):
+        values = json.loads((folder / "batch.json").read_text(encoding="utf-8"))
         return Batch(**{one.name: values[one.name] for one in fields(Batch)})
-    except (FileNotFoundError, ValueError, KeyError):
-        raise UserError(
-            f"{folder} must be a folder with batch.json, got none that can be read; "
-            f"run the generator again"
-        ) from None
 
 
 def read_submissions(folder: Path) -> list[Submission]:
     """Read submitted.tsv, oldest first; empty if nothing has been submitted."""
     path = folder / "submitted.tsv"
-    submissions = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        job_id, kind, first, runs, *_ = line.split("\t")
-        submissions.append(Submission(job_id, kind, int(first), tuple(expand_numbers(runs))))
-    return submissions
+    if not path.exists():
+        return []
+    with in_one_line(path, "remove it if squeue shows no job of that folder"):
+        *lines, end = path.read_text(encoding="utf-8").split("\n")
+        if end:
+            raise ValueError("the last line was cut")
+        rows = (line.split("\t") for line in lines)
+        return [
+            Submission(job_id, kind, int(first), tuple(expand_numbers(tasks)))
+            for job_id, kind, first, tasks, _ in rows
+        ]
 
 
 def record_submission(folder: Path, new: Submission) -> None:
@@ -208,15 +229,16 @@ def record_submission(folder: Path, new: Submission) -> None:
     path = folder / "submitted.tsv"
     runs = ",".join(shorten_numbers(new.tasks))
     line = "\t".join([new.job_id, new.kind, str(new.first), runs, time.strftime("%FT%T")])
-    write_atomically(path, (path.read_text() if path.exists() else "") + line + "\n")
+    before = path.read_text(encoding="utf-8") if path.exists() else ""
+    write_atomically(path, before + line + "\n")
 
 
 @contextlib.contextmanager
-def only_one(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock, so that two batch_master.sh do not submit the same tasks."""
-    with (folder / ".lock").open("w") as stream:
+def only_one(folder: Path, lock: str = ".lock", wait: bool = False) -> Iterator[None]:
+    """Hold a lock of the folder, so that two batch_master.sh do not submit the same tasks."""
+    with (folder / lock).open("w") as stream:
         try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(stream, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             raise UserError(
                 f"{folder} must be driven by one batch_master.sh or generator at a time, got a "
@@ -266,6 +288,17 @@ def ask_slurm(command: list[str], folder: Path | None = None, cure: str = TRY_AG
     return result.stdout
 
 
+def max_array_size(batch: Batch) -> int:
+    """Return the flag's value, else what this cluster allows: indices stay below it."""
+    if batch.max_array_size is not None:
+        return batch.max_array_size
+    for line in ask_slurm(["scontrol", "show", "config"]).splitlines():
+        name, _, value = line.partition("=")
+        if name.strip() == "MaxArraySize" and value.strip().isdigit():
+            return int(value)
+    return DEFAULT_MAX_ARRAY_SIZE
+
+
 def list_jobs() -> Jobs:
     """Ask squeue for this user's jobs."""
     # Not with --array: it leaves out the last index of a waiting array like 0-20:4.
@@ -297,23 +330,40 @@ def list_jobs_of(submissions: list[Submission]) -> Jobs:
 # --- states ----------------------------------------------------------------------------------
 
 
-def look(folder: Path, tasks: list[Task]) -> Overview:
-    """Find out the state of every task; used by submission, local runs and --status alike."""
+def is_done(task: Task) -> bool:
+    """Say whether all output files of a task exist."""
+    return all(map(os.path.exists, expand_pattern(task.outputs)))
+
+
+def find_alive(folder: Path) -> tuple[dict[int, tuple[str, str]], dict[str, list[int]]]:
+    """Return (state, reason) by task, and array indices by job, of what waits or runs."""
     submissions = [one for one in read_submissions(folder) if one.kind == ARRAY]
     jobs = list_jobs_of(submissions)
-    overview = Overview(len(tasks))
     alive: dict[int, tuple[str, str]] = {}
+    alive_jobs: dict[str, list[int]] = {}
     for submission in submissions:
         for task in submission.tasks:
             index = task - submission.first
             job = jobs.get((submission.job_id, index))
             if job is not None:
                 alive[task] = job
-                overview.alive_jobs.setdefault(submission.job_id, []).append(index)
+                alive_jobs.setdefault(submission.job_id, []).append(index)
             elif submission.job_id == LOCAL_JOB and is_held(folder / LOGS / submission.log(task)):
                 alive[task] = ("RUNNING", "")
+    return alive, alive_jobs
+
+
+def look(folder: Path, tasks: list[Task]) -> Overview:
+    """Find out the state of every task; used by submission, local runs and --status alike.
+
+    Slurm is asked only if a task is unfinished; then the files are looked at again, as tasks may
+    have ended meanwhile.
+    """
+    overview = Overview(len(tasks))
+    unfinished = {i for i, task in enumerate(tasks) if not is_done(task)}
+    alive, overview.alive_jobs = find_alive(folder) if unfinished else ({}, {})
     for i, task in enumerate(tasks):
-        if all(map(os.path.exists, expand_pattern(task.outputs))):
+        if i not in unfinished or is_done(task):
             overview.done.append(i)
         elif i in alive:
             overview.running.append(i)
@@ -326,11 +376,11 @@ def look(folder: Path, tasks: list[Task]) -> Overview:
 
 
 def last_words(log: Path) -> str:
-    """Return the last line of a log, or its beginning."""
+    """Return the last line of a log, or its beginning; not what array.sbatch itself writes."""
     if not log.exists():
         return "ended without a log"
-    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    if not lines:
+    lines = [line for line in log.read_text("utf-8", "replace").splitlines() if line.strip()]
+    if not lines or HEADER_OF_LOG.match(lines[-1]):
         return "ended without a word"
     return textwrap.shorten(lines[-1], WIDTH_OF_REASON, placeholder=" ...")
 

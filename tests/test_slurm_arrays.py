@@ -1,5 +1,7 @@
 """The array generators: what they write, and how the tasks run without Slurm."""
 
+import hashlib
+import os
 import shlex
 import shutil
 import signal
@@ -23,6 +25,7 @@ from result_files import LevelScores, save_scores
 from slurm_arrays import write_ensemble
 from slurm_flags import NETWORK_DEFAULTS
 from slurm_states import (
+    Submission,
     brace_pattern,
     expand_numbers,
     expand_pattern,
@@ -30,6 +33,7 @@ from slurm_states import (
     read_batch,
     read_submissions,
     read_tasks,
+    record_submission,
     shorten_numbers,
 )
 
@@ -148,7 +152,7 @@ def test_sbatch_lines_only_for_what_was_set(tmp_path: Path) -> None:
         (["--device", "cuda:"], "device: must be auto, cpu, cuda or cuda:<i>, got cuda:"),
         (["--mem", "1G\n2G"], "must be one line, got"),
         (["--profile", "missing.ini"], "profile must be a file, got missing.ini: No such file"),
-        (["--status"], "must be a folder with tasks.tsv"),
+        (["--status"], r"batch.json must be a file, got none; write it with create_batch"),
     ],
 )
 def test_bad_input_is_one_line(tmp_path: Path, flags: list[str], message: str) -> None:
@@ -156,17 +160,75 @@ def test_bad_input_is_one_line(tmp_path: Path, flags: list[str], message: str) -
         resnet.main(["--out_dir", str(tmp_path / "new"), *flags])
 
 
-def test_results_of_other_settings_do_not_count_as_done(tmp_path: Path) -> None:
+SETTINGS = {"crop_size_ratio": 0.5, "seed": 3, "n_projections": 1000, "official": False}
+NETWORK = {"net": "wide_resnet50_2", "weights_sha256": "random", "precision": "fp32"}
+
+
+def save_output(path: Path, settings: dict[str, object]) -> None:
+    """Write a file of scores (9 crops) that was made with these settings."""
+    run = {"settings": {**settings, "mvtype": "pushpins_loco"}}
+    scores = LevelScores(np.ones((9, 2)), np.ones((9, 2)), np.ones(2), [], run)
+    save_scores(path, scores, path.parents[3])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seed": 4}, "seed 4, now seed is 3"),
+        ({"crop_size_ratio": 0.4}, "crop_size_ratio 0.4, now crop_size_ratio is 0.5"),
+        ({"net": "resnet18"}, "net resnet18, now net is wide_resnet50_2"),
+        ({"precision": "bf16"}, "precision bf16, now precision is fp32"),
+        ({"weights_sha256": "random"}, "weights_sha256 random, now weights_sha256 is that of imag"),
+    ],
+)
+@pytest.mark.parametrize("output", [0, 2])
+def test_results_of_other_settings_do_not_count_as_done(
+    tmp_path: Path, change: dict[str, object], message: str, output: int
+) -> None:
     flags = ["--out_dir", str(tmp_path / "a"), "--results_dir", str(tmp_path / "r")]
-    flags += ["--mvtype", "pushpins_loco"]
-    resnet.main([*flags, "--seed", "3"])
-    path = Path(read_tasks(tmp_path / "a")[5].outputs)
-    run = {"settings": {"mvtype": "pushpins_loco", "seed": 3, "n_projections": 1000}}
-    save_scores(path, LevelScores(np.ones((9, 2)), np.ones((9, 2)), np.ones(2), [], run), tmp_path)
-    resnet.main([*flags, "--seed", "3"])
-    with pytest.raises(UserError, match=f"{path} was made with seed 3, now seed is 0; choose"):
+    flags += ["--mvtype", "pushpins_loco", "--seed", "3", "--crop_size_ratio", ".5"]
+    flags += ["--rep", "0-2", "--pyramid_level", "7"]
+    resnet.main(flags)
+    paths = list(map(Path, expand_pattern(read_tasks(tmp_path / "a")[0].outputs)))
+    for path in paths:
+        save_output(path, {**SETTINGS, **NETWORK, "weights_sha256": "0" * 64})
+    resnet.main(flags)
+    save_output(paths[output], {**SETTINGS, **NETWORK, "weights_sha256": "0" * 64, **change})
+    with pytest.raises(UserError, match=f"{paths[output]} was made with {message}.*; choose"):
         resnet.main(flags)
     resnet.main([*flags, "--version_name", "ver2"])
+
+
+@pytest.mark.parametrize("made_with", ["random", "a.pth", "b.pth"])
+@pytest.mark.parametrize("wanted", ["random", "a.pth", "b.pth"])
+def test_results_of_other_weights_do_not_count_as_done(
+    tmp_path: Path, made_with: str, wanted: str
+) -> None:
+    names = {"random": "random"}
+    for name in ("a.pth", "b.pth"):
+        (tmp_path / name).write_text(name)
+        names[name] = hashlib.sha256(name.encode()).hexdigest()
+    weights = wanted if wanted == "random" else str(tmp_path / wanted)
+    flags = ["--out_dir", str(tmp_path / "a"), "--results_dir", str(tmp_path / "r"), "--seed", "3"]
+    flags += ["--mvtype", "pushpins_loco", "--crop_size_ratio", ".5", "--weights", weights]
+    resnet.main(flags)
+    path = Path(read_tasks(tmp_path / "a")[1].outputs)
+    save_output(path, {**SETTINGS, **NETWORK, "weights_sha256": names[made_with]})
+    if made_with == wanted:
+        resnet.main(flags)
+        return
+    with pytest.raises(UserError, match=f"{names[made_with]}, now .* is {names[wanted]}; choose"):
+        resnet.main(flags)
+
+
+def test_results_of_the_raw_pixels_have_no_network(tmp_path: Path) -> None:
+    flags = ["--out_dir", str(tmp_path / "a"), "--results_dir", str(tmp_path / "r"), "--seed", "3"]
+    flags += ["--mvtype", "pushpins_loco", "--crop_size_ratio", ".5", "--n_projections", "1000"]
+    flags += ["--rep", "0-1", "--net", "resnet18", "--weights", "missing.pth"]
+    pixels.main(flags)
+    for path in expand_pattern(read_tasks(tmp_path / "a")[0].outputs):
+        save_output(Path(path), SETTINGS)
+    pixels.main(flags)
 
 
 @pytest.mark.parametrize(
@@ -240,6 +302,89 @@ def test_scripts_are_shellcheck_clean(tmp_path: Path) -> None:
     assert found.returncode == 0
 
 
+# --- damaged and moved folders ---------------------------------------------------------------
+
+
+def cut(text: bytes) -> bytes:
+    """Leave out the last bytes of the last line."""
+    return text[:-3]
+
+
+def cut_a_line(text: bytes) -> bytes:
+    """Leave out the last line."""
+    return text[: text[:-1].rindex(b"\n") + 1]
+
+
+DAMAGES = {
+    "cut": cut,
+    "a line less": cut_a_line,
+    "edited": lambda text: text.replace(b"0", b"1", 1),
+    "no text": lambda text: b"\xff\xfe\x00",
+    "empty": lambda text: b"",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("flags", [["--status"], ["--local", "1"], []])
+def test_a_damaged_list_is_one_line_and_repaired(
+    tmp_path: Path, damage: str, flags: list[str]
+) -> None:
+    folder = stub_batch(tmp_path, 3, 0, "--setup", "exit 3")
+    batch_master(folder, "--local", "2")
+    path = folder / "tasks.tsv"
+    whole = path.read_bytes()
+    path.write_bytes(DAMAGES[damage](whole))
+    found = batch_master(folder, *flags)
+    assert found.returncode == 2
+    assert found.stderr.splitlines() == [
+        f"error: {path} must be as it was written, got another text; write it with "
+        "create_batch_array_sinbad.py or create_batch_array_sinbad_224.py"
+    ]
+    stub_batch(tmp_path, 3, 0, "--setup", "exit 3")
+    assert path.read_bytes() == whole
+    assert len(read_submissions(folder)) == 1
+
+
+@pytest.mark.parametrize("text", [b"", b"[]", b"null", b'{"name": 1}', b"\xff\xfe"])
+def test_a_damaged_batch_json_is_one_line_and_repaired(tmp_path: Path, text: bytes) -> None:
+    folder = stub_batch(tmp_path, 1, 0)
+    (folder / "batch.json").write_bytes(text)
+    found = batch_master(folder)
+    assert found.returncode == 2
+    assert "batch.json must be as it was written, got another text; write it" in found.stderr
+    assert len(found.stderr.splitlines()) == 1
+    stub_batch(tmp_path, 1, 0)
+    assert read_batch(folder).mvtypes == ["pushpins_loco"]
+
+
+@pytest.mark.parametrize("text", [b"7\tarray\n", b"7\tarray\t0\t0-\tnow\n", b"7", b"\xff\n"])
+def test_damaged_submissions_are_one_line(tmp_path: Path, text: bytes) -> None:
+    folder = stub_batch(tmp_path, 1, 0)
+    (folder / "submitted.tsv").write_bytes(text)
+    found = batch_master(folder)
+    assert found.returncode == 2
+    assert "submitted.tsv must be as it was written, got another text; remove it" in found.stderr
+    assert len(found.stderr.splitlines()) == 1
+
+
+def test_a_moved_folder_runs_its_own_tasks(tmp_path: Path) -> None:
+    elsewhere = ["--setup", "cd /"]
+    stub_batch(tmp_path, 3, 0, *elsewhere).rename(tmp_path / "moved")
+    stub_batch(tmp_path, 3, 0, *elsewhere, "--version_name", "other")  # at the old path
+    assert batch_master(tmp_path / "moved", "--local", "2").returncode == 0
+    assert stub_results(tmp_path / "moved") == expected_results(3)
+    assert not list(tmp_path.glob("results/other*"))
+
+
+def test_folders_of_other_alphabets(tmp_path: Path) -> None:
+    folder = stub_batch(tmp_path / "Größe 大", 1, 0)
+    plain = {**os.environ, "LC_ALL": "C"}
+    command = ["sh", "batch_master.sh", "--local", "1"]
+    found = subprocess.run(command, cwd=folder, capture_output=True, env=plain, check=False)
+    assert found.returncode == 0, found.stderr
+    assert stub_results(folder) == expected_results(1)
+
+
 # --- without Slurm ---------------------------------------------------------------------------
 
 
@@ -286,9 +431,37 @@ def test_local_tasks_end_with_an_interrupt_and_are_seen_after_a_kill(tmp_path: P
         runs[-1].wait()
         n_left = {signal.SIGINT: "0", signal.SIGKILL: "2"}[end]
         assert states(folder) == {"done": "0", "running": n_left, "missing": str(3 - int(n_left))}
+        said = "tasks 0-1 failed: ended without a word" in batch_master(folder, "--status").stdout
+        assert said == (end == signal.SIGINT)
     assert "interrupted; run the same command again" in str(runs[0].communicate()[1])
     for task in (0, 1):  # what the killed run left
         kill_task(task, folder)
+
+
+def test_a_local_task_without_output_has_failed(tmp_path: Path) -> None:
+    folder = stub_batch(tmp_path, 2, 0, "--setup", "exit 0")
+    found = batch_master(folder, "--local", "2")
+    assert found.returncode == 1
+    for task in (0, 1):
+        log = folder / f"logs/local_{task}.log"
+        assert f"task {task} failed: wrote no output ({log})" in found.stderr
+    assert "tasks 0-1 failed; the same command runs what is missing again" in found.stderr
+
+
+def test_finished_tasks_do_not_need_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = stub_batch(tmp_path / "it", 2, 0)
+    assert batch_master(folder, "--local", "2").returncode == 0
+    record_submission(folder, Submission("7", "array", 0, (0, 1)))
+    for name in ("squeue", "scontrol", "sbatch"):  # they do not answer
+        (tmp_path / name).write_text("#!/bin/sh\necho no answer >&2; exit 1\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    for flags in ([], ["--status"], ["--local", "1"]):
+        assert batch_master(folder, *flags).returncode == 0
+    Path(read_tasks(folder)[1].outputs).unlink()
+    unfinished = batch_master(folder)
+    assert unfinished.returncode == 2
+    assert "must succeed, got exit status 1: no answer" in unfinished.stderr
 
 
 def test_another_list_of_tasks_forgets_old_failures(

@@ -4,6 +4,7 @@ import os
 import re
 import shlex
 import shutil
+import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,7 +25,8 @@ import calc_anom_ensm
 import create_batch_array_sinbad as resnet
 import create_batch_array_sinbad_224 as pixels
 import sinbad_single_layer
-from slurm_states import ask_slurm, look, read_submissions, read_tasks
+from slurm_jobs import ENSEMBLE_LOCK
+from slurm_states import ask_slurm, look, only_one, read_submissions, read_tasks
 
 SECONDS_TO_START = 60.0
 SECONDS_TO_FINISH = 300.0
@@ -118,11 +120,26 @@ def test_evenly_spaced_tasks_are_submitted_once(
 
 
 def test_lines_of_later_arrays_are_counted_on(slurm: None, tmp_path: Path) -> None:
-    folder = stub_batch(tmp_path, 3, 0, "--max_array_size", "2", "--throttle", "1")
+    limits = ["--max_array_size", "2", "--throttle", "1"]
+    folder = stub_batch(tmp_path, 3, 0, *limits, "--setup", "cd /")
     assert len(batch_master(folder).stdout.split()) == 2
     wait_until(is_quiet, SECONDS_TO_FINISH, "three tasks")
     assert batch_master(folder, "--status").returncode == 0
     assert stub_results(folder) == expected_results(3)
+
+
+def test_a_throttle_holds_for_what_is_submitted_again(slurm: None, tmp_path: Path) -> None:
+    folder = stub_batch(tmp_path, 4, 0, "--throttle", "1", "--max_array_size", "2")
+    set_node("drain")
+    try:
+        jobs = batch_master(folder).stdout.split()
+        ask_slurm(["scancel", f"{jobs[0]}_1"])
+        (again,) = batch_master(folder).stdout.split()
+        shown = ask_slurm(["scontrol", "show", "job", again])
+        assert all(f"afterany:{job}_*" in shown for job in jobs)
+    finally:
+        ask_slurm(["scancel", f"--user={os.getuid()}"])
+        set_node("resume")
 
 
 def wait_for_two_tasks(folder: Path) -> None:
@@ -181,6 +198,33 @@ def generate_both(root: Path, data_dir: Path) -> list[list[str]]:
     resnet.main(["--out_dir", str(root / "sbatches"), *levels, "--group", "class", *site])
     pixels.main(["--out_dir", str(root / "sbatches_224"), *raw, *site])
     return [[*levels, "--pyramid_level", "7", "14"], [*raw, "--pyramid_level", "224"]]
+
+
+def ensembles() -> list[str]:
+    """Return the job ids of the ensembles that wait or run."""
+    listing = ask_slurm(["squeue", "--noheader", "--format=%A %j"])
+    rows = [line.split() for line in listing.splitlines()]
+    return [job for job, name in rows if name.endswith("_ensemble")]
+
+
+def test_two_folders_submitted_at_once_start_one_ensemble(
+    slurm: None, tmp_path: Path, data_dir: Path
+) -> None:
+    generate_both(tmp_path, data_dir)
+    folders = [tmp_path / "sbatches", tmp_path / "sbatches_224"]
+    set_node("drain")
+    try:
+        with only_one(folders[0], ENSEMBLE_LOCK):  # so that both get as far as that
+            runs = [subprocess.Popen(["sh", "batch_master.sh"], cwd=one) for one in folders]
+            wait_until(lambda: all(map(read_submissions, folders)), SECONDS_TO_START, "arrays")
+            assert ensembles() == []
+        assert [run.wait(SECONDS_TO_START) for run in runs] == [0, 0]
+        wait_until(lambda: len(ensembles()) == 1, SECONDS_TO_START, "one ensemble alone")
+        assert [batch_master(one).stdout for one in folders] == ["", ""]
+        assert len(ensembles()) == 1
+    finally:
+        ask_slurm(["scancel", f"--user={os.getuid()}"])
+        set_node("resume")
 
 
 def run_in_one_process(flags: list[list[str]], results_dir: Path) -> dict[Path, bytes]:

@@ -25,7 +25,6 @@ from torch.nn import functional
 
 from command_line import (
     ScriptParser,
-    UserError,
     flatten,
     integer_from,
     integer_ranges,
@@ -83,8 +82,6 @@ class Result:
 
 def count_dilations(n_steps: int) -> int:
     """Return how many dilations (1, 2, ...) windows of a series of `n_steps` steps have."""
-    if n_steps < WINDOW:
-        raise UserError(f"series must have at least {WINDOW} steps, got {n_steps} in the longest")
     return min(n_steps // WINDOW, MAX_DILATIONS)
 
 
@@ -267,7 +264,9 @@ def main(argv: list[str] | None = None) -> None:
         find_files(args.dataset_dir, name, args.format)
     results = []
     for name in wanted:
-        data = load_data_set(args.dataset_dir, name, args.format, KEPT_LENGTHS.get(name))
+        data = load_data_set(
+            args.dataset_dir, name, args.format, KEPT_LENGTHS.get(name), min_steps=WINDOW
+        )
         classes = np.unique(data.train_labels).tolist()
         say(
             f"{name}: {len(data.train)} training and {len(data.test)} test series of "

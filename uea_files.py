@@ -68,7 +68,7 @@ def read_split(path: Path) -> Split:
     UserError
         If the file does not follow its format; names the file and the line.
     """
-    text = path.read_text(encoding="utf-8", errors="replace")
+    text = path.read_text(encoding="utf-8-sig", errors="replace")
     if not text.strip():
         raise UserError(f"{path}, line 1: must hold series, got an empty file; unpack again")
     raw_lines = text.splitlines()
@@ -152,21 +152,14 @@ def _ts_row(path: Path, line: int, content: str, tags: dict[str, str]) -> tuple[
 
 def _numbers(path: Path, line: int, text: str) -> list[float]:
     """Read the values of one dimension; "?" is NaN."""
-    fields = text.replace("?", "nan").split(",")
-    try:
-        return [float(field) for field in fields]
-    except ValueError:
-        wrong = next(field for field in fields if not _is_number(field))
-        raise _line_error(path, line, "values must be numbers or ?", wrong or "nothing") from None
-
-
-def _is_number(field: str) -> bool:
-    """Tell whether `float` reads the field."""
-    try:
-        float(field)
-    except ValueError:
-        return False
-    return True
+    numbers = []
+    for field in map(str.strip, text.split(",")):
+        try:  # Python would read 1_0 as 10
+            numbers.append(float("nan" if field == "?" else field.replace("_", "no digit")))
+        except ValueError:
+            rule = "values must be numbers or ?"
+            raise _line_error(path, line, rule, field or "nothing") from None
+    return numbers
 
 
 def _check_equal_lengths(path: Path, line: int, lengths: list[int]) -> None:
@@ -202,8 +195,9 @@ class _ArffLines:
         raw = self.raw_lines[self.line]
         self.line += 1
         if self.in_data and raw.strip() and not raw.lstrip().startswith("%"):
-            dimensions = raw.rpartition(",")[0].split("\\n")
-            lengths = [dimension.count(",") + 1 for dimension in dimensions]
+            dimensions = raw.rpartition(",")[0].strip().strip("'\"").split("\\n")
+            # SciPy takes -? and 1_0 for values.
+            lengths = [len(_numbers(self.path, self.line, one)) for one in dimensions]
             _check_equal_lengths(self.path, self.line, lengths)
             self.data_lines.append(self.line)
             self.widths.append(lengths[0])
@@ -241,7 +235,11 @@ def _arff_rows(path: Path, raw_lines: list[str]) -> Iterator[tuple[int, Series, 
 
 
 def load_data_set(
-    dataset_dir: Path, name: str, file_format: str, lengths: tuple[int, int] | None
+    dataset_dir: Path,
+    name: str,
+    file_format: str,
+    lengths: tuple[int, int] | None,
+    min_steps: int = 1,
 ) -> DataSet:
     """Read both splits of a data set and pad them to the longest series of both.
 
@@ -255,6 +253,8 @@ def load_data_set(
         ts, arff or auto (ts where both are there).
     lengths : (shortest, longest) or None
         Series outside are left out; steps.
+    min_steps : int
+        The longest series must have so many.
 
     Raises
     ------
@@ -265,6 +265,11 @@ def load_data_set(
     train, test = (_keep_lengths(read_split(path), lengths) for path in paths)
     _check_splits(train, test)
     n_steps = max(series.shape[1] for split in (train, test) for series in split.series)
+    if n_steps < min_steps:
+        raise UserError(
+            f"series of {train.path} and {test.path.name} must have at least {min_steps} steps, "
+            f"got {n_steps} in the longest; leave out this data set"
+        )
     return DataSet(
         _padded(train, n_steps), _padded(test, n_steps),
         np.array(train.labels), np.array(test.labels),
@@ -288,7 +293,8 @@ def find_files(dataset_dir: Path, name: str, file_format: str) -> tuple[Path, Pa
         if train.is_file() and test.is_file():
             return train, test
     wanted = "ts or .arff" if file_format == "auto" else file_format
-    found = ", ".join(sorted(path.name for path in folder.iterdir()))
+    names = sorted(path.name + " (a folder)" * path.is_dir() for path in folder.iterdir())
+    found = ", ".join(names)
     raise UserError(
         f"{folder} must hold {name}_TRAIN.{wanted} and {name}_TEST of the same kind, got "
         f"{found or 'nothing'}; {cure}"

@@ -294,6 +294,14 @@ def test_windows_line_ends_are_read(tmp_path: Path) -> None:
         np.testing.assert_array_equal(read_split(path).series, unix.series)
 
 
+@pytest.mark.parametrize("suffix", ["ts", "arff"])
+def test_byte_order_marks_and_spaces_are_read(tmp_path: Path, suffix: str) -> None:
+    path = write_toy(tmp_path, missing=True) / f"Toy/Toy_TRAIN.{suffix}"
+    plain = read_split(path)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b",?,", b", ? ,"))
+    np.testing.assert_array_equal(read_split(path).series, plain.series)
+
+
 # ---------------------------------------------------------------- bad input
 
 
@@ -394,6 +402,20 @@ BAD = [
 
 
 @pytest.mark.parametrize("suffix", ["ts", "arff"])
+@pytest.mark.parametrize("field", ["1_0", "-?", "??", "1?", "'1", "_", "1 2"])
+def test_only_numbers_and_question_marks_are_values(
+    tmp_path: Path, field: str, suffix: str
+) -> None:
+    path = write_toy(tmp_path) / f"Toy/Toy_TRAIN.{suffix}"
+    n = read_split(path).lines[2]
+    line = line_of(path, n)
+    replace_in(path, line, re.sub(r",[^,]*,", f",{field},", line, count=1))
+    message = rf"{path.name}, line {n}: values must be numbers or \?, got {re.escape(field)};"
+    with pytest.raises(UserError, match=message):
+        read_split(path)
+
+
+@pytest.mark.parametrize("suffix", ["ts", "arff"])
 @pytest.mark.parametrize("spoil", BAD)
 def test_bad_file_is_one_line_with_file_and_line(
     tmp_path: Path, spoil: Callable[[Path, Path], str], suffix: str
@@ -416,7 +438,8 @@ def test_time_stamps_are_refused(tmp_path: Path) -> None:
 
 def test_short_series_are_refused(tmp_path: Path) -> None:
     folder = write_toy(tmp_path, (8, 8))
-    with pytest.raises(UserError, match="at least 9 steps, got 8"):
+    named = r"series of .*Toy_TRAIN\.ts and Toy_TEST\.ts"
+    with pytest.raises(UserError, match=f"{named} must have at least 9 steps, got 8"):
         run(folder, tmp_path / "out")
 
 
@@ -441,6 +464,14 @@ def test_missing_files_are_listed(tmp_path: Path) -> None:
     (folder / "Toy/Toy_TEST.ts").unlink()
     assert run(folder, tmp_path / "out")  # auto takes the .arff files
     with pytest.raises(UserError, match=r"must hold Toy_TRAIN\.ts .*got .*Toy_TRAIN\.ts"):
+        run(folder, tmp_path / "out", "--format", "ts")
+
+
+def test_a_folder_with_the_name_of_a_file_is_called_so(tmp_path: Path) -> None:
+    folder = write_toy(tmp_path)
+    (folder / "Toy/Toy_TEST.ts").unlink()
+    (folder / "Toy/Toy_TEST.ts").mkdir()
+    with pytest.raises(UserError, match=r"must hold Toy_TRAIN\.ts .*got .*Toy_TEST\.ts \(a folder"):
         run(folder, tmp_path / "out", "--format", "ts")
 
 

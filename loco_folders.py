@@ -24,6 +24,7 @@ from loco_datasets import (
 from matrix_files import fitted_size
 
 DEFECTS_FILE = "defects_config.json"
+WHITE = 255  # pixel value of a mask that has been made black and white
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
 EXPECTED_TREE = "<class>/train/good, <class>/validation/good, <class>/test/good, " + ", ".join(
     f"<class>/test/{kind}" for kind in KINDS.values()
@@ -192,7 +193,8 @@ def defect_images(class_dir: Path, image_paths: list[str]) -> dict[str, list[int
 
     Returns
     -------
-    defect -> indices into `image_paths`, in the order of the configuration; empty without one
+    defect -> indices into `image_paths`, in the order of the configuration; empty without one, and
+    where the masks are black and white (some copies of LOCO)
     """
     config_path = class_dir / DEFECTS_FILE
     if not config_path.is_file():
@@ -207,6 +209,9 @@ def defect_images(class_dir: Path, image_paths: list[str]) -> dict[str, list[int
         ) from error
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         values = list(pool.map(lambda path: _mask_values(class_dir, path), image_paths))
+    if set().union(*values) == {WHITE} and len(names) > 1:
+        say(f"note: the masks in {class_dir} are black and white, which defect is not told by them")
+        return {}
     found = {
         name: [i for i, in_image in enumerate(values) if value in in_image]
         for value, name in names.items()

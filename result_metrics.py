@@ -8,7 +8,7 @@ import numpy as np
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
 
 from ensembles import DataSetScores
-from loco_datasets import KINDS, split_mvtype
+from loco_datasets import KINDS, PIXEL_LEVEL, split_mvtype
 from sinbad_utils import Scores
 
 BOOTSTRAP_SAMPLES = 1000
@@ -58,7 +58,7 @@ def _auroc_of(good: Scores, bad: Scores) -> float:
 def columns_of(scores: DataSetScores) -> dict[str, Scores]:
     """Return what the table has a column for: name -> (n_test,) scores, single levels first."""
     columns = {f"level {level}": values for level, values in scores.levels.items()}
-    if scores.resnet is not None and len(scores.levels) > 1:
+    if scores.resnet is not None and len(set(scores.levels) - {PIXEL_LEVEL}) > 1:
         columns[RESNET] = scores.resnet
     columns[ENSEMBLE] = scores.ensemble
     for name, values in scores.extra.items():

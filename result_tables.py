@@ -73,8 +73,9 @@ def score_table(runs: Sequence[Metrics]) -> list[Row]:
         ]
         kinds = [kind for kind in KINDS if KINDS[kind] == key] or list(KINDS)
         complete = whole >= {f"{c}_{kind}" for c in LOCO_CLASSES for kind in kinds}
-        value = PUBLISHED_ENSEMBLE_MEAN if key == "mean" else PUBLISHED_LOCO[kinds[0]]["mean"]
-        rows.append(_score_row(name, entries, columns, NOTHING, value if complete else None))
+        known = PUBLISHED_ENSEMBLE_MEAN if key == "mean" else PUBLISHED_LOCO[kinds[0]]["mean"]
+        if any(value is not None for entry in entries for value in entry.values()):
+            rows.append(_score_row(name, entries, columns, NOTHING, known if complete else None))
     return rows
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import COUNTS, IM_SIZE, draw_class, draw_image, files_below
+from PIL import Image
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 import calc_anom_ensm
@@ -241,6 +242,10 @@ def test_auroc_per_defect(dataset_dir: Path, folder: Path, tmp_path: Path) -> No
     assert defect_images(class_dir, paths) == {}
     write_masks(class_dir)
     assert defect_images(class_dir, paths) == {"too_many": [3], "too_few": [3, 4]}
+    mixed = Path(shutil.copytree(class_dir, tmp_path / "black_and_white"))
+    for mask in mixed.glob("ground_truth/*/*/*.png"):
+        Image.open(mask).point(lambda value: 255 * (value > 0)).save(mask)
+    assert defect_images(mixed, paths) == {}
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     reproduce(tmp_path / "dataset", tmp_path)
     with open(tmp_path / "out" / "scores.csv", newline="") as file:

@@ -6,7 +6,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -531,12 +531,21 @@ def test_real_formats_are_the_same_to_the_bit() -> None:
     assert score_seed(ts, 0, 20, 20, CPU) == score_seed(arff, 0, 20, 20, CPU)
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Let torch have one thread: several that wait for each other would count as busy."""
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(n_threads)
+
+
 @needs_real_data
-def test_real_results_are_near_the_published(tmp_path: Path) -> None:
-    started = time.monotonic()
+def test_real_results_are_near_the_published(one_thread: None, tmp_path: Path) -> None:
+    started = time.process_time()  # others may be busy on the same cores
     main(["--dataset_dir", str(REAL_DATA), "--dataset", "RacketSports", "NATOPS",
           "--seeds", "0-1", "--out", str(tmp_path), "--device", "cpu"])  # fmt: skip
-    assert time.monotonic() - started < 20
+    assert time.process_time() - started < 20
     found = json.loads((tmp_path / "time_series.json").read_text())["datasets"]
     assert found["RacketSports"]["mean"] == pytest.approx(91.9, abs=0.8)  # 10 seeds: 91.9 +- 0.17
     assert found["NATOPS"]["mean"] == pytest.approx(96.1, abs=0.8)  # 10 seeds: 96.1 +- 0.16

@@ -27,7 +27,6 @@ INPUT_SIDE = 224  # pixels
 PIXEL_MEAN = (0.485, 0.456, 0.406)
 PIXEL_STD = (0.229, 0.224, 0.225)
 RANDOM_WEIGHTS_SEED = 0
-PRECISIONS = ("fp32", "tf32", "bf16")
 
 
 @dataclass(frozen=True)

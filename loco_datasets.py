@@ -66,6 +66,8 @@ DEFAULT_DATA_DIR = DEFAULT_DATASET_DIR / "data_matrices"
 DEFAULT_RUNS_DIR = Path("../sinbad_runs")
 DEFAULT_RESULTS_DIR = DEFAULT_RUNS_DIR / "results"
 DEFAULT_VERSION = "ver1"
+PRECISIONS = ("fp32", "tf32", "bf16")  # of the network alone
+NETWORK_DEFAULTS = {"net": "wide_resnet50_2", "weights": "imagenet", "precision": "fp32"}
 
 
 def level_settings(level: int) -> LevelSettings:

@@ -16,7 +16,6 @@ import argparse
 import os
 from pathlib import Path
 
-from backbones import PRECISIONS
 from command_line import (
     ScriptParser,
     flatten,
@@ -35,6 +34,8 @@ from loco_datasets import (
     DEFAULT_VERSION,
     IM_SIZE,
     LEVELS,
+    NETWORK_DEFAULTS,
+    PRECISIONS,
     RESNET_SETTINGS,
     choose_mvtypes,
     crop_corners,
@@ -43,15 +44,15 @@ from loco_datasets import (
 from score_runs import RunOptions, score_tasks
 from sinbad_utils import choose_device
 
-DEFAULT_NET = "wide_resnet50_2"
-
 
 def add_run_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags that say how scores are computed, not which."""
-    parser.add_argument("--net", default=DEFAULT_NET, help="a ResNet or ResNeXt of torchvision")
+    parser.add_argument(
+        "--net", default=NETWORK_DEFAULTS["net"], help="a ResNet or ResNeXt of torchvision"
+    )
     parser.add_argument(
         "--weights",
-        default="imagenet",
+        default=NETWORK_DEFAULTS["weights"],
         help="imagenet (downloaded once), random, or a state_dict file",
     )
     parser.add_argument(
@@ -71,7 +72,7 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--precision",
         choices=PRECISIONS,
-        default="fp32",
+        default=NETWORK_DEFAULTS["precision"],
         help="of the network alone; tf32 acts on CUDA only",
     )
     parser.add_argument(

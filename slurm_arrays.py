@@ -23,19 +23,17 @@ from loco_datasets import (
     split_mvtype,
 )
 from slurm_flags import HANDED_ON, sbatch_lines
+from slurm_patterns import brace_pattern, expand_pattern, shorten_numbers
 from slurm_states import (
     ENSEMBLE,
     ENSEMBLE_DONE,
     LOGS,
     Batch,
     Task,
-    brace_pattern,
-    expand_pattern,
     find_alive,
     only_one,
     read_batch,
     sha256_of,
-    shorten_numbers,
     write_atomically,
 )
 

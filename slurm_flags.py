@@ -20,9 +20,11 @@ from loco_datasets import (
     DEFAULT_RESULTS_DIR,
     DEFAULT_VERSION,
     IM_SIZE,
+    NETWORK_DEFAULTS,
+    PRECISIONS,
     LevelSettings,
 )
-from slurm_states import shorten_numbers
+from slurm_patterns import shorten_numbers
 
 # Flags that become a line `#SBATCH --<option>=<value>`, only when set.
 SBATCH_OPTIONS = {
@@ -88,10 +90,8 @@ def weights_source(text: str) -> str:
     return text if text in ("imagenet", "random") else str(absolute_path(text))
 
 
-# Those of sinbad_single_layer.py, which imports torch: a test compares them.
-NETWORK_DEFAULTS = {"net": "wide_resnet50_2", "weights": "imagenet", "precision": "fp32"}
-PRECISIONS = "fp32, tf32 or bf16"
 DEVICES = "auto, cpu, cuda or cuda:<i>"
+ANY_PRECISION = " or ".join(PRECISIONS)
 
 # Handed on to the tasks as they are; where there is no default, the task has its own.
 HANDED_ON = {
@@ -105,7 +105,7 @@ HANDED_ON = {
     "weights": (weights_source, "imagenet, random or a FILE with a state_dict"),
     "batch_size": (integer_from(1), "crops of one forward pass"),
     "device": (matching("auto|cpu|cuda(:[0-9]+)?", DEVICES), f"{DEVICES}; cpu: no --gres"),
-    "precision": (matching("fp32|tf32|bf16", PRECISIONS), PRECISIONS),
+    "precision": (matching("|".join(PRECISIONS), ANY_PRECISION), ANY_PRECISION),
     "num_workers": (integer_from(1), "threads that read pixels"),
 }
 

@@ -22,6 +22,7 @@ from pathlib import Path
 
 from command_line import Progress, ScriptParser, integer_from, run_script, say
 from slurm_arrays import forget_ensemble, has_sibling, write_ensemble
+from slurm_patterns import name_tasks, shorten_numbers
 from slurm_states import (
     ARRAY,
     ENSEMBLE,
@@ -38,14 +39,12 @@ from slurm_states import (
     last_words,
     look,
     max_array_size,
-    name_tasks,
     only_one,
     print_status,
     read_batch,
     read_submissions,
     read_tasks,
     record_submission,
-    shorten_numbers,
 )
 
 ENSEMBLE_LOCK = ".ensemble.lock"

@@ -8,7 +8,6 @@ or a local run of it holds its log, else missing. Submission, local runs and --s
 import contextlib
 import fcntl
 import hashlib
-import itertools
 import json
 import os
 import re
@@ -17,12 +16,18 @@ import shutil
 import subprocess
 import textwrap
 import time
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from command_line import UserError, say
+from slurm_patterns import (
+    expand_numbers,
+    expand_pattern,
+    group_by_value,
+    name_tasks,
+    shorten_numbers,
+)
 
 LOGS = "logs"
 LOCAL_JOB = "local"
@@ -108,61 +113,6 @@ class Overview:
             f"{self.n_tasks} tasks: {len(self.done)} done, {len(self.running)} running{waiting}, "
             f"{len(self.missing)} missing"
         )
-
-
-# --- numbers and names -----------------------------------------------------------------------
-
-
-def shorten_numbers(numbers: Iterable[int]) -> list[str]:
-    """Shorten numbers to runs: 0 1 2 3 7 8 -> "0-3", "7-8"; what --rep and sbatch --array take."""
-    runs: list[list[int]] = []
-    for number in sorted(set(numbers)):
-        if runs and number == runs[-1][1] + 1:
-            runs[-1][1] = number
-        else:
-            runs.append([number, number])
-    return [str(low) if low == high else f"{low}-{high}" for low, high in runs]
-
-
-def expand_numbers(text: str) -> list[int]:
-    """Expand what `shorten_numbers` and squeue write: "0-3,7" -> 0 1 2 3 7, "0-8:4" -> 0 4 8."""
-    numbers: list[int] = []
-    for run in filter(None, text.split(",")):
-        bounds, _, step = run.partition(":")
-        low, dash, high = bounds.partition("-")
-        numbers += range(int(low), int(high if dash else low) + 1, int(step or 1))
-    return numbers
-
-
-def brace_pattern(values: Sequence[object]) -> str:
-    """Write values as bash does: 7 -> "7", 7 14 -> "{7,14}", 0 ... 99 -> "{0..99}"."""
-    if len(values) == 1:
-        return str(values[0])
-    if all(isinstance(v, int) for v in values):
-        (run, *more) = shorten_numbers(values)  # type: ignore[arg-type]
-        if not more:
-            return "{" + run.replace("-", "..") + "}"
-    return "{" + ",".join(map(str, values)) + "}"
-
-
-def expand_pattern(pattern: str) -> list[str]:
-    """Expand a brace pattern as bash does; the inverse of `brace_pattern`."""
-    choices: list[list[str]] = []
-    for i, part in enumerate(re.split(r"\{([^{}]*)\}", pattern)):
-        first, dots, last = part.partition("..")
-        if i % 2 and dots:
-            choices.append([str(n) for n in range(int(first), int(last) + 1)])
-        else:
-            choices.append(part.split(",") if i % 2 else [part])
-    return ["".join(parts) for parts in itertools.product(*choices)]
-
-
-def group_by_value(values: dict[int, str]) -> dict[str, list[int]]:
-    """Return the numbers that have a value, by value."""
-    groups: defaultdict[str, list[int]] = defaultdict(list)
-    for number, value in values.items():
-        groups[value].append(number)
-    return groups
 
 
 # --- files of the folder ---------------------------------------------------------------------
@@ -428,11 +378,6 @@ def ensemble_state(folders: list[Path]) -> tuple[str, bool]:
                 log = folder / LOGS / submission.log()
                 return f"failed: {last_words(log)} ({log})", True
     return "not submitted", False
-
-
-def name_tasks(numbers: list[int]) -> str:
-    """Write numbers of tasks as "task 3" or "tasks 0-2,5"."""
-    return f"task{'s' if len(numbers) > 1 else ''} {','.join(shorten_numbers(numbers))}"
 
 
 def print_status(folder: Path) -> int:

@@ -29,14 +29,23 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from backbones import INPUT_SIDE, PRECISIONS, Backbone, load_weights
+from backbones import INPUT_SIDE, Backbone, load_weights
 from benchmarks.measuring import STAGES, draw_dataset, seconds_of, small_class, watched_stages
 from benchmarks.textbook import textbook_scores
 from command_line import ScriptParser, integer_from, run_script, say
 from crop_descriptors import Descriptor
 from crop_scores import ScoreTask
 from data_to_matrices import make_matrices
-from loco_datasets import IM_SIZE, KINDS, LEVELS, LOCO_CLASSES, PIXEL_LEVEL, LocoClass
+from loco_datasets import (
+    IM_SIZE,
+    KINDS,
+    LEVELS,
+    LOCO_CLASSES,
+    NETWORK_DEFAULTS,
+    PIXEL_LEVEL,
+    PRECISIONS,
+    LocoClass,
+)
 from matrix_files import load_matrices
 from reproduce_paper import paper_descriptor, paper_tasks
 from result_files import read_scores, to_json, write_atomic
@@ -220,7 +229,7 @@ def tables(figures: Figures) -> Iterator[str]:
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
     parser = ScriptParser(__doc__)
-    parser.add_argument("--net", default="wide_resnet50_2")
+    parser.add_argument("--net", default=NETWORK_DEFAULTS["net"])
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:<i>")
     parser.add_argument("--precision", choices=PRECISIONS, default="fp32")
     parser.add_argument(

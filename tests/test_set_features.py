@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
 
+import sinbad_utils
 from sinbad_utils import (
     cumulative_histogram,
     fit_ranges,
@@ -109,6 +110,28 @@ def test_projection_is_the_sum_over_channels() -> None:
             for e in range(4):
                 expected = sum(float(directions[d, c] * elements[s, c, e]) for c in range(3))
                 assert float(values[s, d, e]) == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["normal", "tied", "equal", "sample of outliers"])
+def test_ranges_of_long_rows_are_exact_though_narrowed_by_a_sample(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pooled = torch.randn(3, 180_000, generator=torch.Generator().manual_seed(0))
+    assert pooled.shape[1] > sinbad_utils.LONG_ROW
+    if kind == "tied":
+        pooled = pooled.round()
+    elif kind == "equal":
+        pooled.zero_()
+    elif kind == "sample of outliers":  # all values that the sample meets mislead
+        pooled[:, :: pooled.shape[1] // sinbad_utils.SAMPLED] += 100.0
+    values = pooled.unflatten(1, (2, -1)).transpose(0, 1)  # (sets, directions, elements)
+    narrowed = fit_ranges(values)
+    for found, share in zip(narrowed, (0.01, 0.99), strict=True):
+        expected = np.quantile(pooled.double().numpy(), share, axis=1)
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+    monkeypatch.setattr(sinbad_utils, "LONG_ROW", 10**9)
+    whole = fit_ranges(values)
+    assert all(torch.equal(a, b) for a, b in zip(narrowed, whole, strict=True))
 
 
 @pytest.mark.parametrize("n_elements", [1, 2, 7, 60])

@@ -18,23 +18,18 @@ from slurm_stub import batch_master, expected_results, kill_task, stub_batch, st
 import create_batch_array_sinbad as resnet
 import create_batch_array_sinbad_224 as pixels
 import sinbad_single_layer
-from backbones import PRECISIONS
 from command_line import UserError
 from loco_datasets import scores_folder
 from result_files import LevelScores, save_scores
 from slurm_arrays import write_ensemble
-from slurm_flags import NETWORK_DEFAULTS
+from slurm_patterns import brace_pattern, expand_numbers, expand_pattern, shorten_numbers
 from slurm_states import (
     Submission,
-    brace_pattern,
-    expand_numbers,
-    expand_pattern,
     look,
     read_batch,
     read_submissions,
     read_tasks,
     record_submission,
-    shorten_numbers,
 )
 
 REPO = Path(__file__).resolve().parent.parent
@@ -263,15 +258,6 @@ def test_help_shows_no_empty_default(capsys: pytest.CaptureFixture[str]) -> None
         with pytest.raises(SystemExit):
             script.parse_args(["--help"])
         assert "(default: )" not in capsys.readouterr().out
-
-
-def test_the_tasks_defaults_are_those_shown() -> None:
-    task = sinbad_single_layer.parse_args(["--mvtype", "pushpins_loco"])
-    for name, value in NETWORK_DEFAULTS.items():
-        assert getattr(task, name) == value
-        assert getattr(resnet.parse_args([]), name) == value
-    for precision in PRECISIONS:
-        assert resnet.parse_args(["--precision", precision]).precision == precision
 
 
 def test_generators_start_at_once_and_without_torch() -> None:

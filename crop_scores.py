@@ -230,6 +230,7 @@ class ClassScorer:
             while ahead:
                 batch, crops = ahead.popleft()
                 yield batch, crops.result()
+                self.pool.release()
                 ahead.extend((b, threads.submit(self._gather, b)) for b in islice(batches, 1))
 
     def _gather(self, batch: Batch) -> Tensor:

@@ -1,5 +1,6 @@
 """The images of a class' data sets, each once, and the pixels of their crops."""
 
+import mmap
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -48,7 +49,9 @@ class ImagePool:
     def empty_in(self, mvtype: str, corner: tuple[int, int], side: int) -> bool:
         """Tell whether a crop is padding only in every image of a data set."""
         sources = (self.sources[i] for i in self.ids_of(mvtype))
-        return all(crop_is_empty(images[row], corner, side) for images, row in sources)
+        empty = all(crop_is_empty(images[row], corner, side) for images, row in sources)
+        self.release()
+        return empty
 
     def move_to_device(self, num_workers: int) -> None:
         """Copy the images into the GPU's memory where they take less than half of what is free."""
@@ -67,6 +70,16 @@ class ImagePool:
 
         with ThreadPoolExecutor(max(1, num_workers)) as pool:
             list(pool.map(copy, range(len(self))))
+
+    def release(self) -> None:
+        """Let go of the mapped files' pages: the process does not grow with the images it has read.
+
+        They stay in the system's cache, so reading them again costs next to nothing.
+        """
+        for images in {id(images): images for images, _ in self.sources}.values():
+            mapped = getattr(images, "_mmap", None)
+            if mapped is not None and hasattr(mmap, "MADV_DONTNEED"):
+                mapped.madvise(mmap.MADV_DONTNEED)
 
     def gather(self, ids: list[int], corner: tuple[int, int], source: NDArray[np.int64]) -> Tensor:
         """Return the nearest-sampled pixels of one crop of several images.

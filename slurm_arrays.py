@@ -272,7 +272,7 @@ def ensemble_command(folder: Path, batch: Batch) -> str:
     words += ["--pyramid_level", *resnet.levels, "--rep", *shorten_numbers(resnet.reps)]
     words += ["--version", f"{resnet.results_dir}/{resnet.version}_pyramid_lvl_#"]
     words += ["--version_224", f"{pixels.results_dir}/{pixels.version}_pyramid_lvl_{PIXEL_LEVEL}"]
-    words += ["--rep_num_224", len(pixels.reps)]
+    words += ["--rep_num_224", len(pixels.reps), "--dataset_dir", batch.dataset_dir]
     words += ["--out", batch.ensemble_out] if batch.ensemble_out else []
     return shlex.join(map(str, words))
 
@@ -322,6 +322,7 @@ def make_batch(args: argparse.Namespace, name: str, levels: list[int], tasks_sha
         reps=flatten(args.rep),
         sibling=str(args.out_dir.parent / args.then_ensemble) if args.then_ensemble else None,
         ensemble_out=str(args.ensemble_out) if args.ensemble_out else None,
+        dataset_dir=str(args.dataset_dir),
         tasks_sha256=tasks_sha256,
     )
 

@@ -17,6 +17,7 @@ from command_line import ScriptParser, UserError, integer_from, integer_ranges, 
 from loco_datasets import (
     CROP_NUM_EDGE,
     DEFAULT_DATA_DIR,
+    DEFAULT_DATASET_DIR,
     DEFAULT_RESULTS_DIR,
     DEFAULT_VERSION,
     IM_SIZE,
@@ -175,6 +176,9 @@ def add_slurm_flags(parser: ScriptParser, out_dir: Path, sibling: str) -> None:
     add("--then_ensemble", type=absolute_path, nargs="?", const=Path(sibling), metavar="SIBLING",
         help="let calc_anom_ensm.py follow when the tasks of this and of the other generator's "
         f"folder are done (default of SIBLING: {sibling} beside --out_dir)")  # fmt: skip
+    add("--dataset_dir", type=absolute_path, default=str(DEFAULT_DATASET_DIR), metavar="DIR",
+        help="images and masks, for the ensemble's pictures and tables "
+        f"(default: {DEFAULT_DATASET_DIR})")  # fmt: skip
     add("--ensemble_out", type=absolute_path, metavar="DIR",
         help="folder of the ensemble's tables (default of calc_anom_ensm.py)")  # fmt: skip
     group = parser.add_argument_group(

@@ -72,6 +72,7 @@ class Batch:
     reps: list[int]
     sibling: str | None
     ensemble_out: str | None
+    dataset_dir: str
     tasks_sha256: str
 
 

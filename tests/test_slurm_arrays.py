@@ -142,7 +142,7 @@ def test_sbatch_lines_only_for_what_was_set(tmp_path: Path) -> None:
         (["--version_name", "run#2"], r"version_name: must be without tabs and \{\}#, got 'run#2'"),
         (["--out_dir", "100%"], r"out_dir: must be without tabs and \{\}%\\, got '/.*100%'"),
         (["--out_dir", "a\\b"], r"out_dir: must be without tabs"),
-        (["--precision", "fp8"], "precision: must be fp32, tf32 or bf16, got fp8"),
+        (["--precision", "fp8"], "precision: must be fp32 or tf32 or bf16, got fp8"),
         (["--device", "gpu"], "device: must be auto, cpu, cuda or cuda:<i>, got gpu"),
         (["--device", "cuda:"], "device: must be auto, cpu, cuda or cuda:<i>, got cuda:"),
         (["--mem", "1G\n2G"], "must be one line, got"),

@@ -10,14 +10,7 @@ Writes  OUT/{table.md,metrics.json,scores.csv,*.csv,*.png}
 import argparse
 from pathlib import Path
 
-from command_line import (
-    ScriptParser,
-    flatten,
-    integer_from,
-    integer_ranges,
-    number_between,
-    run_script,
-)
+from command_line import ScriptParser, add_rep_flag, flatten, integer_from, run_script
 from ensembles import DataSetScores, EnsembleOptions, find_mvtypes, load_data_set
 from loco_datasets import (
     DEFAULT_RESULTS_DIR,
@@ -27,7 +20,6 @@ from loco_datasets import (
     RESNET_LEVELS,
 )
 from reports import add_report_flags, report_options, write_report
-from sinbad_utils import LAMBDA_FACTOR
 
 DEFAULT_VERSION_PATH = str(DEFAULT_RESULTS_DIR / f"{DEFAULT_VERSION}_pyramid_lvl_#")
 
@@ -54,24 +46,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         default=list(PAPER_RESNET_LEVELS),
         help="ResNet levels; none for raw pixels alone",
     )
-    parser.add_argument(
-        "--rep",
-        type=integer_ranges,
-        nargs="+",
-        default=[[0]],
-        help="of the ResNet levels; several, as 0-4, give mean and std (default: 0)",
-    )
+    add_rep_flag(parser, "of the ResNet levels; several, as 0-4, give mean and std")
     parser.add_argument(
         "--rep_num_224",
         type=integer_from(0),
         default=PIXEL_SETTINGS.n_reps,
         help="raw-pixel repetitions; 0 leaves the level out",
-    )
-    parser.add_argument(
-        "--lambda_factor",
-        type=number_between(0, 1e6),
-        default=LAMBDA_FACTOR,
-        help="weight of level 224",
     )
     parser.add_argument("--out", type=Path, help="default: `ensemble` beside the scores' folders")
     add_report_flags(parser)

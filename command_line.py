@@ -98,6 +98,13 @@ def integer_ranges(text: str) -> list[int]:
     return list(range(numbers[0], (numbers[1] if dash else numbers[0]) + 1))
 
 
+def add_rep_flag(parser: argparse.ArgumentParser, meaning: str) -> None:
+    """Add --rep: numbers or ranges; `flatten` makes one list of them."""
+    parser.add_argument(
+        "--rep", type=integer_ranges, nargs="+", default=[[0]], help=f"{meaning} (default: 0)"
+    )
+
+
 def flatten(lists: Iterable[Iterable[int]]) -> list[int]:
     """Join lists of numbers into one, ordered, each number once."""
     return sorted({number for numbers in lists for number in numbers})

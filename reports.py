@@ -14,6 +14,7 @@ from loco_datasets import DEFAULT_DATASET_DIR, split_mvtype
 from loco_folders import defect_images
 from result_metrics import Defects, all_metrics
 from result_tables import markdown, write_tables
+from sinbad_utils import LAMBDA_FACTOR
 
 NOTES = """
 AUROC in percent; the interval is a bootstrap over test images (of the first of several runs).
@@ -41,7 +42,13 @@ class ReportOptions:
 
 
 def add_report_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags of `ReportOptions`, but --out, whose default differs."""
+    """Add the weight of level 224 and the flags of a report, but --out, whose default differs."""
+    parser.add_argument(
+        "--lambda_factor",
+        type=number_between(0, 1e6),
+        default=LAMBDA_FACTOR,
+        help="weight of level 224",
+    )
     parser.add_argument(
         "--dataset_dir",
         type=Path,

@@ -24,7 +24,7 @@ from queue import SimpleQueue
 import torch
 
 from backbones import load_weights
-from command_line import ScriptParser, UserError, integer_from, number_between, run_script
+from command_line import ScriptParser, UserError, integer_from, run_script
 from crop_descriptors import Descriptor
 from crop_scores import ScoreTask
 from data_to_matrices import make_matrices
@@ -42,7 +42,7 @@ from loco_folders import choose_data_sets
 from reports import add_report_flags, report_options, write_report
 from score_runs import RunOptions, output_paths, score_tasks
 from sinbad_single_layer import add_run_flags, run_options
-from sinbad_utils import LAMBDA_FACTOR, choose_device
+from sinbad_utils import choose_device
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -67,12 +67,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         type=integer_from(1),
         default=PIXEL_SETTINGS.n_reps,
         help="raw-pixel repetitions",
-    )
-    parser.add_argument(
-        "--lambda_factor",
-        type=number_between(0, 1e6),
-        default=LAMBDA_FACTOR,
-        help="weight of level 224",
     )
     parser.add_argument(
         "--device",

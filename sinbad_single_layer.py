@@ -18,9 +18,9 @@ from pathlib import Path
 
 from command_line import (
     ScriptParser,
+    add_rep_flag,
     flatten,
     integer_from,
-    integer_ranges,
     number_between,
     run_script,
 )
@@ -124,13 +124,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         type=number_between(0, 1, low_open=True),
         help="of the covariance, above 0 to 1; default .1, level 224: 1",
     )
-    parser.add_argument(
-        "--rep",
-        type=integer_ranges,
-        nargs="+",
-        default=[[0]],
-        help="repetitions, as 3 or 0-99 (default: 0)",
-    )
+    add_rep_flag(parser, "repetitions, as 3 or 0-99")
     parser.add_argument("--seed", type=integer_from(0), default=0, help="of the random directions")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:<i>")
     parser.add_argument("--data_dir", type=Path, default=DEFAULT_DATA_DIR, help="matrices")

@@ -1,5 +1,7 @@
 """A tiny drawn data set in LOCO's layout, its matrices, and the folders of reference arrays."""
 
+import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -67,3 +69,33 @@ def files_below(folder: Path) -> dict[str, bytes]:
     """Return relative path -> bytes of every file below a folder, hidden ones too."""
     found = (path for path in sorted(folder.rglob("*")) if path.is_file())
     return {str(path.relative_to(folder)): path.read_bytes() for path in found}
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a case may write: copies of the drawn images and matrices, and the output folder."""
+
+    root: Path
+    drawn: Path
+    matrices: Path
+
+    @property
+    def out(self) -> Path:
+        """The output folder, which must stay empty."""
+        return self.root / "out"
+
+    def images(self) -> Path:
+        """Return a copy of the drawn data set."""
+        return Path(shutil.copytree(self.drawn, self.root / "images"))
+
+    def data(self) -> Path:
+        """Return a copy of the matrices of pushpins_loco."""
+        name = "pushpins_loco"
+        shutil.copytree(self.matrices / name, self.root / "data" / name)
+        return self.root / "data"
+
+
+@pytest.fixture
+def place(tmp_path: Path, dataset_dir: Path, data_dir: Path) -> Place:
+    """Return where a case of wrong input may write."""
+    return Place(tmp_path, dataset_dir, data_dir)

@@ -1,0 +1,188 @@
+"""Nothing is lost: what is there stays, full and read-only disks, readers that go away."""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from urllib.error import URLError
+
+import numpy as np
+import pytest
+import torch
+from bad_places import ensemble_case, fails, matrices_case, scores_case, write_scores
+from conftest import IM_SIZE, Place, files_below
+
+import make_demo_dataset
+from command_line import run_script
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_weights_that_cannot_be_downloaded(
+    place: Place, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def unreachable(*_: object, **__: object) -> None:
+        raise URLError("no route to host")
+
+    monkeypatch.setenv("TORCH_HOME", str(place.root / "empty_cache"))
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", unreachable)
+    line = fails(scores_case(place, "--weights", "imagenet"), capsys)
+    for words in ("no route to host", "download.pytorch.org", "--weights FILE", "empty_cache"):
+        assert words in line
+    assert files_below(place.out) == {}
+
+
+def test_what_was_finished_before_stays_as_it_was(
+    place: Place, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good = matrices_case(place, place.drawn, "--mvtype", "pushpins_loco")
+    good[0](good[1])
+    before = files_below(place.out)
+    fails(matrices_case(place, place.drawn, "--im_size", "48"), capsys)
+    images = place.images()
+    (images / "pushpins/train/good/002.png").write_text("no image")
+    fails(matrices_case(place, images, "--overwrite"), capsys)
+    assert files_below(place.out) == before
+
+
+def test_results_and_matrices_of_the_authors_are_not_replaced(
+    place: Place, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = place.out / "ver1_pyramid_lvl_14/rep_num_0/pushpins_loco"
+    folder.mkdir(parents=True)
+    arrays = {"anom_map_test": np.ones((1, 5)), "anom_map_valid": np.ones((1, 3))}
+    np.savez(folder / "1_crop_anom_maps.npz", **arrays)
+    np.save(folder / "lbl.py.npy", np.zeros(5))
+    before = files_below(place.out)
+    assert "file of this collection" in fails(scores_case(place), capsys)
+    assert files_below(place.out) == before
+    main, argv = scores_case(place, "--overwrite")
+    main(argv)
+    assert sorted(path.name for path in folder.iterdir()) == ["1_crop_anom_maps.npz", "lbl.npy"]
+
+    matrices = place.root / "theirs" / "pushpins_loco"
+    matrices.mkdir(parents=True)
+    np.save(matrices / "train_data.npy", np.zeros((2, 3, 64, 64), np.float32))
+    case = matrices_case(place, place.drawn, "--out_dir", str(matrices.parent))
+    assert "hold matrices of this script" in fails(case, capsys)
+    assert [path.name for path in matrices.iterdir()] == ["train_data.npy"]
+
+
+def test_scores_of_images_that_have_changed_do_not_count_as_finished(
+    place: Place, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = place.images()
+    data = ["--out_dir", str(place.root / "data"), "--mvtype", "pushpins_loco"]
+    make, argv = matrices_case(place, images, *data, "--im_size", str(IM_SIZE))
+    make(argv)
+    score = scores_case(place, "--pyramid_level", "224", data=place.root / "data")
+    score[0](score[1])
+    before = files_below(place.out)
+    good, bad = (images / f"pushpins/test/{part}" for part in ("good", "logical_anomalies"))
+    (good / "000.png").write_bytes((bad / "000.png").read_bytes())
+    make(argv)
+    assert "000.png is newer than" in capsys.readouterr().err
+    make([*argv, "--overwrite"])
+    assert "was made with images_sha256" in fails(score, capsys)
+    assert files_below(place.out) == before
+
+
+def test_a_demo_data_set_is_not_replaced_with_what_lies_beside(
+    place: Place, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["--out_dir", str(place.out), "--scale", ".02", "--n_train", "1", "--n_test", "1"]
+    make_demo_dataset.main(argv)
+    (place.out / "notes.txt").write_text("mine")
+    before = files_below(place.out)
+    again = [*argv, "--seed", "1", "--overwrite"]
+    assert "notes.txt" in fails((make_demo_dataset.main, again), capsys)
+    assert files_below(place.out) == before
+    (place.out / "notes.txt").unlink()
+    make_demo_dataset.main(again)
+    assert files_below(place.out) != before
+
+
+@pytest.mark.parametrize(
+    ("redirection", "status", "words"),
+    [
+        ("| true", 2, ""),
+        (">/dev/full", 2, "error: the output: No space left on device"),
+        (">&-", 0, ""),
+        ("2>&-", 0, ""),
+    ],
+)
+def test_a_reader_that_goes_away(redirection: str, status: int, words: str) -> None:
+    code = "from command_line import *; run_script(lambda argv: print('x' * 9) or say('y'), [])"
+    command = f"set -o pipefail; '{sys.executable}' -c \"{code}\" {redirection}"
+    result = subprocess.run(
+        ["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, check=False, env={}
+    )
+    assert result.returncode == status
+    assert words in result.stderr
+    assert "Exception" not in result.stderr
+
+
+def test_debug_shows_the_traceback(place: Place) -> None:
+    main, argv = matrices_case(place, place.root / "nowhere", "--debug")
+    with pytest.raises(Exception, match="dataset_dir must"):
+        run_script(main, argv)
+
+
+# ---------------------------------------------------------------- file systems
+
+
+@contextmanager
+def mounted(folder: Path, options: str) -> Iterator[Path]:
+    """Mount a small file system in memory, or skip the test."""
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
+    try:
+        subprocess.run(mount, check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("needs the right to mount a file system (root)")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.mark.parametrize("script", ["data_to_matrices", "sinbad_single_layer", "calc_anom_ensm"])
+def test_read_only_file_system(
+    script: str, place: Place, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with mounted(place.out, "ro"):
+        if script == "data_to_matrices":
+            case = matrices_case(place, place.drawn)
+        elif script == "sinbad_single_layer":
+            case = scores_case(place, "--pyramid_level", "224")
+        else:
+            for level in (7, 14):
+                write_scores(place, level, 1)
+            case = ensemble_case(place)
+        line = fails(case, capsys)
+        assert str(place.out) in line
+        assert "Read-only file system; choose a folder that is not read-only" in line
+
+
+def test_full_disk_while_matrices_are_written(
+    place: Place, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with mounted(place.out, "size=1m"):
+        line = fails(matrices_case(place, place.drawn, "--im_size", "512"), capsys)
+        assert "No space left on device; free some space" in line
+        assert files_below(place.out) == {}
+
+
+def test_full_disk_while_scores_are_written(
+    place: Place, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with mounted(place.out, "size=64k"):
+        (place.out / "filler").write_bytes(bytes(32 * 1024))
+        reps = ["--pyramid_level", "224", "--rep", "0-19", "--crop_size_ratio", ".7"]
+        line = fails(scores_case(place, *reps), capsys)
+        assert "No space left on device; free some space" in line
+        assert not (place.out / ".sinbad_partial").exists()
+        (place.out / "filler").unlink()
+        for name in files_below(place.out):  # what is there is whole
+            np.load(place.out / name)

@@ -99,28 +99,42 @@ class DescriptorBuilder:
                 if any(index not in waiting for index in group.fit_ids):
                     continue
                 self._fit(number)
-                members, own = list(waiting), torch.stack(list(waiting.values()))
+                members = [index for index in waiting if index not in group.fit_ids]
+                own = torch.stack([waiting[index] for index in members]) if members else own[:0]
                 waiting.clear()
             self._describe(number, members, own)
 
     def _fit(self, number: int) -> None:
-        """Fit the ranges of a group on its first images."""
-        first = torch.stack([self.waiting[number][i] for i in self.groups[number].fit_ids])
-        self.ranges[number] = [fit_ranges(project(p, first)) for p in self.directions]
+        """Fit the ranges of a group on its first images, and describe these."""
+        ids = list(dict.fromkeys(self.groups[number].fit_ids))
+        at = [ids.index(index) for index in self.groups[number].fit_ids]  # equal images count twice
+        first = torch.stack([self.waiting[number][index] for index in ids])
+        self.ranges[number] = ranges = []
+        for draw, directions in enumerate(self.directions):
+            values = project(directions, first)
+            ranges.append(fit_ranges(values if len(at) == len(ids) else values[at]))
+            step = self._step(values[0].numel())
+            for part in range(0, len(ids), step):
+                self._write(number, draw, ids[part : part + step], values[part : part + step])
 
     def _describe(self, number: int, ids: list[int], elements: Tensor) -> None:
-        """Write the descriptors of images into the rows of their group."""
-        places = [self.groups[number].members[index] for index in ids]
-        n_values = self.descriptor.n_projections * elements.shape[2]
-        step = len(ids) if self.device.type != "cpu" else max(1, VALUES_AT_ONCE // n_values)
+        """Describe images of a group whose ranges are fitted."""
+        step = self._step(self.descriptor.n_projections * elements.shape[2])
         for start in range(0, len(ids), step):
-            some, rows = elements[start : start + step], places[start : start + step]
             for draw, directions in enumerate(self.directions):
-                values = project(directions, some)
-                low, high = self.ranges[number][draw]  # type: ignore[index]
-                self.described[number][draw, rows] = cumulative_histogram(
-                    values, low, high, self.descriptor.n_quantiles
-                )
+                values = project(directions, elements[start : start + step])
+                self._write(number, draw, ids[start : start + step], values)
+
+    def _step(self, n_values: int) -> int:
+        """Return how many images of `n_values` projected values are worked on at a time."""
+        return max(1, VALUES_AT_ONCE // n_values) if self.device.type == "cpu" else 1 << 30
+
+    def _write(self, number: int, draw: int, ids: list[int], values: Tensor) -> None:
+        """Write the descriptors of projected images into the rows of their group."""
+        rows = [self.groups[number].members[index] for index in ids]
+        low, high = self.ranges[number][draw]  # type: ignore[index]
+        n_bins = self.descriptor.n_quantiles
+        self.described[number][draw, rows] = cumulative_histogram(values, low, high, n_bins)
 
     def descriptors(self, draw: int, group: RangeGroup, ids: list[int]) -> Tensor:
         """Return the descriptors (n, n_projections * n_quantiles) of images of a group."""

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 DAEMONS = ("munged", "slurmctld", "slurmd")
+COMMANDS = ("sbatch", "scancel", "scontrol", "sinfo", "squeue")
 SECONDS_TO_START = 60.0
 SECONDS_TO_END = 10.0
 
@@ -49,8 +50,8 @@ class SlurmMissingError(Exception):
     """Why there is no Slurm to test on."""
 
 
-def daemon_path(name: str) -> str:
-    """Return where a daemon is installed; Debian keeps them off a user's PATH."""
+def program_path(name: str) -> str:
+    """Return where a program is installed; Debian keeps daemons off a user's PATH."""
     path = shutil.which(name, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
     if path is None:
         raise SlurmMissingError(f"{name} is not installed (apt-get install slurm-wlm munge)")
@@ -112,7 +113,7 @@ def running_cluster(folder: Path) -> Iterator[Path]:
     SlurmMissingError
         If a daemon is not installed or does not start; the message says which and why.
     """
-    programs = {name: daemon_path(name) for name in DAEMONS}
+    programs = {name: program_path(name) for name in (*DAEMONS, *COMMANDS)}
     host = socket.gethostname().partition(".")[0]
     controller_port, node_port = free_ports(2)
     for name in ("state", "spool"):

@@ -90,18 +90,8 @@ def load_matrices(data_dir: Path, mvtype: str) -> MatrixSet:
         for split in SPLITS
     }
     sha256 = record.get("sha256", {})
-    side = images["train"].shape[-1]
     for split, array in images.items():
-        if array.shape[1:] != (3, side, side) or not len(array):
-            raise UserError(
-                f"{folder / SPLITS[split]} must be (n, 3, {side}, {side}), got {array.shape}; "
-                f"{redo}"
-            )
-        if array.dtype not in (np.uint8, np.float32):
-            raise UserError(
-                f"{folder / SPLITS[split]} must be uint8 (or float32 of k/255), got {array.dtype}; "
-                f"{redo}"
-            )
+        _check_split(folder / SPLITS[split], array, images["train"].shape[-1], redo)
         if any(len(of[split]) != len(array) for of in (paths, sha256) if of):
             raise UserError(
                 f"{folder / PATHS_FILE} must name {len(array)} {split} images, got "
@@ -114,6 +104,14 @@ def load_matrices(data_dir: Path, mvtype: str) -> MatrixSet:
         )
     settings = record.get("settings", {})
     return MatrixSet(mvtype, images, paths, sha256, np.asarray(labels, np.float64), settings)
+
+
+def _check_split(path: Path, array: NDArray[Any], side: int, redo: str) -> None:
+    """Refuse an array that does not hold images of the side that all splits have."""
+    if array.shape[1:] != (3, side, side) or not len(array):
+        raise UserError(f"{path} must be (n, 3, {side}, {side}), got {array.shape}; {redo}")
+    if array.dtype not in (np.uint8, np.float32):
+        raise UserError(f"{path} must be uint8 (or float32 of k/255), got {array.dtype}; {redo}")
 
 
 def _map(path: Path, redo: str) -> NDArray[Any]:

@@ -164,7 +164,7 @@ def image_size(dataset_dir: Path | None, class_name: str, image_path: str) -> Si
         try:
             with Image.open(path) as image:
                 return image.size
-        except UnidentifiedImageError as error:
+        except (UnidentifiedImageError, Image.DecompressionBombError) as error:
             raise UserError(
                 f"{path} must be an image, got something else; unpack it again from the archive"
             ) from error

@@ -152,6 +152,11 @@ class Backbone(nn.Module):
         return elements
 
 
+def _form(value: Tensor) -> tuple[torch.Size, torch.layout, bool]:
+    """Return what a parameter's value must have in common with the net's."""
+    return value.shape, value.layout, value.is_complex()
+
+
 def _load_state(model: nn.Module, weights: Weights) -> None:
     """Load the parameters of the stages that are left; those of other stages count for nothing."""
     own = model.state_dict()
@@ -160,9 +165,9 @@ def _load_state(model: nn.Module, weights: Weights) -> None:
     state = {n: value for n, value in (weights.state or {}).items() if not n.startswith(unused)}
     missing = [n for n in own if n not in state and not n.endswith("num_batches_tracked")]
     extra = [n for n in state if n not in own]
-    wrong = [n for n in own if n in state and state[n].shape != own[n].shape]
+    wrong = [n for n, v in state.items() if n in own and _form(v) != _form(own[n])]
     if missing or extra or wrong:
-        found = (("lacks", missing), ("also holds", extra), ("has another shape of", wrong))
+        found = (("lacks", missing), ("also holds", extra), ("has another shape or layout of", wrong))
         what = next(f"{verb} {names[0]}" for verb, names in found if names)
         raise UserError(
             f"weights must be of the net and levels asked for, got {weights.name}, which {what}; "

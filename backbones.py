@@ -167,7 +167,11 @@ def _load_state(model: nn.Module, weights: Weights) -> None:
     extra = [n for n in state if n not in own]
     wrong = [n for n, v in state.items() if n in own and _form(v) != _form(own[n])]
     if missing or extra or wrong:
-        found = (("lacks", missing), ("also holds", extra), ("has another shape or layout of", wrong))
+        found = (
+            ("lacks", missing),
+            ("also holds", extra),
+            ("has another shape or layout of", wrong),
+        )
         what = next(f"{verb} {names[0]}" for verb, names in found if names)
         raise UserError(
             f"weights must be of the net and levels asked for, got {weights.name}, which {what}; "

@@ -91,11 +91,11 @@ def number_between(
 
 def integer_ranges(text: str) -> list[int]:
     """Parse "3" or "0-99" (an argparse type; several of them are joined by `flatten`)."""
-    first, dash, last = text.partition("-")
-    numbers = [int(part) if re.fullmatch("[0-9]{1,6}", part) else -1 for part in (first, last)]
-    if numbers[0] < 0 or (dash and numbers[1] < numbers[0]):
+    form = re.fullmatch("([0-9]{1,6})(?:-([0-9]{1,6}))?", text)
+    numbers = range(int(form[1]), int(form[2] or form[1]) + 1) if form else range(0)
+    if not numbers:
         raise argparse.ArgumentTypeError(f"must be a number or a range like 0-99, got {text}")
-    return list(range(numbers[0], (numbers[1] if dash else numbers[0]) + 1))
+    return list(numbers)
 
 
 def add_rep_flag(parser: argparse.ArgumentParser, meaning: str) -> None:

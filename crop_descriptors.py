@@ -106,13 +106,12 @@ class DescriptorBuilder:
 
     def _fit(self, number: int) -> None:
         """Fit the ranges of a group on its first images, and describe these."""
-        ids = list(dict.fromkeys(self.groups[number].fit_ids))
-        at = [ids.index(index) for index in self.groups[number].fit_ids]  # equal images count twice
+        ids = list(self.groups[number].fit_ids)
         first = torch.stack([self.waiting[number][index] for index in ids])
         self.ranges[number] = ranges = []
         for draw, directions in enumerate(self.directions):
             values = project(directions, first)
-            ranges.append(fit_ranges(values if len(at) == len(ids) else values[at]))
+            ranges.append(fit_ranges(values))
             step = self._step(values[0].numel())
             for part in range(0, len(ids), step):
                 self._write(number, draw, ids[part : part + step], values[part : part + step])

@@ -36,10 +36,9 @@ from matrix_files import (
     load_matrices,
     nearest_source,
 )
-from result_files import first_difference, naming, partial_folder, sweep, to_json
+from result_files import TRIES, first_difference, naming, partial_folder, sweep, to_json
 
 SHARED_SPLITS = ("train", "valid")  # of a class' two data sets
-TRIES = 100  # at a folder that another run replaces at the same moment
 
 
 def image_to_matrix(path: Path, settings: dict[str, Any]) -> NDArray[np.uint8]:
@@ -123,18 +122,27 @@ def is_finished(folder: Path, plan: Plan) -> bool:
         if name in SPLITS:
             old, new = f"list of {len(old)} images", f"another list, of {len(new)}"  # type: ignore[arg-type]
         raise UserError(f"{folder} was made with {name} {old}, now {name} is {new}; {cure}")
-    images = [plan.class_dir / path for paths in plan.paths.values() for path in paths]
-    newest = max(images, key=lambda path: path.stat().st_mtime)
-    if newest.stat().st_mtime > (folder / PATHS_FILE).stat().st_mtime:
-        say(f"warning: {newest} is newer than {folder}; if it has changed, pass --overwrite")
+    newer = find_newer(plan, folder)
+    if newer is not None:
+        say(f"warning: {newer} is newer than {folder}; if it has changed, pass --overwrite")
     return True
 
 
+def find_newer(plan: Plan, folder: Path) -> Path | None:
+    """Return an image that is newer than the matrices in a folder, None if none is."""
+    made = (folder / PATHS_FILE).stat().st_mtime
+    images = (plan.class_dir / path for paths in plan.paths.values() for path in paths)
+    return next((image for image in images if image.stat().st_mtime > made), None)
+
+
 def find_twin(plan: Plan, out_dir: Path) -> MatrixSet | None:
-    """Return finished matrices of the class' other data set if they have the same images."""
+    """Return finished matrices of the class' other data set if they have the same images.
+
+    Not if an image has been written since: it may be another by now.
+    """
     class_name, own_kind = split_mvtype(plan.mvtype)
     (name,) = (f"{class_name}_{kind}" for kind in KINDS if kind != own_kind)
-    if not (out_dir / name / PATHS_FILE).exists():
+    if not (out_dir / name / PATHS_FILE).exists() or find_newer(plan, out_dir / name):
         return None
     twin = load_matrices(out_dir, name)
     same = all(twin.paths[split] == plan.paths[split] for split in SHARED_SPLITS)

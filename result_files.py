@@ -31,7 +31,7 @@ LABELS_FILE = "lbl.npy"
 UPSTREAM_LABELS_FILE = "lbl.py.npy"
 # Without working locks (some network file systems) a folder this old counts as left behind.
 SECONDS_UNTIL_STALE = 24 * 3600.0
-TRIES = 100  # at a folder that others remove at the same moment
+TRIES = 100  # at a folder that others remove or replace at the same moment
 
 Run = dict[str, Any]
 

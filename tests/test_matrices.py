@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -158,6 +159,18 @@ def test_a_second_data_set_of_a_class_is_linked_in_a_later_run_too(
     loco, struct = (tmp_path / name for name in ("pushpins_loco", "pushpins_struct"))
     assert (loco / "train_data.npy").samefile(struct / "train_data.npy")
     assert files_below(tmp_path) == files_below(data_dir)
+
+
+def test_matrices_of_images_that_have_changed_are_not_linked(
+    dataset_dir: Path, tmp_path: Path
+) -> None:
+    images = Path(shutil.copytree(dataset_dir, tmp_path / "images"))
+    make_matrices(images, tmp_path, ["pushpins_loco"], IM_SIZE)
+    draw_image("train/good", 4).save(images / "pushpins/train/good/000.png")
+    make_matrices(images, tmp_path, ["pushpins_struct"], IM_SIZE)
+    loco, struct = (load_matrices(tmp_path, f"pushpins_{kind}") for kind in ("loco", "struct"))
+    assert struct.sha256["train"][0] == struct.sha256["train"][4] != loco.sha256["train"][0]
+    assert struct.sha256["train"][1:] == loco.sha256["train"][1:]
 
 
 def test_sha256_is_of_the_pixels_of_each_image(data_dir: Path) -> None:

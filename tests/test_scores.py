@@ -167,6 +167,19 @@ def test_groups_stand_for_what_is_there(
     assert capsys.readouterr().err.count("finished already") == 1
 
 
+def test_equal_images_are_computed_once_but_count_twice(dataset_dir: Path, tmp_path: Path) -> None:
+    images = Path(shutil.copytree(dataset_dir, tmp_path / "images"))
+    for twin in ("train/good/001.png", "test/good/002.png"):
+        shutil.copy(images / "pushpins/train/good/000.png", images / "pushpins" / twin)
+    asked = ["--mvtype", "pushpins_loco", "--pyramid_level", "14"]
+    make_matrices(images, tmp_path / "ours", ["pushpins_loco"], IM_SIZE)
+    shutil.copytree(tmp_path / "ours", tmp_path / "theirs")
+    (tmp_path / "theirs/pushpins_loco/image_paths.json").unlink()  # then no image is shared
+    ours, theirs = (single(tmp_path / n, tmp_path / f"{n}_r", *asked) for n in ("ours", "theirs"))
+    np.testing.assert_array_equal(ours.test, theirs.test)
+    assert ours.test[0, 2] < 1e-9  # it is a training image
+
+
 def test_images_of_equal_names_but_other_pixels_are_not_mixed_up(
     dataset_dir: Path, data_dir: Path, tmp_path: Path
 ) -> None:

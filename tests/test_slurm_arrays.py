@@ -22,7 +22,7 @@ from command_line import UserError
 from loco_datasets import scores_folder
 from result_files import LevelScores, save_scores
 from slurm_arrays import write_ensemble
-from slurm_patterns import brace_pattern, expand_numbers, expand_pattern, shorten_numbers
+from slurm_patterns import expand_pattern
 from slurm_states import (
     Submission,
     look,
@@ -33,38 +33,6 @@ from slurm_states import (
 )
 
 REPO = Path(__file__).resolve().parent.parent
-
-
-@pytest.mark.parametrize("values", [[7], [7, 14], list(range(100)), [0, 2, 3], ["a_loco", "b"]])
-def test_patterns_name_every_file_as_bash_does(values: list[object]) -> None:
-    pattern = f"/r/x_{brace_pattern(values)}/y"
-    assert expand_pattern(pattern) == [f"/r/x_{value}/y" for value in values]
-    bash = subprocess.run(["bash", "-c", f"echo {pattern}"], capture_output=True, text=True)
-    assert bash.stdout.split() == expand_pattern(pattern)
-
-
-def test_runs_of_numbers_are_shortened() -> None:
-    assert shorten_numbers([15, 4, 8, 5, 6]) == ["4-6", "8", "15"]
-    assert shorten_numbers([]) == []
-
-
-@pytest.mark.parametrize(
-    ("text", "numbers"),
-    [
-        ("7", [7]),
-        ("0-20:4", [0, 4, 8, 12, 16, 20]),
-        ("0-2,5,7-8", [0, 1, 2, 5, 7, 8]),
-        ("", []),
-    ],
-)
-def test_runs_of_numbers_are_expanded(text: str, numbers: list[int]) -> None:
-    assert expand_numbers(text) == numbers
-
-
-@pytest.mark.parametrize("text", ["x", "3-", "0-4,...", "1-2-3"])
-def test_cut_runs_of_numbers_are_no_numbers(text: str) -> None:
-    with pytest.raises(ValueError, match="invalid literal"):
-        expand_numbers(text)
 
 
 def test_the_papers_grid(tmp_path: Path) -> None:
@@ -331,26 +299,27 @@ def test_a_damaged_list_is_one_line_and_repaired(
     assert len(read_submissions(folder)) == 1
 
 
-@pytest.mark.parametrize("text", [b"", b"[]", b"null", b'{"name": 1}', b"\xff\xfe"])
-def test_a_damaged_batch_json_is_one_line_and_repaired(tmp_path: Path, text: bytes) -> None:
+@pytest.mark.parametrize(
+    ("name", "text", "cure"),
+    [
+        *[("batch.json", text, "write it") for text in (b"", b"[]", b"null", b'{"name": 1}')],
+        ("batch.json", b"\xff\xfe", "write it"),
+        *[("submitted.tsv", text, "remove it") for text in (b"7\tarray\n", b"7", b"\xff\n")],
+        ("submitted.tsv", b"7\tarray\t0\t0-\tnow\n", "remove it"),
+    ],
+)
+def test_other_damaged_files_are_one_line(
+    tmp_path: Path, name: str, text: bytes, cure: str
+) -> None:
     folder = stub_batch(tmp_path, 1, 0)
-    (folder / "batch.json").write_bytes(text)
+    (folder / name).write_bytes(text)
     found = batch_master(folder)
     assert found.returncode == 2
-    assert "batch.json must be as it was written, got another text; write it" in found.stderr
+    assert f"{name} must be as it was written, got another text; {cure}" in found.stderr
     assert len(found.stderr.splitlines()) == 1
-    stub_batch(tmp_path, 1, 0)
-    assert read_batch(folder).mvtypes == ["pushpins_loco"]
-
-
-@pytest.mark.parametrize("text", [b"7\tarray\n", b"7\tarray\t0\t0-\tnow\n", b"7", b"\xff\n"])
-def test_damaged_submissions_are_one_line(tmp_path: Path, text: bytes) -> None:
-    folder = stub_batch(tmp_path, 1, 0)
-    (folder / "submitted.tsv").write_bytes(text)
-    found = batch_master(folder)
-    assert found.returncode == 2
-    assert "submitted.tsv must be as it was written, got another text; remove it" in found.stderr
-    assert len(found.stderr.splitlines()) == 1
+    if name == "batch.json":
+        stub_batch(tmp_path, 1, 0)
+        assert read_batch(folder).mvtypes == ["pushpins_loco"]
 
 
 def test_a_moved_folder_runs_its_own_tasks(tmp_path: Path) -> None:

@@ -216,7 +216,6 @@ class FeatureExtractor:
         self.device, self.precision = device, precision
         self.backbone = backbone.to(device)
         self.chunk = 0  # crops of one forward pass; 0: the whole batch
-        torch.backends.cudnn.benchmark = True
 
     @torch.inference_mode()
     def extract(self, crops: Tensor) -> dict[int, Tensor]:
@@ -224,26 +223,28 @@ class FeatureExtractor:
 
         Where the GPU's memory is too small the batch is halved, with one line, and stays halved.
         """
-        tf32 = self.precision == "tf32"
-        torch.backends.cudnn.allow_tf32 = tf32
+        # Kernels are not chosen by timing them, and are the same ones in every run: equal bytes.
+        torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, True
+        torch.backends.cudnn.allow_tf32 = self.precision == "tf32"
         torch.backends.cuda.matmul.allow_tf32 = False  # projections stay exact
         while True:
             chunk = self.chunk or len(crops)
             try:
                 parts = [self._forward(crops[i : i + chunk]) for i in range(0, len(crops), chunk)]
+                break
             except torch.cuda.OutOfMemoryError as error:
                 if chunk == 1:
                     raise UserError(
                         "device must have memory for one crop, got out of memory; free the GPU, or "
                         "pass --device cpu"
                     ) from error
-                self.chunk = (chunk + 1) // 2
-                say(
-                    f"GPU memory is too small for {chunk} crops at once, going on with {self.chunk}"
-                )
-                torch.cuda.empty_cache()
-                continue
-            return {level: torch.cat([part[level] for part in parts]) for level in parts[0]}
+            # Only here, when the error with its frames is gone, is their memory free again.
+            self.chunk = (chunk + 1) // 2
+            say(f"GPU memory is too small for {chunk} crops at once, going on with {self.chunk}")
+            torch.cuda.empty_cache()
+        if len(parts) == 1:
+            return parts[0]
+        return {level: torch.cat([part[level] for part in parts]) for level in parts[0]}
 
     def _forward(self, crops: Tensor) -> dict[int, Tensor]:
         """Run the network once."""

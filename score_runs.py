@@ -7,7 +7,7 @@ import platform
 import subprocess
 from collections import defaultdict, deque
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -24,17 +24,23 @@ from loco_datasets import PIXEL_LEVEL, scores_file_name, scores_folder, split_mv
 from matrix_files import MatrixSet, check_im_size, load_matrices
 from result_files import LevelScores, Run, is_finished, save_scores, sweep
 
+# Crops of one forward pass; many small batches would keep a GPU waiting for the next one.
+BATCH_SIZES = {"cpu": 32, "cuda": 256}
+
 
 @dataclass(frozen=True)
 class RunOptions:
-    """What a run needs beside its tasks; the names are those of the flags."""
+    """What a run needs beside its tasks; the names are those of the flags.
+
+    `batch_size` None stands for the device's own of BATCH_SIZES.
+    """
 
     net: str
     weights: str
     initial_res: int
     crop_num_edge: int
     descriptors: dict[int, Descriptor]
-    batch_size: int
+    batch_size: int | None
     precision: str
     official: bool
     num_workers: int
@@ -140,6 +146,7 @@ def score_tasks(
     -------
     task -> its file of scores
     """
+    options = replace(options, batch_size=options.batch_size or BATCH_SIZES[device.type])
     paths = output_paths(options, tasks)
     data_sets = {}
     for mvtype in dict.fromkeys(task.mvtype for task in tasks):

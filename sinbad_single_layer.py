@@ -59,7 +59,9 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
         "--crop_num_edge", type=integer_from(1), default=CROP_NUM_EDGE, help="stride = side / this"
     )
     parser.add_argument(
-        "--batch_size", type=integer_from(1), default=32, help="crops of one forward pass"
+        "--batch_size",
+        type=integer_from(1),
+        help="crops of one forward pass; default 32, on a GPU 256",
     )
     parser.add_argument("--results_dir", type=Path, default=DEFAULT_RESULTS_DIR, help="scores")
     parser.add_argument("--version_name", default=DEFAULT_VERSION, help="start of the folder names")

@@ -112,6 +112,28 @@ def test_projection_is_the_sum_over_channels() -> None:
                 assert float(values[s, d, e]) == pytest.approx(expected, abs=1e-6)
 
 
+@pytest.mark.parametrize("channels", [3, sinbad_utils.MANY_CHANNELS, 1024])
+def test_projection_of_a_set_does_not_depend_on_the_other_sets(channels: int) -> None:
+    directions, elements = tensors(0, 20, channels), tensors(1, 5, channels, 49)
+    values = project(directions, elements)
+    exact = torch.matmul(directions.double(), elements.double())
+    np.testing.assert_allclose(values, exact, atol=1e-6 * channels)
+    for part in (slice(0, 1), slice(1, 3), slice(2, 5)):
+        assert torch.equal(project(directions, elements[part]), values[part])
+
+
+@pytest.mark.parametrize("n_values", [1, 2, 3, 10, 101, 5000])
+@pytest.mark.parametrize("tied", [False, True])
+def test_selection_on_a_gpu_finds_what_sorting_finds(n_values: int, tied: bool) -> None:
+    rows = tensors(n_values, 3, n_values)
+    rows = rows.round() if tied else rows
+    ordered = rows.sort(dim=1).values
+    for rank in {0, n_values // 100, n_values // 2, 99 * (n_values - 1) // 100, n_values - 1}:
+        lower, upper = sinbad_utils._tail_neighbours(rows, rank)
+        assert torch.equal(lower, ordered[:, rank])
+        assert torch.equal(upper, ordered[:, min(rank + 1, n_values - 1)])
+
+
 @pytest.mark.parametrize("kind", ["normal", "tied", "equal", "sample of outliers"])
 def test_ranges_of_long_rows_are_exact_though_narrowed_by_a_sample(
     kind: str, monkeypatch: pytest.MonkeyPatch

@@ -30,6 +30,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from backbones import INPUT_SIDE, Backbone, load_weights
+from benchmarks.agreement import agreement
 from benchmarks.measuring import STAGES, draw_dataset, seconds_of, small_class, watched_stages
 from benchmarks.textbook import textbook_scores
 from command_line import ScriptParser, integer_from, run_script, say
@@ -50,13 +51,15 @@ from matrix_files import load_matrices
 from reproduce_paper import paper_descriptor, paper_tasks
 from result_files import read_scores, to_json, write_atomic
 from result_tables import markdown
-from score_runs import RunOptions, score_tasks
+from score_runs import BATCH_SIZES, RunOptions, score_tasks
 from sinbad_utils import choose_device
 
-BATCH_SIZE = 32
-# Of the textbook program; with the paper's 1000 directions its p x p inverse alone takes minutes.
-TEXTBOOK_IMAGES, TEXTBOOK_DIRECTIONS, TEXTBOOK_RATIO = 24, 200, 0.7
+SMALL_IMAGES = 24  # where the textbook program, or the CPU beside a GPU, must wait for each
+SMALL_MVTYPES = [f"pushpins_{kind}" for kind in KINDS]
+# With the paper's 1000 directions the textbook program's p x p inverse alone takes minutes.
+TEXTBOOK_DIRECTIONS, TEXTBOOK_RATIO = 200, 0.7
 TEXTBOOK_DESCRIPTOR = {14: Descriptor(TEXTBOOK_DIRECTIONS, 5, 0.1)}
+AGREEMENT_REPS = 2
 
 Figures = dict[str, Any]
 
@@ -71,7 +74,7 @@ def run_options(
         initial_res=IM_SIZE,
         crop_num_edge=4,
         descriptors=descriptors,
-        batch_size=BATCH_SIZE,
+        batch_size=None,
         precision=args.precision,
         official=False,
         num_workers=os.cpu_count() or 1,
@@ -85,7 +88,8 @@ def bare_network(args: argparse.Namespace, device: torch.device, n_crops: int) -
     """Return the seconds that the network alone takes for some crops."""
     levels = tuple(level for level in args.pyramid_level if level != PIXEL_LEVEL)
     backbone = Backbone(args.net, load_weights(args.net, "random"), levels).to(device)
-    crops = torch.randn(BATCH_SIZE, 3, INPUT_SIDE, INPUT_SIDE, device=device)
+    batch_size = BATCH_SIZES[device.type]
+    crops = torch.randn(batch_size, 3, INPUT_SIDE, INPUT_SIDE, device=device)
     crops = crops.contiguous(memory_format=torch.channels_last)
     torch.backends.cudnn.allow_tf32 = args.precision == "tf32"
 
@@ -96,7 +100,7 @@ def bare_network(args: argparse.Namespace, device: torch.device, n_crops: int) -
                 backbone(crops)
 
     loop(1)  # warm
-    return seconds_of(lambda: loop(-(-n_crops // BATCH_SIZE)), device)
+    return seconds_of(lambda: loop(-(-n_crops // batch_size)), device)
 
 
 def bench_pipeline(
@@ -146,13 +150,9 @@ def bench_pipeline(
 
 def bench_textbook(args: argparse.Namespace, device: torch.device, root: Path) -> Figures:
     """Time the textbook program and ours: the same images, level 14, one grid, fewer directions."""
-    classes = small_class(TEXTBOOK_IMAGES)
-    draw_dataset(root / "dataset", classes)
-    mvtypes = [f"pushpins_{kind}" for kind in KINDS]
-    make_matrices(root / "dataset", root / "matrices", mvtypes, IM_SIZE)
     options = run_options(args, root, TEXTBOOK_DESCRIPTOR, "results")
-    tasks = {ScoreTask(mvtype, 14, TEXTBOOK_RATIO, 0, 0): "bench" for mvtype in mvtypes}
-    matrices = [load_matrices(root / "matrices", mvtype).images for mvtype in mvtypes]
+    tasks = {ScoreTask(mvtype, 14, TEXTBOOK_RATIO, 0, 0): "bench" for mvtype in SMALL_MVTYPES}
+    matrices = [load_matrices(root / "matrices", mvtype).images for mvtype in SMALL_MVTYPES]
     images = [{name: torch.tensor(part) for name, part in own.items()} for own in matrices]
     weights = load_weights(args.net, "random")
 
@@ -171,13 +171,21 @@ def bench_textbook(args: argparse.Namespace, device: torch.device, root: Path) -
         for path, own in zip(paths, textbook(), strict=True)
     ]
     return {
-        "n_images": TEXTBOOK_IMAGES,
+        "n_images": SMALL_IMAGES,
         "descriptor_length": 5 * TEXTBOOK_DIRECTIONS,
         "ours_seconds": ours,
         "textbook_seconds": plain,
         "speed_up": plain / ours,
         "largest_relative_difference": float(max(differences)),
     }
+
+
+def bench_agreement(args: argparse.Namespace, device: torch.device, root: Path) -> list[Figures]:
+    """Compare the scores of the device's precisions with the CPU's."""
+    descriptors = {level: paper_descriptor(level) for level in args.pyramid_level}
+    options = run_options(args, root, descriptors, "results")
+    tasks = paper_tasks(SMALL_MVTYPES, args.pyramid_level, [0], AGREEMENT_REPS, "bench")
+    return list(agreement(tasks, options, device))
 
 
 def bench_scale(args: argparse.Namespace, root: Path) -> list[Figures]:
@@ -190,7 +198,7 @@ def bench_scale(args: argparse.Namespace, root: Path) -> list[Figures]:
             *(sys.executable, __file__, "--n_images", str(n_images), "--out", str(out)),
             *("--net", args.net, "--device", args.device, "--precision", args.precision),
             *("--rep_num_224", str(args.rep_num_224), "--pyramid_level", *levels),
-            *("--turns", "0", "--no-textbook"),
+            *("--turns", "0", "--no-textbook", "--no-agreement"),
         ]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         found.append(json.loads(out.read_text())["pipeline"])
@@ -204,6 +212,8 @@ def tables(figures: Figures) -> Iterator[str]:
         rows = [["stage", "seconds"], ["read: images to matrices", f"{own['read_seconds']:.1f}"]]
         rows += [[stage, f"{seconds:.1f}"] for stage, seconds in own["stage_seconds"].items()]
         yield markdown(rows)
+        peaks = own["peak_memory_bytes"].items()
+        yield markdown([["peak memory", "GB"], *([name, f"{n / 1e9:.2f}"] for name, n in peaks)])
     if figures.get("pipeline", {}).get("turns"):
         bare = own["median_seconds"]["bare network"]
         rows = [["scoring", "seconds", "images/s", "crops/s", "share of the bare network"]]
@@ -216,6 +226,12 @@ def tables(figures: Figures) -> Iterator[str]:
         rows = [["level 14, one grid of 4 crops", "seconds"]]
         rows += [[name, f"{own[f'{name}_seconds']:.2f}"] for name in ("textbook", "ours")]
         yield markdown([*rows, ["speed-up", f"{own['speed_up']:.1f}"]])
+    if "agreement" in figures:
+        rows = [["against the CPU in fp32", "largest relative difference", "rank correlation"]]
+        for own in figures["agreement"]:
+            difference = f"{own['largest_relative_difference']:.1e}"
+            rows.append([own["run"], difference, f"{own['smallest_rank_correlation']:.6f}"])
+        yield markdown(rows)
     if "scale" in figures:
         rows = [["images", "crops", "seconds", "ms/crop", "peak memory, MB"]]
         for own in figures["scale"]:
@@ -239,7 +255,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--n_images", type=integer_from(8), default=16, help="of the drawn class")
     parser.add_argument("--loco", action="store_true", help="draw all five classes, LOCO's counts")
     parser.add_argument("--turns", type=integer_from(0), default=3, help="of the whole runs")
-    parser.add_argument("--textbook", action=argparse.BooleanOptionalAction, default=True)
+    for part in ("textbook", "agreement"):
+        parser.add_argument(f"--{part}", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--scale", type=integer_from(8), nargs="+", help="only these image counts")
     parser.add_argument("--out", type=Path, default=Path("demo/benchmark.json"))
     return parser.parse_args(argv)
@@ -263,8 +280,13 @@ def main(argv: list[str] | None = None) -> None:
         else:
             classes = LOCO_CLASSES if args.loco else small_class(args.n_images)
             figures["pipeline"] = bench_pipeline(args, device, root / "pipeline", classes)
+            small = root / "small"
+            draw_dataset(small / "dataset", small_class(SMALL_IMAGES))
+            make_matrices(small / "dataset", small / "matrices", SMALL_MVTYPES, IM_SIZE)
             if args.textbook:
-                figures["textbook"] = bench_textbook(args, device, root / "textbook")
+                figures["textbook"] = bench_textbook(args, device, small)
+            if args.agreement:
+                figures["agreement"] = bench_agreement(args, device, small)
     write_atomic(args.out, (to_json(figures) + "\n").encode())
     print("\n\n".join(tables(figures)))
     say(f"written: {args.out}")

@@ -79,15 +79,15 @@ class DescriptorBuilder:
         self.waiting: list[dict[int, Tensor]] = [{} for _ in self.groups]
         self.ranges: list[list[tuple[Tensor, Tensor]] | None] = [None for _ in self.groups]
         self.directions: list[Tensor] = []
-        self.not_finite: dict[int, Tensor] = {}
+        self.finite: list[tuple[list[int], Tensor]] = []  # images, whether each is
 
     def add(self, ids: list[int], elements: Tensor) -> None:
         """Describe some images: elements (n, channels, n_elements)."""
         if not self.directions:
             shape = (self.descriptor.n_projections, elements.shape[1])
             self.directions = [random_directions(*shape, key).to(self.device) for key in self.keys]
-        finite = torch.isfinite(elements.sum((1, 2)))  # one NaN or infinity spoils the sum
-        self.not_finite.update(zip(ids, ~finite, strict=True))
+        # One NaN or infinity spoils the sum.
+        self.finite.append((ids, torch.isfinite(elements.sum((1, 2)))))
         for number, group in enumerate(self.groups):
             rows = [i for i, index in enumerate(ids) if index in group.members]
             if not rows:
@@ -143,8 +143,9 @@ class DescriptorBuilder:
 
     def check_finite(self, names: list[str], level: int) -> None:
         """Stop if the network gave NaN or infinity for an image."""
-        flags = torch.stack(list(self.not_finite.values())).cpu()  # one wait for the GPU, not many
-        bad = [index for index, flag in zip(self.not_finite, flags, strict=True) if flag]
+        ids = [index for own, _ in self.finite for index in own]
+        flags = torch.cat([flags for _, flags in self.finite]).tolist()  # one wait for the GPU
+        bad = [index for index, is_finite in zip(ids, flags, strict=True) if not is_finite]
         if bad:
             raise UserError(
                 f"features must be finite, got NaN or infinity for image {names[bad[0]]} at level "

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from matrix_files import MatrixSet, crop_is_empty, crop_pixels
 
+IMAGES_AT_ONCE = 32  # mapped before their pages are let go of
+
 
 class ImagePool:
     """The images of a class' data sets in the order train, valid, test; equal pixels once.
@@ -48,10 +50,14 @@ class ImagePool:
 
     def empty_in(self, mvtype: str, corner: tuple[int, int], side: int) -> bool:
         """Tell whether a crop is padding only in every image of a data set."""
-        sources = (self.sources[i] for i in self.ids_of(mvtype))
-        empty = all(crop_is_empty(images[row], corner, side) for images, row in sources)
-        self.release()
-        return empty
+        ids = self.ids_of(mvtype)
+        for start in range(0, len(ids), IMAGES_AT_ONCE):
+            part = (self.sources[i] for i in ids[start : start + IMAGES_AT_ONCE])
+            empty = all(crop_is_empty(images[row], corner, side) for images, row in part)
+            self.release()
+            if not empty:
+                return False
+        return True
 
     def move_to_device(self, num_workers: int) -> None:
         """Copy the images into the GPU's memory where they take less than half of what is free."""

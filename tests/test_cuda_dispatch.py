@@ -55,32 +55,27 @@ class InLine:
 
 @contextmanager
 def fake_gpu(free_bytes: int) -> Iterator[list[torch.Size]]:
-    """Let CUDA tensors be made and computed with; yield the shapes of waits for single numbers."""
+    """Let CUDA tensors be made and computed with; yield the shapes of waits for their numbers."""
     waits = []
-    real_numpy, real_float = Tensor.numpy, Tensor.__float__
 
-    def numpy(self: Tensor) -> NDArray[np.float64]:
-        if not isinstance(self, FakeTensor):
-            return real_numpy(self)
+    def numpy(self: FakeTensor) -> NDArray[np.float64]:
         assert self.device.type == "cpu"
         return np.zeros(self.shape, np.int64 if self.dtype == torch.int64 else np.float64)
 
-    def to_float(self: Tensor) -> float:
-        if not isinstance(self, FakeTensor):
-            return real_float(self)
+    def to_float(self: FakeTensor) -> float:
         waits.append(self.shape)
         return 1.0
 
-    def to_bool(self: Tensor) -> bool:
-        assert self.device.type == "cpu"
-        return False
+    def to_list(self: FakeTensor) -> list[bool]:
+        waits.append(self.shape)
+        return [True] * len(self)
 
     memory = {"return_value": (free_bytes, free_bytes)}
     with (
         mock.patch.object(torch.cuda, "mem_get_info", **memory),
-        mock.patch.object(Tensor, "numpy", numpy),
-        mock.patch.object(Tensor, "__float__", to_float),
-        mock.patch.object(Tensor, "__bool__", to_bool),
+        mock.patch.object(FakeTensor, "numpy", numpy),
+        mock.patch.object(FakeTensor, "__float__", to_float),
+        mock.patch.object(FakeTensor, "tolist", to_list),
         mock.patch.object(Tensor, "pin_memory", lambda self: self),
         mock.patch.object(image_pools, "ThreadPoolExecutor", InLine),
         mock.patch.object(crop_scores, "ThreadPoolExecutor", InLine),
@@ -127,5 +122,6 @@ def test_scoring_keeps_to_the_gpu(data_dir: Path, free_bytes: int, official: boo
         scored = {task: (test.shape, valid.shape) for task, test, valid in scorer.score(tasks)}
     assert (scorer.pool.resident is None) == (free_bytes == 0)
     assert scored == dict.fromkeys(tasks, ((4, 5), (4, 3)))
-    # Whitening, fitted once for both data sets, needs one number on the CPU.
-    assert waits == [torch.Size([])] * (4 * len(LEVELS) * 2)
+    # A crop position waits for its flags "finite", then, a repetition, for the mean variance.
+    n_images = len(scorer.pool)
+    assert sorted(waits) == [()] * (4 * len(LEVELS) * 2) + [(n_images,)] * (4 * len(LEVELS))

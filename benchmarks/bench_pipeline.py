@@ -281,8 +281,9 @@ def main(argv: list[str] | None = None) -> None:
             classes = LOCO_CLASSES if args.loco else small_class(args.n_images)
             figures["pipeline"] = bench_pipeline(args, device, root / "pipeline", classes)
             small = root / "small"
-            draw_dataset(small / "dataset", small_class(SMALL_IMAGES))
-            make_matrices(small / "dataset", small / "matrices", SMALL_MVTYPES, IM_SIZE)
+            if args.textbook or args.agreement:
+                draw_dataset(small / "dataset", small_class(SMALL_IMAGES))
+                make_matrices(small / "dataset", small / "matrices", SMALL_MVTYPES, IM_SIZE)
             if args.textbook:
                 figures["textbook"] = bench_textbook(args, device, small)
             if args.agreement:

@@ -76,6 +76,7 @@ class ImagePool:
 
         with ThreadPoolExecutor(max(1, num_workers)) as pool:
             list(pool.map(copy, range(len(self))))
+        self.release()
 
     def release(self) -> None:
         """Let go of the mapped files' pages: the process does not grow with the images it has read.

@@ -106,7 +106,9 @@ def test_devices_cannot_be_mixed_unnoticed() -> None:
 
 @pytest.mark.parametrize("free_bytes", [0, 1 << 40], ids=["images stay", "images on the GPU"])
 @pytest.mark.parametrize("official", [False, True])
-def test_scoring_keeps_to_the_gpu(data_dir: Path, free_bytes: int, official: bool) -> None:
+def test_scoring_mixes_no_devices_and_waits_for_no_more_than_it_must(
+    data_dir: Path, free_bytes: int, official: bool
+) -> None:
     data_sets = {mvtype: load_matrices(data_dir, mvtype) for mvtype in MVTYPES}
     descriptor = Descriptor(N_DIRECTIONS, 5, 0.1)
     settings = Settings(dict.fromkeys(LEVELS, descriptor), 4, official, 8, 1)

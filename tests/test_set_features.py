@@ -124,7 +124,7 @@ def test_projection_of_a_set_does_not_depend_on_the_other_sets(channels: int) ->
 
 @pytest.mark.parametrize("n_values", [1, 2, 3, 10, 101, 5000])
 @pytest.mark.parametrize("tied", [False, True])
-def test_selection_on_a_gpu_finds_what_sorting_finds(n_values: int, tied: bool) -> None:
+def test_selection_of_a_tail_finds_what_sorting_finds(n_values: int, tied: bool) -> None:
     rows = tensors(n_values, 3, n_values)
     rows = rows.round() if tied else rows
     ordered = rows.sort(dim=1).values

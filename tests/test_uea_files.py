@@ -9,9 +9,7 @@ import pytest
 from uea_toy import line_of, make_series, replace_in, run, write_toy
 
 from command_line import UserError, run_script
-from sinbad_time_series import (
-    main,
-)
+from sinbad_time_series import main
 from uea_files import load_data_set, read_split
 
 # ---------------------------------------------------------------- files

@@ -5,9 +5,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from sinbad_time_series import (
-    main,
-)
+from sinbad_time_series import main
 
 CLASSES = ("up", "down", "flat")
 Array = NDArray[np.float64]

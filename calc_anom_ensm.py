@@ -5,78 +5,77 @@ Writes  OUT/{table.md,metrics.json,scores.csv,*.csv,*.png}
 
     python calc_anom_ensm.py --mvtype loco --version ../sinbad_runs/results/ver1_pyramid_lvl_# \
         --version_224 ../sinbad_runs/results/ver1_pyramid_lvl_#
+
+Scores are joined only if they were made alike: another net, seed, set of images or setting is an
+error. What an earlier report left in OUT is replaced.
 """
 
 import argparse
 from pathlib import Path
 
-from command_line import ScriptParser, add_rep_flag, flatten, integer_from, run_script
-from ensembles import DataSetScores, EnsembleOptions, find_mvtypes, load_data_set
-from loco_datasets import (
+from sinbad.datasets import (
     DEFAULT_RESULTS_DIR,
     DEFAULT_VERSION,
-    PAPER_RESNET_LEVELS,
+    PAPER_LEVELS,
+    PIXEL_LEVEL,
     PIXEL_SETTINGS,
-    RESNET_LEVELS,
 )
-from reports import add_report_flags, report_options, write_report
+from sinbad.ensembles import EnsembleOptions, add_ensemble_flags, find_mvtypes, load_data_set
+from sinbad.errors import UserError, run_script
+from sinbad.flags import ScriptParser, flatten, integer_from, integer_ranges, report_flags
+from sinbad.report import report_options, write_report
 
 DEFAULT_VERSION_PATH = str(DEFAULT_RESULTS_DIR / f"{DEFAULT_VERSION}_pyramid_lvl_#")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
-    parser = ScriptParser(__doc__)
-    parser.add_argument(
-        "--mvtype", nargs="+", default=["all"], help="class, data set, loco, struct, all"
-    )
-    parser.add_argument(
-        "--version",
-        default=DEFAULT_VERSION_PATH,
-        help="folder of the ResNet scores, # for the level",
-    )
-    parser.add_argument(
-        "--version_224", default=DEFAULT_VERSION_PATH, help="folder of the raw-pixel scores"
-    )
-    parser.add_argument(
-        "--pyramid_level",
-        type=int,
-        nargs="*",
-        choices=RESNET_LEVELS,
-        default=list(PAPER_RESNET_LEVELS),
-        help="ResNet levels; none for raw pixels alone",
-    )
-    add_rep_flag(parser, "of the ResNet levels; several, as 0-4, give mean and std")
-    parser.add_argument(
-        "--rep_num_224",
-        type=integer_from(0),
-        default=PIXEL_SETTINGS.n_reps,
-        help="raw-pixel repetitions; 0 leaves the level out",
-    )
-    parser.add_argument("--out", type=Path, help="default: `ensemble` beside the scores' folders")
-    add_report_flags(parser)
+    parser = ScriptParser(__doc__, [report_flags()])
+    add = parser.add_argument
+    add("--mvtype", nargs="+", default=["all"], help="class, data set, loco, struct, all")
+    add("--version", default=DEFAULT_VERSION_PATH,
+        help="folder of the network's scores, # for the level")  # fmt: skip
+    add("--version_224", default=DEFAULT_VERSION_PATH, help="folder of the raw-pixel scores")
+    add("--pyramid_level", type=integer_from(1), nargs="*", default=list(PAPER_LEVELS),
+        help="levels of the network; none for raw pixels alone")  # fmt: skip
+    add("--rep", type=integer_ranges, nargs="+", default=[[0]],
+        help="repetitions of the network's levels; several, as 0-4, give mean and std "
+        "(default: 0)")  # fmt: skip
+    add("--rep_num_224", type=integer_from(0), default=PIXEL_SETTINGS.n_reps,
+        help="raw-pixel repetitions; 0 leaves the level out")  # fmt: skip
+    add("--out", type=Path, help="default: `ensemble` beside the scores' folders")
+    add_ensemble_flags(parser)
     return parser.parse_args(argv)
 
 
-def load_run(args: argparse.Namespace, rep: int) -> list[DataSetScores]:
-    """Read and ensemble the data sets of one repetition."""
-    options = EnsembleOptions(
-        args.version,
-        args.version_224,
-        tuple(args.pyramid_level),
-        rep,
-        args.rep_num_224,
-        args.lambda_factor,
-    )
-    return [load_data_set(options, mvtype) for mvtype in find_mvtypes(options, args.mvtype)]
+def options_of_runs(args: argparse.Namespace) -> dict[str, EnsembleOptions]:
+    """Return what each repetition of the network's levels is ensembled from."""
+    levels = tuple(dict.fromkeys(args.pyramid_level))
+    if PIXEL_LEVEL in levels:
+        raise UserError(
+            f"pyramid_level must be of the network, got {PIXEL_LEVEL}; raw pixels are added by "
+            "--rep_num_224"
+        )
+    return {
+        f"rep {rep}": EnsembleOptions(
+            args.version, args.version_224, levels, rep, args.rep_num_224, args.lambda_factor,
+            args.crop_norm, args.crop_pool,
+        )
+        for rep in flatten(args.rep)
+    }  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> None:
     """Read, ensemble, report."""
     args = parse_args(argv)
-    out = args.out or Path(args.version.replace("#", "all")).parent / "ensemble"
-    runs = {f"rep {rep}": load_run(args, rep) for rep in flatten(args.rep)}
-    print(write_report(runs, report_options(args, out)))
+    report = report_options(
+        args, args.out or Path(args.version.replace("#", "all")).parent / "ensemble"
+    )
+    options = options_of_runs(args)
+    mvtypes = find_mvtypes(options.values(), args.mvtype)
+    runs = {name: [load_data_set(own, mvtype) for mvtype in mvtypes]
+            for name, own in options.items()}  # fmt: skip
+    print(write_report(runs, report))
 
 
 if __name__ == "__main__":

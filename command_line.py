@@ -13,15 +13,13 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NoReturn, TypeVar
 
+from sinbad.errors import UserError, say
+
 Item = TypeVar("Item")
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
 SECONDS_BETWEEN_LOG_LINES = 60.0
-
-
-class UserError(Exception):
-    """An error of the user's input: shown as one line, `error: <what> must be <rule>, got ...`."""
 
 
 class _DefaultsShown(argparse.RawDescriptionHelpFormatter):
@@ -108,16 +106,6 @@ def add_rep_flag(parser: argparse.ArgumentParser, meaning: str) -> None:
 def flatten(lists: Iterable[Iterable[int]]) -> list[int]:
     """Join lists of numbers into one, ordered, each number once."""
     return sorted({number for numbers in lists for number in numbers})
-
-
-def say(message: str) -> None:
-    """Write a line of progress or a warning to stderr; stdout carries results only."""
-    if sys.stderr.isatty():
-        from tqdm import tqdm  # keeps a bar that is on screen whole
-
-        tqdm.write(message, file=sys.stderr)
-    else:
-        print(message, file=sys.stderr, flush=True)
 
 
 class Progress:

@@ -9,8 +9,8 @@ TORCH_HOME=$PWD/demo/torch
 export TORCH_HOME
 reps=20
 
-if "$python" -c 'import sys; from backbones import load_weights
-from command_line import UserError
+if "$python" -c 'import sys; from sinbad.backbones import load_weights
+from sinbad.errors import UserError
 try:
     load_weights("resnet18", "imagenet")
 except UserError as error:

@@ -18,75 +18,63 @@ import multiprocessing
 from collections import defaultdict
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from queue import SimpleQueue
 
 import torch
 
-from backbones import load_weights
-from command_line import ScriptParser, UserError, integer_from, run_script
-from crop_descriptors import Descriptor
-from crop_scores import ScoreTask
 from data_to_matrices import make_matrices
-from ensembles import DataSetScores, EnsembleOptions, load_data_set
-from loco_datasets import (
+from sinbad.backbones import choose_device, load_weights
+from sinbad.datasets import (
     DEFAULT_RUNS_DIR,
-    LEVELS,
-    PAPER_RESNET_LEVELS,
+    PAPER_LEVELS,
     PIXEL_LEVEL,
     PIXEL_SETTINGS,
     level_settings,
+    network_levels,
     split_mvtype,
 )
-from loco_folders import choose_data_sets
-from reports import add_report_flags, report_options, write_report
-from score_runs import RunOptions, output_paths, score_tasks
-from sinbad_single_layer import add_run_flags, run_options
-from sinbad_utils import choose_device
+from sinbad.ensembles import (
+    DataSetScores,
+    EnsembleOptions,
+    add_ensemble_flags,
+    load_data_set,
+)
+from sinbad.errors import UserError, run_script
+from sinbad.flags import (
+    ScriptParser,
+    add_level_flag,
+    integer_from,
+    network_flags,
+    report_flags,
+    results_flags,
+    scoring_flags,
+    workers_flag,
+)
+from sinbad.folders import choose_data_sets
+from sinbad.report import report_options, write_report
+from sinbad.scoring import ScorePlan, ScoreTask
+from sinbad_single_layer import score_and_save
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
-    parser = ScriptParser(__doc__)
-    parser.add_argument(
-        "--mvtype", nargs="+", help="data sets, classes, loco, struct or all; default: all found"
-    )
-    parser.add_argument(
-        "--seeds", type=integer_from(0), nargs="+", default=[0], help="several give mean and std"
-    )
-    parser.add_argument(
-        "--pyramid_level",
-        type=int,
-        nargs="+",
-        choices=LEVELS,
-        default=[*PAPER_RESNET_LEVELS, PIXEL_LEVEL],
-        help="7, 14, 28, 56: ResNet stages; 224: raw pixels",
-    )
-    parser.add_argument(
-        "--rep_num_224",
-        type=integer_from(1),
-        default=PIXEL_SETTINGS.n_reps,
-        help="raw-pixel repetitions",
-    )
-    parser.add_argument(
-        "--device",
-        nargs="+",
-        default=["auto"],
-        help="auto, cpu, cuda or cuda:<i>; several share the classes",
-    )
-    parser.add_argument("--data_dir", type=Path, help="default: DATASET_DIR/data_matrices")
-    parser.add_argument(
-        "--out", type=Path, default=DEFAULT_RUNS_DIR / "paper", help="tables and pictures"
-    )
-    add_run_flags(parser)
-    add_report_flags(parser)
+    groups = network_flags(), scoring_flags(), results_flags(), report_flags(), workers_flag()
+    parser = ScriptParser(__doc__, groups)
+    add = parser.add_argument
+    add("--mvtype", nargs="+", help="data sets, classes, loco, struct or all; default: all found")
+    add("--seeds", type=integer_from(0), nargs="+", default=[0], help="several give mean and std")
+    add_level_flag(parser, default=[*PAPER_LEVELS, PIXEL_LEVEL])
+    add("--rep_num_224", type=integer_from(1), default=PIXEL_SETTINGS.n_reps,
+        help="raw-pixel repetitions")  # fmt: skip
+    add("--device", nargs="+", default=["auto"],
+        help="auto, cpu, cuda or cuda:<i>; several share the classes")  # fmt: skip
+    add("--data_dir", type=Path, help="default: DATASET_DIR/data_matrices")
+    add("--out", type=Path, default=DEFAULT_RUNS_DIR / "paper", help="tables and pictures")
+    add("--overwrite", action="store_true", help="make finished outputs again")
+    add_ensemble_flags(parser)
     return parser.parse_args(argv)
-
-
-def paper_descriptor(level: int) -> Descriptor:
-    """Return the paper's descriptor of a level."""
-    settings = level_settings(level)
-    return Descriptor(settings.n_projections, settings.n_quantiles, settings.shrinkage)
 
 
 def version_of_seed(version: str, seed: int) -> str:
@@ -96,43 +84,42 @@ def version_of_seed(version: str, seed: int) -> str:
 
 def paper_tasks(
     mvtypes: list[str], levels: list[int], seeds: list[int], n_pixel_reps: int, version: str
-) -> dict[ScoreTask, str]:
-    """Return every file of scores of the paper's settings -> its version name."""
-    return {
-        ScoreTask(mvtype, level, ratio, seed, rep): version_of_seed(version, seed)
+) -> list[ScoreTask]:
+    """Return every file of scores of the paper's settings."""
+    return [
+        ScoreTask(mvtype, level, ratio, seed, rep, version_of_seed(version, seed))
         for mvtype in mvtypes
         for level in dict.fromkeys(levels)
         for ratio in level_settings(level).crop_ratios
         for seed in dict.fromkeys(seeds)
         for rep in range(n_pixel_reps if level == PIXEL_LEVEL else level_settings(level).n_reps)
-    }
+    ]
 
 
-def score_on_devices(
-    tasks: dict[ScoreTask, str], options: RunOptions, devices: list[torch.device]
-) -> None:
-    """Score tasks; several devices take class after class, each in a process of its own."""
+def score_on_devices(plan: ScorePlan, devices: list[torch.device]) -> None:
+    """Score a plan's tasks; several devices take class after class, each in its own process."""
     if len(devices) == 1:
-        score_tasks(tasks, options, devices[0])
+        score_and_save(plan, devices[0])
         return
-    by_class: dict[str, dict[ScoreTask, str]] = defaultdict(dict)
-    for task, version in tasks.items():
-        by_class[split_mvtype(task.mvtype)[0]][task] = version
+    by_class: dict[str, list[ScoreTask]] = defaultdict(list)
+    for task in plan.tasks:
+        by_class[split_mvtype(task.mvtype)[0]].append(task)
     context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
     with ExitStack() as stack:
         free: SimpleQueue[tuple[torch.device, ProcessPoolExecutor]] = SimpleQueue()
         for device in devices:
             free.put((device, stack.enter_context(ProcessPoolExecutor(1, mp_context=context))))
 
-        def score_class(name: str) -> None:
+        def score_one_class(tasks: list[ScoreTask]) -> None:
             device, process = free.get()
             try:
-                process.submit(score_tasks, by_class[name], options, device).result()
+                own = replace(plan, tasks=tuple(tasks))
+                process.submit(score_and_save, own, device).result()
             finally:
                 free.put((device, process))
 
         with ThreadPoolExecutor(len(devices)) as threads:
-            list(threads.map(score_class, by_class))
+            list(threads.map(score_one_class, by_class.values()))
 
 
 def load_runs(args: argparse.Namespace, mvtypes: list[str]) -> dict[str, list[DataSetScores]]:
@@ -141,14 +128,11 @@ def load_runs(args: argparse.Namespace, mvtypes: list[str]) -> dict[str, list[Da
     for seed in dict.fromkeys(args.seeds):
         version = version_of_seed(args.version_name, seed)
         folder = str(args.results_dir / f"{version}_pyramid_lvl_#")
+        n_reps = args.rep_num_224 if PIXEL_LEVEL in args.pyramid_level else 0
         options = EnsembleOptions(
-            folder,
-            folder,
-            tuple(level for level in args.pyramid_level if level != PIXEL_LEVEL),
-            0,
-            args.rep_num_224 if PIXEL_LEVEL in args.pyramid_level else 0,
-            args.lambda_factor,
-        )
+            folder, folder, network_levels(args.pyramid_level), 0, n_reps, args.lambda_factor,
+            args.crop_norm, args.crop_pool,
+        )  # fmt: skip
         runs[f"seed {seed}"] = [load_data_set(options, mvtype) for mvtype in mvtypes]
     return runs
 
@@ -163,20 +147,18 @@ def main(argv: list[str] | None = None) -> None:
         )
     devices = [choose_device(name) for name in args.device]
     report = report_options(args, args.out)
-    if set(args.pyramid_level) - {PIXEL_LEVEL}:
+    if network_levels(args.pyramid_level):
         load_weights(args.net, args.weights)  # if they cannot be had, say so before the long work
     mvtypes = choose_data_sets(args.dataset_dir, args.mvtype)
     data_dir = args.data_dir or args.dataset_dir / "data_matrices"
-    descriptors = {level: paper_descriptor(level) for level in args.pyramid_level}
-    options = run_options(args, data_dir, descriptors)
     tasks = paper_tasks(
         mvtypes, args.pyramid_level, args.seeds, args.rep_num_224, args.version_name
     )
-    output_paths(options, tasks)
+    plan = ScorePlan.of(args, tasks, data_dir)
     make_matrices(
         args.dataset_dir, data_dir, mvtypes, args.initial_res, args.num_workers, args.overwrite
     )
-    score_on_devices(tasks, options, devices)
+    score_on_devices(plan, devices)
     print(write_report(load_runs(args, mvtypes), report))
 
 

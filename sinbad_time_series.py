@@ -33,10 +33,10 @@ from command_line import (
     say,
 )
 from result_files import to_json, write_atomic
-from result_tables import csv_text, markdown
+from sinbad.backbones import choose_device
+from sinbad.report.tables import csv_text, markdown
 from sinbad_utils import (
     Scores,
-    choose_device,
     cumulative_histogram,
     fit_ranges,
     fit_whitening,

@@ -1,15 +1,13 @@
-"""The paper's maths, seeding and devices: what the image and the time-series scripts share.
+"""SINBAD on one page: from the elements of images, at one crop position, to anomaly scores.
 
-An image (or a series) is a *set* of elements. `random_directions` -> `project` -> `fit_ranges` ->
-`cumulative_histogram` turn a set into one descriptor; `fit_whitening` and `nearest_distances` turn
-descriptors into anomaly scores; `normalise_scores` and `ensemble_scores` join the scores of crops,
-grids, levels and repetitions. Every formula stands once, here.
+An image (or a time series) is a *set* of elements: places of a feature map, pixels, time steps.
+`score_crop` is the paper's algorithm; below it stand the functions that it calls, in the order it
+calls them, then how the scores of crops, grids, levels and repetitions are joined.
 
 Source: "Set Features for Fine-grained Anomaly Detection", arXiv 2302.12245 and 2311.14773.
 """
 
 import math
-import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -19,45 +17,52 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from command_line import UserError
-
 FIT_SETS = 32  # training sets that the ranges are fitted on
 LOW_QUANTILE, HIGH_QUANTILE = 0.01, 0.99
 ENSEMBLE_SIDE = 4  # side of the map that the crop scores of a grid are resized to
 SCORE_EPSILON = 1e-5  # added to the validation mean, and to the normalised score
-LAMBDA_FACTOR = 0.1  # weight of the raw-pixel level in the ensemble
-
-# From this many channels on, oneDNN's product (a convolution) is the faster one on a CPU.
-MANY_CHANNELS = 64
-# Rows longer than this are narrowed before a quantile is selected, with the help of a sample.
-LONG_ROW, SAMPLED, SAMPLE_MARGIN = 1 << 17, 4096, 0.01
+MANY_CHANNELS = 64  # from here on oneDNN's product (a convolution) is the faster one on a CPU
+NO_VARIANCE = 1e-24  # mean variance of descriptors that differ by rounding only
 
 Scores = NDArray[np.float64]
-Values = NDArray[np.float32]
 
 
-# ---------------------------------------------------------------- devices
+def score_crop(
+    train_elements: Tensor,
+    elements: Tensor,
+    key: tuple[int, ...],
+    n_directions: int,
+    n_bins: int,
+    shrinkage: float,
+    official: bool = False,
+) -> Scores:
+    """Score images by one crop position at one level: the whole method.
 
+    Parameters
+    ----------
+    train_elements, elements : (n_train, channels, n_elements), (n_images, channels, n_elements)
+        Sets of the normal training images and of the images in question.
+    key : tuple of int
+        (seed, rep, level, n_crops, crop), see `random_directions`.
+    n_directions, n_bins : int
+        Random directions, and thresholds of each.
+    shrinkage : float
+        Of the covariance, in (0, 1].
+    official : bool
+        The authors' code: ranges of the images' own first 32, and C^-1 in place of C^(-1/2).
 
-def choose_device(name: str) -> torch.device:
-    """Return the device named `auto` (CUDA if present), `cpu`, `cuda` or `cuda:<i>`.
-
-    Raises
-    ------
-    UserError
-        If the device is not one of these, or is not on this machine.
+    Returns
+    -------
+    (n_images,), float64, higher = more anomalous
     """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    form = re.fullmatch(r"cpu|cuda(?::(\d{1,4}))?", name)
-    if form is None:
-        raise UserError(f"device must be auto, cpu, cuda or cuda:<i>, got {name}; see --help")
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if name != "cpu" and int(form[1] or 0) >= count:
-        raise UserError(
-            f"device must be on this machine ({count} CUDA devices), got {name}; pass --device cpu"
-        )
-    return torch.device(name)
+    directions = random_directions(n_directions, elements.shape[1], key).to(elements.device)
+    train_values, values = project(directions, train_elements), project(directions, elements)
+    train_range = fit_ranges(train_values[:FIT_SETS])
+    own_range = fit_ranges(values[:FIT_SETS]) if official else train_range
+    train_descriptors = cumulative_histogram(train_values, *train_range, n_bins)
+    descriptors = cumulative_histogram(values, *own_range, n_bins)
+    whitening = fit_whitening(train_descriptors, shrinkage, squared=official)
+    return nearest_distances(whitening, descriptors, train_descriptors)
 
 
 # ---------------------------------------------------------------- set descriptors
@@ -71,8 +76,8 @@ def random_directions(n_directions: int, channels: int, key: tuple[int, ...]) ->
     n_directions, channels : int
         Shape of the result.
     key : tuple of int
-        What the directions belong to: (seed, rep, level, n_crops, crop) for images. Equal keys give
-        equal numbers on every device, in any order and any split of the work.
+        What the directions belong to. Equal keys give equal numbers on every device, in any order
+        and any split of the work.
 
     Returns
     -------
@@ -85,8 +90,8 @@ def random_directions(n_directions: int, channels: int, key: tuple[int, ...]) ->
 def project(directions: Tensor, elements: Tensor) -> Tensor:
     """Project every element of every set on every direction: P f.
 
-    On the CPU the sets are multiplied one by one: then the bytes of a set's values do not depend
-    on how many sets come along.
+    On a CPU the sets are multiplied one by one: then the bytes of a set's values do not depend on
+    how many sets come along.
 
     Parameters
     ----------
@@ -128,66 +133,22 @@ def fit_ranges(values: Tensor) -> tuple[Tensor, Tensor]:
         Quantiles with linear interpolation.
     """
     pooled = values.transpose(0, 1).flatten(1)  # (directions, sets * elements)
-    return _quantile(pooled, LOW_QUANTILE), _quantile(pooled, HIGH_QUANTILE)
+    if pooled.device.type != "cpu":
+        return _selected_quantile(pooled, LOW_QUANTILE), _selected_quantile(pooled, HIGH_QUANTILE)
+    parts = np.array_split(pooled.numpy(), min(len(pooled), 4 * torch.get_num_threads()))
+    with ThreadPoolExecutor(torch.get_num_threads()) as threads:  # numpy lets go of the GIL
+        found = threads.map(lambda p: np.quantile(p, [LOW_QUANTILE, HIGH_QUANTILE], axis=1), parts)
+        low, high = torch.from_numpy(np.concatenate(list(found), axis=1)).float()
+    return low, high
 
 
-def _quantile(pooled: Tensor, share: float) -> Tensor:
-    """Return a quantile of every row, linear between the two values around it."""
-    n_values = pooled.shape[1]
-    position = share * (n_values - 1)
+def _selected_quantile(pooled: Tensor, share: float) -> Tensor:
+    """Return a quantile of every row on a GPU, linear between the two values around it."""
+    position = share * (pooled.shape[1] - 1)
     below = math.floor(position)
-    if pooled.device.type == "cpu":  # numpy selects where torch would sort: ten times faster
-        rows = pooled.numpy()
-        if n_values > LONG_ROW:
-            with ThreadPoolExecutor(torch.get_num_threads()) as threads:  # numpy lets go of the GIL
-                found = threads.map(lambda row: _neighbours(*_narrowed(row, below)), rows)
-                pairs = np.concatenate(list(found), axis=1)
-        else:
-            pairs = _neighbours(rows, below)
-        lower, upper = torch.from_numpy(pairs.reshape(2, -1))
-    else:
-        lower, upper = _tail_neighbours(pooled, below)
+    lower = pooled.kthvalue(below + 1, dim=1).values
+    upper = pooled.kthvalue(min(below + 2, pooled.shape[1]), dim=1).values
     return torch.lerp(lower, upper, position - below)
-
-
-def _tail_neighbours(pooled: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Return the values of `rank` (from 0) and the next rank in every row; sorts nothing.
-
-    A radix selection leaves the shorter tail that holds both, and among its values the two wanted
-    are the innermost.
-    """
-    n_values = pooled.shape[1]
-    following = min(rank + 1, n_values - 1)
-    is_low = rank < n_values / 2
-    n_tail = following + 1 if is_low else n_values - rank
-    tail = pooled.topk(n_tail, dim=1, largest=not is_low, sorted=False).values
-    pair = tail.topk(following - rank + 1, dim=1, largest=is_low, sorted=False).values
-    return pair.amin(1), pair.amax(1)
-
-
-def _neighbours(rows: Values, rank: int) -> Values:
-    """Return the values of `rank` (from 0) and the next rank in every row; (2, n_rows)."""
-    parted = np.partition(rows, rank, axis=1)
-    upper = parted[:, rank + 1 :] if rank + 1 < rows.shape[1] else parted[:, rank:]
-    return np.stack([parted[:, rank], upper.min(1)])
-
-
-def _narrowed(row: Values, rank: int) -> tuple[Values, int]:
-    """Leave out of a long row (n,) the side that a sample shows to be far from `rank`; exact.
-
-    Returns
-    -------
-    The values left, (1, n_left), and what `rank` is among them
-    """
-    n_values = len(row)
-    sample = np.sort(row[:: n_values // SAMPLED])
-    in_lower_half = rank < n_values / 2
-    margin = SAMPLE_MARGIN if in_lower_half else -SAMPLE_MARGIN
-    bound = sample[round((rank / n_values + margin) * (len(sample) - 1))]
-    left = row[row <= bound if in_lower_half else row >= bound]
-    rank_left = rank if in_lower_half else rank - (n_values - len(left))
-    enough = 0 <= rank_left < len(left) - 1
-    return (left[None], rank_left) if enough else (row[None], rank)
 
 
 def cumulative_histogram(values: Tensor, low: Tensor, high: Tensor, n_bins: int) -> Tensor:
@@ -230,7 +191,7 @@ def cumulative_histogram(values: Tensor, low: Tensor, high: Tensor, n_bins: int)
     return shares.flatten(1)
 
 
-# ---------------------------------------------------------------- whitening and scores
+# ---------------------------------------------------------------- whitening and distance
 
 
 @dataclass(frozen=True)
@@ -304,8 +265,8 @@ def fit_whitening(train_descriptors: Tensor, shrinkage: float, squared: bool = F
     centred = descriptors - mean
     gram = centred @ centred.T
     mean_variance = float(gram.trace()) / (n_train * length)
-    if mean_variance < 1e-24 or shrinkage == 1.0:  # rounding of equal shares, or no covariance
-        scale = 1.0 / mean_variance if mean_variance >= 1e-24 else 1.0
+    if mean_variance < NO_VARIANCE or shrinkage == 1.0:  # no covariance is left
+        scale = 1.0 / mean_variance if mean_variance >= NO_VARIANCE else 1.0
         nothing = torch.zeros(0, n_train, dtype=torch.float64, device=gram.device)
         return Whitening(mean, centred, scale**2 if squared else scale, nothing)
     scale = 1.0 / (shrinkage * mean_variance)
@@ -333,13 +294,14 @@ def nearest_distances(whitening: Whitening, queries: Tensor, train_descriptors: 
 # ---------------------------------------------------------------- ensemble
 
 
-def grid_scores(crop_scores: Scores) -> Scores:
+def grid_scores(crop_scores: Scores, pool: str = "mean") -> Scores:
     """Join the crop scores of an image: as a g x g map, bicubic to 4 x 4, mean.
 
     Parameters
     ----------
     crop_scores : (g * g, n_images)
         One grid's scores, crops row by row.
+    pool : "mean", or (ours) "max": the highest crop score in place of the map's mean
 
     Returns
     -------
@@ -348,6 +310,8 @@ def grid_scores(crop_scores: Scores) -> Scores:
     side = math.isqrt(len(crop_scores))
     if side * side != len(crop_scores):
         raise ValueError(f"crop_scores must be of a square grid, got {len(crop_scores)} crops")
+    if pool == "max":
+        return crop_scores.max(0)
     maps = torch.from_numpy(np.ascontiguousarray(crop_scores.T)).reshape(-1, 1, side, side)
     if side != ENSEMBLE_SIDE:
         size = (ENSEMBLE_SIDE, ENSEMBLE_SIDE)
@@ -365,28 +329,25 @@ def level_scores(grids_test: list[Scores], grids_valid: list[Scores]) -> Scores:
 
     Parameters
     ----------
-    grids_test, grids_valid : list of (n_crops, n_images)
-        Crop scores of each grid.
+    grids_test, grids_valid : list of (n_images,)
+        `grid_scores` of each grid.
 
     Returns
     -------
     (n_test,), float64; about 1 for an image like the validation images
     """
-    normalised = [
-        normalise_scores(grid_scores(test), grid_scores(valid))
-        for test, valid in zip(grids_test, grids_valid, strict=True)
-    ]
-    return np.mean(normalised, axis=0)
+    pairs = zip(grids_test, grids_valid, strict=True)
+    return np.mean([normalise_scores(test, valid) for test, valid in pairs], axis=0)
 
 
 def ensemble_scores(
-    resnet_levels: list[Scores], pixel_reps: list[Scores], lambda_factor: float
+    network_levels: list[Scores], pixel_reps: list[Scores], lambda_factor: float
 ) -> Scores:
-    """Join levels: mean of the ResNet levels + lambda_factor * median of the raw-pixel repetitions.
+    """Join levels: mean of the network's + lambda_factor * median of the raw-pixel repetitions.
 
     Parameters
     ----------
-    resnet_levels, pixel_reps : list of (n_test,)
+    network_levels, pixel_reps : list of (n_test,)
         Outputs of `level_scores`; one of the lists may be empty. Raw pixels alone are not weighted.
 
     Returns
@@ -394,6 +355,6 @@ def ensemble_scores(
     (n_test,), float64, higher = more anomalous
     """
     if not pixel_reps:
-        return np.mean(resnet_levels, axis=0)
+        return np.mean(network_levels, axis=0)
     pixels = np.median(pixel_reps, axis=0)
-    return np.mean(resnet_levels, axis=0) + lambda_factor * pixels if resnet_levels else pixels
+    return np.mean(network_levels, axis=0) + lambda_factor * pixels if network_levels else pixels

@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy.stats import spearmanr
+from score_runs import RunOptions, score_tasks
 
-from crop_scores import ScoreTask
-from loco_datasets import PRECISIONS
-from result_files import read_scores
-from score_runs import BATCH_SIZES, RunOptions, score_tasks
+from sinbad.flags import PRECISIONS
+from sinbad.results import read_scores
+from sinbad.scoring import BATCH_SIZES, ScoreTask
 
 Scores = dict[ScoreTask, NDArray[np.float64]]
 

@@ -29,30 +29,24 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from backbones import INPUT_SIDE, Backbone, load_weights
+from score_runs import RunOptions, score_tasks
+
 from benchmarks.agreement import agreement
 from benchmarks.measuring import STAGES, draw_dataset, seconds_of, small_class, watched_stages
 from benchmarks.textbook import textbook_scores
-from command_line import ScriptParser, integer_from, run_script, say
-from crop_descriptors import Descriptor
-from crop_scores import ScoreTask
 from data_to_matrices import make_matrices
-from loco_datasets import (
-    IM_SIZE,
-    KINDS,
-    LEVELS,
-    LOCO_CLASSES,
-    NETWORK_DEFAULTS,
-    PIXEL_LEVEL,
-    PRECISIONS,
-    LocoClass,
-)
-from matrix_files import load_matrices
+from loco_datasets import NETWORK_DEFAULTS
 from reproduce_paper import paper_descriptor, paper_tasks
-from result_files import read_scores, to_json, write_atomic
-from result_tables import markdown
-from score_runs import BATCH_SIZES, RunOptions, score_tasks
-from sinbad_utils import choose_device
+from result_files import write_atomic
+from sinbad.backbones import INPUT_SIDE, Backbone, choose_device, load_weights
+from sinbad.datasets import KINDS, LOCO_CLASSES, PIXEL_LEVEL, LocoClass
+from sinbad.errors import run_script, say
+from sinbad.files import to_json
+from sinbad.flags import IM_SIZE, LEVELS, PRECISIONS, ScriptParser, integer_from
+from sinbad.matrices import load_matrices
+from sinbad.report.tables import markdown
+from sinbad.results import read_scores
+from sinbad.scoring import BATCH_SIZES, Descriptor, ScoreTask
 
 SMALL_IMAGES = 24  # few: the textbook program is slow, and the CPU that a GPU is compared with
 SMALL_MVTYPES = [f"pushpins_{kind}" for kind in KINDS]

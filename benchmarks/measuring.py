@@ -10,16 +10,16 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import crop_scores
 import numpy as np
+import score_runs
 import torch
 from PIL import Image
 
-import crop_scores
-import score_runs
-from backbones import FeatureExtractor
-from crop_descriptors import DescriptorBuilder
-from image_pools import ImagePool
-from loco_datasets import LOCO_CLASSES, LocoClass
+from sinbad.backbones import FeatureExtractor
+from sinbad.datasets import LOCO_CLASSES, LocoClass
+from sinbad.matrices import ImagePool
+from sinbad.scoring import DescriptorBuilder
 
 STAGES = ("crop", "network", "project + histogram", "whiten + distances", "write")
 

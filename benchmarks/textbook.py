@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from backbones import INPUT_SIDE, Backbone, FeatureExtractor, Weights
-from loco_datasets import crop_corners, crop_side
+from sinbad.backbones import INPUT_SIDE, Backbone, FeatureExtractor, Weights
+from sinbad.datasets import crop_corners, crop_side
 from sinbad_utils import cumulative_histogram, fit_ranges, project, random_directions
 
 LEVEL = 14

@@ -19,44 +19,29 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from matplotlib import style
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from backbones import INPUT_SIDE, Backbone, FeatureExtractor, load_weights
-from command_line import ScriptParser, integer_from, run_script
-from ensembles import DataSetScores, EnsembleOptions, load_data_set
-from image_pools import ImagePool
-from loco_datasets import (
+from sinbad.backbones import INPUT_SIDE, FeatureExtractor, build_backbone, load_weights
+from sinbad.datasets import (
     CROP_NUM_EDGE,
     KINDS,
-    RESNET_LEVELS,
-    RESNET_SETTINGS,
+    LAMBDA_FACTOR,
+    N_QUANTILES,
+    NETWORK_SETTINGS,
     crop_corners,
     crop_side,
 )
-from matrix_files import load_matrices, nearest_source
-from result_figures import (
-    LOOKS,
-    STYLE,
-    Picture,
-    axes_at,
-    load_picture,
-    picture_rows,
-    png_bytes,
-    shared_scale,
-)
-from result_files import write_atomic
-from sinbad_utils import (
-    FIT_SETS,
-    LAMBDA_FACTOR,
-    cumulative_histogram,
-    fit_ranges,
-    project,
-    random_directions,
-)
+from sinbad.ensembles import DataSetScores, EnsembleOptions, load_data_set
+from sinbad.errors import run_script
+from sinbad.files import write_whole
+from sinbad.flags import ScriptParser, integer_from
+from sinbad.matrices import ImagePool, load_matrices, nearest_source
+from sinbad.report.figures import LOOKS, Picture, load_picture, picture_rows, png_of
+from sinbad_utils import FIT_SETS, cumulative_histogram, fit_ranges, project, random_directions
 
 CLASSES = ("juice_bottle", "pushpins")  # of the demo data
 SHOWN = "juice_bottle_loco"  # the data set of histograms_fig.png
@@ -66,10 +51,7 @@ ABOUT_DIRECTION = (
     "Each element is a place of the feature map, coloured by its projection on one direction: of "
     "1000 random ones that\nalong which the anomalous image is furthest outside the training ones."
 )
-# Inches: around the panels, a row's caption and axis labels, height of a row, widths, and gaps.
-LEFT, TOP, RIGHT, CAPTION, BELOW = 0.15, 0.75, 0.2, 0.3, 0.55
-HEIGHT, HISTOGRAM_WIDTH, SHARES_WIDTH = 2.2, 3.4, 3.0
-GAPS = np.array([0.1, 0.75, 0.8])
+HEIGHT, HISTOGRAM_WIDTH, SHARES_WIDTH = 2.2, 3.4, 3.0  # inches of a panel
 N_BARS = 32
 
 
@@ -126,10 +108,10 @@ def histograms_figure(
     ids = train_ids + [test_ids[index] for index in shown.values()]
     elements = extractor.extract(pool.gather(ids, corner, nearest_source(side, INPUT_SIDE)))[level]
     key = (0, 0, level, 1, 0)  # that of the scores
-    directions = random_directions(RESNET_SETTINGS.n_projections, elements.shape[1], key)
+    directions = random_directions(NETWORK_SETTINGS.n_projections, elements.shape[1], key)
     values = project(directions, elements)
     low, high = fit_ranges(values[: min(FIT_SETS, len(train_ids))])
-    n_bins = RESNET_SETTINGS.n_quantiles
+    n_bins = N_QUANTILES
     described = cumulative_histogram(values, low, high, n_bins)
     shares = described.unflatten(1, (-1, n_bins)).numpy()  # (images, directions, bins)
     train = shares[: len(train_ids)]
@@ -164,20 +146,13 @@ def draw_examples(
     """
     height, width = examples[0].pixels.shape[:2]
     widths = np.array([HEIGHT * width / height] * 2 + [HISTOGRAM_WIDTH, SHARES_WIDTH])
-    lefts = LEFT + np.cumsum([0.0, *(widths[:-1] + GAPS)])
-    pitch = HEIGHT + CAPTION + BELOW
-    figure = Figure((lefts[-1] + SHARES_WIDTH + RIGHT, TOP + len(examples) * pitch))
-    inches = figure.get_figheight()
-    figure.text(0.01, 1 - 0.1 / inches, TITLE, va="top", fontsize=11, fontweight="bold")
-    figure.text(0.01, 1 - 0.35 / inches, ABOUT_DIRECTION, va="top")
-    scale = shared_scale([example.values for example in examples])
-    bars = np.linspace(scale.vmin, scale.vmax, N_BARS + 1)
-    for row, example in enumerate(examples):
-        top = TOP + CAPTION + row * pitch
-        picture, cells, histogram, cumulative = (
-            axes_at(figure, left, top, width, HEIGHT)
-            for left, width in zip(lefts, widths, strict=True)
-        )
+    figure = Figure((widths.sum() + 1.5, len(examples) * (HEIGHT + 0.8) + 0.7))
+    figure.suptitle(f"{TITLE}\n{ABOUT_DIRECTION}", x=0.01, ha="left")
+    pooled = np.concatenate([example.values for example in examples])
+    scale = Normalize(pooled.min(), pooled.max())
+    bars = np.linspace(pooled.min(), pooled.max(), N_BARS + 1)
+    rows = figure.subplots(len(examples), 4, width_ratios=widths)
+    for example, (picture, cells, histogram, cumulative) in zip(examples, rows, strict=True):
         colour, marker = LOOKS[example.kind]
         picture.imshow(example.pixels)
         at = {"xycoords": "axes fraction", "textcoords": "offset points"}
@@ -220,9 +195,8 @@ def demo_figure(sets: dict[str, DataSetScores], dataset_dir: Path) -> Figure:
         chosen = [(own["loco"], image_of_median(own["loco"], 0))]
         chosen += [(scores, image_of_median(scores, 1)) for scores in own.values()]
         rows[class_name] = [load_picture(s, index, dataset_dir) for s, index in chosen]
-    scales = {name: shared_scale([p.overlay for p in row]) for name, row in rows.items()}
     title = "Demo data (drawings): of each kind the image of median score"
-    return picture_rows(title, rows, scales)
+    return picture_rows(title, rows)
 
 
 # ---------------------------------------------------------------- command line
@@ -240,8 +214,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--pyramid_level",
-        type=int,
-        choices=RESNET_LEVELS,
+        type=integer_from(1),
         default=14,
         help="of histograms_fig.png, and the ResNet level of the scores",
     )
@@ -262,18 +235,17 @@ def main(argv: list[str] | None = None) -> None:
     )
     mvtypes = [f"{class_name}_{kind}" for class_name in CLASSES for kind in KINDS]
     sets = {mvtype: load_data_set(options, mvtype) for mvtype in mvtypes}
-    backbone = Backbone(args.net, load_weights(args.net, args.weights), (args.pyramid_level,))
+    backbone = build_backbone(args.net, load_weights(args.net, args.weights), (args.pyramid_level,))
     extractor = FeatureExtractor(backbone, torch.device("cpu"))
-    with style.context(STYLE):
-        figures = {
-            "histograms_fig": histograms_figure(
-                sets[SHOWN], args.data_dir, extractor, args.pyramid_level
-            ),
-            "LOCO_demo_fig": demo_figure(sets, args.dataset_dir),
-        }
-        for name, figure in figures.items():
-            write_atomic(args.out / f"{name}.png", png_bytes(figure))
-            print(args.out / f"{name}.png")
+    figures = {
+        "histograms_fig": lambda: histograms_figure(
+            sets[SHOWN], args.data_dir, extractor, args.pyramid_level
+        ),
+        "LOCO_demo_fig": lambda: demo_figure(sets, args.dataset_dir),
+    }
+    for name, draw in figures.items():
+        write_whole(args.out / f"{name}.png", png_of(draw))
+        print(args.out / f"{name}.png")
 
 
 if __name__ == "__main__":

@@ -10,8 +10,8 @@ from conftest import IM_SIZE, Place
 import calc_anom_ensm
 import data_to_matrices
 import sinbad_single_layer
-from command_line import run_script
-from result_files import LevelScores, save_scores
+from sinbad.errors import run_script
+from sinbad.results import LevelScores, save_scores
 
 Case = tuple[Callable[..., None], list[str]]
 
@@ -55,7 +55,7 @@ def write_scores(place: Place, level: int, n_crops: int, n_test: int = 4) -> Non
     paths = [f"test/{i}.png" for i in range(n_test)]
     scores = LevelScores(rng.random((n_crops, n_test)), rng.random((n_crops, 3)), labels, paths, {})
     folder = root / f"v_pyramid_lvl_{level}" / "rep_num_0" / "pushpins_loco"
-    save_scores(folder / f"{n_crops}_crop_anom_maps.npz", scores, root)
+    save_scores(folder / f"{n_crops}_crop_anom_maps.npz", scores)
 
 
 def ensemble_case(place: Place, *flags: str) -> Case:

@@ -17,7 +17,7 @@ import torch
 import data_to_matrices
 import reproduce_paper
 import sinbad_single_layer
-from command_line import run_script
+from sinbad.errors import run_script
 
 MAINS: dict[str, Callable[[list[str]], None]] = {
     "data_to_matrices": data_to_matrices.main,

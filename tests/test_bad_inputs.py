@@ -64,10 +64,11 @@ def images_of_two_aspects_in_an_own_class(place: Place) -> Case:
     return matrices_case(place, place.root / "images")
 
 
-def images_of_16_bits(place: Place) -> Case:
+def images_of_32_bits(place: Place) -> Case:
     images = place.images()
-    pixels = np.full((50, 85), 30000, np.uint16)
-    Image.fromarray(pixels).save(images / "pushpins/train/good/002.png")
+    pixels = np.full((50, 85), 70000, np.int32)
+    Image.fromarray(pixels).save(images / "pushpins/train/good/002.tiff")
+    (images / "pushpins/train/good/002.png").unlink()
     return matrices_case(place, images)
 
 
@@ -265,6 +266,13 @@ def weights_with_nan(place: Place) -> Case:
     return scores_case(place, "--weights", str(place.root / "nan.pth"))
 
 
+def weights_that_overflow(place: Place) -> Case:
+    state = torchvision.models.resnet18(weights=None).state_dict()
+    state["layer3.0.conv1.weight"].fill_(1e38)
+    torch.save(state, place.root / "large.pth")
+    return scores_case(place, "--weights", str(place.root / "large.pth"))
+
+
 # ---------------------------------------------------------------- output
 
 
@@ -363,12 +371,12 @@ CASES: dict[Callable[[Place], Case], list[str]] = {
     no_such_folder: ["dataset_dir must", "no such folder", "mvtec.com", "9e7c84dba550"],
     empty_folder: ["dataset_dir must", "nothing in it"],
     class_without_test_good: ["pushpins must hold test/good", "got test/logical_anomalies"],
-    class_without_images: ["validation/good must hold images", "got none"],
+    class_without_images: ["validation/good must hold images", "got an empty folder"],
     png_cut_in_half: ["test/good/001.png must be a whole image"],
     text_named_png: ["train/good/002.png must be a whole image"],
     images_of_two_aspects: ["002.png must have the aspect 1700 x 1000", "got 50 x 85"],
     images_of_two_aspects_in_an_own_class: ["001.png must have the aspect 85 x 50", "60 x 60"],
-    images_of_16_bits: ["002.png must have 8 bits a channel", "I;16|I"],
+    images_of_32_bits: ["002.tiff must have 8 or 16 bits a channel"],
     a_class_named_like_a_data_set: ["must not end in _loco or _struct", "got own_loco", "rename"],
     unknown_class_of_images: ["mvtype must", "got teapots_loco", "pushpins"],
     unknown_group: ["mvtype must", "got teapots", "breakfast_box"],
@@ -388,9 +396,9 @@ CASES: dict[Callable[[Place], Case], list[str]] = {
         "got (0, 3, 64, 64)",
     ],
     authors_matrices_with_nan: ["must hold k/255"],
-    unknown_level: ["--pyramid_level", "8", "224"],
+    unknown_level: ["pyramid_level must be", "56", "224", "got 8"],
     unknown_data_set: ["mvtype must", "got teapots"],
-    unknown_net: ["net must be one of", "resnet18", "got resnet19"],
+    unknown_net: ["net must be", "torchvision", "timm", "got resnet19"],
     negative_shrinkage: ["--shrinkage_factor", "above 0 to 1, got -0.5"],
     crop_ratio_zero: ["--crop_size_ratio", "above 0 and below 1, got 0"],
     crop_ratio_above_one: ["--crop_size_ratio", "above 0 and below 1, got 1.5"],
@@ -406,16 +414,17 @@ CASES: dict[Callable[[Place], Case], list[str]] = {
     weights_of_another_net: ["weights must be of the net", "resnet18.pth", "--net"],
     weights_of_a_deeper_net: ["weights must be of the net", "also holds layer1.2.conv1.weight"],
     weights_without_a_stage: ["weights must be of the net and levels", "lacks layer3"],
-    weights_with_nan: ["features must be finite", "train/good/000.png", "level 14"],
+    weights_with_nan: ["no finite floating point numbers in layer3.0.conv1.weight"],
+    weights_that_overflow: ["features must be finite", "train/good/000.png", "level 14"],
     results_folder_is_a_file: ["file", "choose|check"],
     matrices_folder_is_a_file: ["file", "choose|check"],
     results_folder_in_proc: ["/proc/sinbad"],
     no_scores_at_all: ["version must hold scores", "sinbad_single_layer.py"],
     scores_of_one_level_missing: ["lvl_14", "--pyramid_level 14"],
-    scores_of_one_grid_missing: ["same crop grids", "[1, 4]|[4, 1]", "level 14"],
-    raw_pixel_scores_missing: ["lvl_224", "--pyramid_level 224 --rep 0", "--rep_num_224"],
+    scores_of_one_grid_missing: ["must be alike in numbers of crops", "got 4", "level|lvl_14"],
+    raw_pixel_scores_missing: ["lvl_224", "--pyramid_level 224 --rep 0", "fewer levels"],
     ensemble_labels_of_another_length: ["lbl.npy must hold 4 labels", "got 3"],
-    levels_of_other_images: ["same images", "4 and 6"],
+    levels_of_other_images: ["must be alike in labels", "lvl_7", "lvl_14"],
     scores_cut_short: ["1_crop_anom_maps.npz must be a whole file of scores"],
     scores_with_nan: ["4_crop_anom_maps.npz must be a whole file of scores", "NaN"],
     scores_of_fewer_crops_than_named: ["4_crop_anom_maps.npz must be", "1 and 1 crops"],

@@ -18,13 +18,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-import crop_descriptors
-import crop_scores
-import image_pools
-from backbones import Backbone, FeatureExtractor, load_weights
-from crop_descriptors import Descriptor
-from crop_scores import ClassScorer, ScoreTask, Settings
-from matrix_files import load_matrices
+from sinbad import matrices, scoring
+from sinbad.backbones import Backbone, FeatureExtractor, build_backbone, load_weights
+from sinbad.matrices import load_matrices
+from sinbad.scoring import ClassScorer, ScorePlan, ScoreTask
+from sinbad_single_layer import parse_args
 
 GPU = torch.device("cuda:0")
 MVTYPES = ("pushpins_loco", "pushpins_struct")
@@ -77,9 +75,9 @@ def fake_gpu(free_bytes: int) -> Iterator[list[torch.Size]]:
         mock.patch.object(FakeTensor, "__float__", to_float),
         mock.patch.object(FakeTensor, "tolist", to_list),
         mock.patch.object(Tensor, "pin_memory", lambda self: self),
-        mock.patch.object(image_pools, "ThreadPoolExecutor", InLine),
-        mock.patch.object(crop_scores, "ThreadPoolExecutor", InLine),
-        mock.patch.object(crop_descriptors, "FIT_SETS", 3),
+        mock.patch.object(matrices, "ThreadPoolExecutor", InLine),
+        mock.patch.object(scoring, "ThreadPoolExecutor", InLine),
+        mock.patch.object(scoring, "FIT_SETS", 3),
         FakeTensorMode(allow_non_fake_inputs=True),
     ):
         yield waits
@@ -93,6 +91,7 @@ def fake_extractor(backbone: Backbone) -> FeatureExtractor:
             for name, parameter in list(module.named_parameters(recurse=False)):
                 moved = parameter.to(device)
                 setattr(module, name, torch.nn.Parameter(moved, requires_grad=False))
+        backbone.mean, backbone.std = backbone.mean.to(device), backbone.std.to(device)
         return backbone
 
     with mock.patch.object(backbone, "to", move):
@@ -110,17 +109,18 @@ def test_scoring_mixes_no_devices_and_waits_for_no_more_than_it_must(
     data_dir: Path, free_bytes: int, official: bool
 ) -> None:
     data_sets = {mvtype: load_matrices(data_dir, mvtype) for mvtype in MVTYPES}
-    descriptor = Descriptor(N_DIRECTIONS, 5, 0.1)
-    settings = Settings(dict.fromkeys(LEVELS, descriptor), 4, official, 8, 1)
     tasks = [
-        ScoreTask(mvtype, level, 0.7, 0, rep)
+        ScoreTask(mvtype, level, 0.7, 0, rep, "ver1")
         for mvtype in MVTYPES
         for level in LEVELS
         for rep in (0, 1)
     ]
-    backbone = Backbone("resnet18", load_weights("resnet18", "random"), (7, 14))
+    flags = ["--mvtype", "pushpins", "--n_projections", str(N_DIRECTIONS), "--batch_size", "8"]
+    flags += ["--shrinkage_factor", ".1", "--num_workers", "1", *["--official"] * official]
+    plan = ScorePlan.of(parse_args(flags), tasks, data_dir)
+    backbone = build_backbone("resnet18", load_weights("resnet18", "random"), (7, 14))
     with fake_gpu(free_bytes) as waits:
-        scorer = ClassScorer(data_sets, fake_extractor(backbone), settings, GPU)
+        scorer = ClassScorer(plan, data_sets, fake_extractor(backbone), GPU)
         scored = {task: (test.shape, valid.shape) for task, test, valid in scorer.score(tasks)}
     assert (scorer.pool.resident is None) == (free_bytes == 0)
     assert scored == dict.fromkeys(tasks, ((4, 5), (4, 3)))

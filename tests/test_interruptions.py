@@ -4,6 +4,7 @@ import json
 import os
 import random
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,9 +17,9 @@ import torch
 from conftest import IM_SIZE, files_below
 from torch import Tensor, nn
 
-from backbones import FeatureExtractor
-from command_line import UserError
-from result_files import PARTIAL, partial_folder, write_atomic
+from sinbad.backbones import FeatureExtractor
+from sinbad.errors import UserError
+from sinbad.files import folder_beside, write_whole, written_whole
 
 KILLED = -9
 N_KILLS = 5
@@ -108,7 +109,7 @@ def test_killed_runs_end_with_the_bytes_of_an_undisturbed_one(
         codes = server.run((script, argv(killed)), kill_after=after)["codes"]
         assert codes[0] in (KILLED, 0)
         for name, found in files_below(killed).items():  # what is under its name is whole
-            if ".sinbad_partial/" not in name:
+            if ".partial" not in name:
                 assert found == expected[name]
         if codes == [KILLED]:
             n_killed += 1
@@ -120,7 +121,6 @@ def test_killed_runs_end_with_the_bytes_of_an_undisturbed_one(
     assert n_killed == N_KILLS
     assert server.run((script, argv(killed)))["codes"] == [0]
     assert files_below(killed) == expected
-    assert not list(killed.rglob(PARTIAL))
 
 
 @pytest.mark.parametrize("script", ["data_to_matrices", "sinbad_single_layer"])
@@ -134,21 +134,61 @@ def test_two_processes_writing_the_same_results(
     both = (script, argv(tmp_path / "two"))
     assert server.run(both, both)["codes"] == [0, 0]
     assert files_below(tmp_path / "two") == files_below(tmp_path / "one")
-    assert not (tmp_path / "two" / PARTIAL).exists()
 
 
-def test_what_a_killed_run_left_is_swept_but_not_what_a_living_one_writes(tmp_path: Path) -> None:
-    left = tmp_path / PARTIAL / "host-1-0000dead"
-    left.mkdir(parents=True)
-    (left / "lock").touch()
-    (left / "train_data.npy").write_bytes(b"half of it")
-    with partial_folder(tmp_path) as living:
+DEAD_PROCESS = 2**22 + 1  # above Linux' largest
+
+
+def left_over(folder: Path, host: str, process: int, age: float = 0.0) -> Path:
+    """Make what a killed run leaves in a folder; `age` in seconds."""
+    path = folder / f".scores.npz.{host}-{process}-0000dead.partial"
+    path.write_bytes(b"half of it")
+    made = path.stat().st_mtime - age
+    os.utime(path, (made, made))
+    return path
+
+
+def test_what_a_killed_run_left_is_removed_but_not_what_a_living_one_writes(tmp_path: Path) -> None:
+    here, day = socket.gethostname(), 24 * 3600.0
+    gone = [
+        left_over(tmp_path, here, DEAD_PROCESS),
+        left_over(tmp_path, "elsewhere", 1, age=day + 60),
+        left_over(tmp_path, here, os.getpid(), age=day + 60),
+    ]
+    kept = [left_over(tmp_path, "elsewhere", 2, age=day - 60), left_over(tmp_path, here, 1)]
+    with written_whole(tmp_path / "folder") as living:
+        living.mkdir()
         (living / "mine").write_bytes(b"whole")
-        write_atomic(tmp_path / "other.txt", b"other")
-        assert not left.exists()
+        write_whole(tmp_path / "other.txt", "other")
         assert (living / "mine").read_bytes() == b"whole"
-    assert files_below(tmp_path) == {"other.txt": b"other"}
-    assert not (tmp_path / PARTIAL).exists()
+    assert not any(path.exists() for path in gone)
+    assert all(path.exists() for path in kept)
+    assert (tmp_path / "folder/mine").read_bytes() == b"whole"
+    assert (tmp_path / "other.txt").read_text() == "other"
+
+
+def test_a_folder_is_replaced_whole(tmp_path: Path) -> None:
+    for content in ("first", "second"):
+        with written_whole(tmp_path / "folder") as made:
+            made.mkdir()
+            (made / content).write_text(content)
+    assert files_below(tmp_path) == {"folder/second": b"second"}
+
+
+def test_unfinished_files_lie_where_no_reader_looks(tmp_path: Path) -> None:
+    other = Path("/dev/shm")
+    if not other.is_dir() or other.stat().st_dev == tmp_path.stat().st_dev:
+        pytest.skip("needs a second file system")
+    assert folder_beside(tmp_path / "rep_num_0/pushpins_loco") == tmp_path / "rep_num_0"
+    linked = other / f"sinbad-test-{os.getpid()}" / "level"
+    linked.mkdir(parents=True)
+    try:
+        (tmp_path / "level").symlink_to(linked)
+        assert folder_beside(tmp_path / "level") == linked.parent
+        write_whole(tmp_path / "level/file", "x", folder_beside(tmp_path / "level"))
+        assert (linked / "file").read_text() == "x"
+    finally:
+        shutil.rmtree(linked.parent)
 
 
 @pytest.mark.parametrize("script", ["data_to_matrices", "sinbad_single_layer"])
@@ -162,38 +202,35 @@ def test_a_run_with_nothing_to_do_sweeps_too(
     )
     assert server.run((script, argv))["codes"] == [0]
     finished = files_below(tmp_path)
-    left = tmp_path / PARTIAL / "host-1-0000dead"
-    left.mkdir(parents=True)
-    (left / "lock").touch()
+    folder = next(tmp_path.rglob("rep_num_0"), tmp_path)
+    left_over(folder, socket.gethostname(), DEAD_PROCESS)
     assert server.run((script, argv))["codes"] == [0]
     assert files_below(tmp_path) == finished
-    assert not (tmp_path / PARTIAL).exists()
 
 
 def test_many_runs_may_write_below_one_folder_at_once(tmp_path: Path) -> None:
     def write(number: int) -> None:
         for i in range(30):
-            write_atomic(tmp_path / f"{number}_{i}.txt", b"whole", tmp_path)
+            write_whole(tmp_path / f"{number}_{i}.txt", b"whole")
 
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(write, range(8)))
     assert len(files_below(tmp_path)) == 8 * 30
-    assert not (tmp_path / PARTIAL).exists()
 
 
-def test_folders_of_others_are_not_swept(tmp_path: Path) -> None:
-    mine = tmp_path / PARTIAL / "mine"
-    mine.mkdir(parents=True)
+def test_hidden_files_of_others_stay(tmp_path: Path) -> None:
+    mine = tmp_path / ".mine.partial"
+    mine.touch()
     os.utime(mine, (0, 0))
-    write_atomic(tmp_path / "other.txt", b"other")
-    assert mine.is_dir()
+    write_whole(tmp_path / "other.txt", b"other")
+    assert mine.exists()
 
 
 def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
     (tmp_path / "taken").mkdir()
     with pytest.raises(OSError, match="taken"):
-        write_atomic(tmp_path / "taken", b"data")
-    assert not (tmp_path / PARTIAL).exists()
+        write_whole(tmp_path / "taken", b"data")
+    assert [path.name for path in tmp_path.iterdir()] == ["taken"]
 
 
 # ---------------------------------------------------------------- out of GPU memory
@@ -204,6 +241,7 @@ class SmallMemory(nn.Module):
 
     def __init__(self, capacity: int) -> None:
         super().__init__()
+        self.mean, self.std = torch.zeros(3, 1, 1), torch.ones(3, 1, 1)
         self.capacity = capacity
         self.sizes: list[int] = []
 

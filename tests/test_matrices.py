@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,10 +14,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 import data_to_matrices
-from command_line import UserError
-from data_to_matrices import image_to_matrix, make_matrices
-from loco_folders import plan_data_set
-from matrix_files import crop_pixels, load_matrices, nearest_source
+from data_to_matrices import make_matrices
+from sinbad.errors import UserError
+from sinbad.folders import plan_data_set
+from sinbad.matrices import crop_pixels, image_to_matrix, load_matrices, nearest_source
 
 REAL_IMAGES = SHARED / "data" / "loco"
 ANOMALIES = {"loco": "logical_anomalies", "struct": "structural_anomalies"}
@@ -101,7 +102,7 @@ def test_train_and_valid_of_both_data_sets_are_stored_once(data_dir: Path) -> No
     for name, shared in (("train", True), ("valid", True), ("test", False)):
         loco, struct = (data_dir / f"pushpins_{k}" / f"{name}_data.npy" for k in ANOMALIES)
         assert loco.samefile(struct) == shared
-    assert not (data_dir / ".sinbad_partial").exists()
+    assert not list(data_dir.rglob(".*.partial"))
 
 
 def test_loading_gives_back_what_was_written(data_dir: Path) -> None:
@@ -169,15 +170,35 @@ def test_matrices_of_images_that_have_changed_are_not_linked(
     draw_image("train/good", 4).save(images / "pushpins/train/good/000.png")
     make_matrices(images, tmp_path, ["pushpins_struct"], IM_SIZE)
     loco, struct = (load_matrices(tmp_path, f"pushpins_{kind}") for kind in ("loco", "struct"))
-    assert struct.sha256["train"][0] == struct.sha256["train"][4] != loco.sha256["train"][0]
-    assert struct.sha256["train"][1:] == loco.sha256["train"][1:]
+    ours, theirs = struct.sha256("train"), loco.sha256("train")
+    assert ours[0] == ours[4] != theirs[0]
+    assert ours[1:] == theirs[1:]
 
 
-def test_sha256_is_of_the_pixels_of_each_image(data_dir: Path) -> None:
+def test_size_time_and_sha256_of_each_image_are_recorded(data_dir: Path, dataset_dir: Path) -> None:
     matrices = load_matrices(data_dir, "pushpins_loco")
-    for split, images in matrices.images.items():
-        found = [hashlib.sha256(image.tobytes()).hexdigest() for image in images]
-        assert matrices.sha256[split] == found
+    for split, paths in matrices.paths.items():
+        for path, (size, time, sha256) in zip(paths, matrices.files[split], strict=True):
+            file = dataset_dir / "pushpins" / path
+            assert (size, time) == (file.stat().st_size, file.stat().st_mtime_ns)
+            assert sha256 == hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def test_images_replaced_by_others_with_an_older_time_are_noticed(
+    dataset_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = Path(shutil.copytree(dataset_dir, tmp_path / "images"))
+    make_matrices(images, tmp_path, ["pushpins_loco"], IM_SIZE)
+    before = (tmp_path / "pushpins_loco/train_data.npy").read_bytes()
+    path = images / "pushpins/train/good/000.png"
+    os.utime(path, (1e9, 1e9))  # the same image, another time
+    make_matrices(images, tmp_path, ["pushpins_loco"], IM_SIZE)
+    assert "finished already" in capsys.readouterr().err
+    draw_image("train/good", 4).save(path)
+    os.utime(path, (1e9, 1e9))
+    make_matrices(images, tmp_path, ["pushpins_loco"], IM_SIZE)
+    assert "made again, 1 images have changed" in capsys.readouterr().err
+    assert (tmp_path / "pushpins_loco/train_data.npy").read_bytes() != before
 
 
 def test_number_of_workers_does_not_change_a_byte(dataset_dir: Path, tmp_path: Path) -> None:

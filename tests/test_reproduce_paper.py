@@ -17,11 +17,11 @@ import calc_anom_ensm
 import data_to_matrices
 import reproduce_paper
 import sinbad_single_layer
-from command_line import UserError
-from crop_descriptors import Descriptor
-from loco_datasets import PIXEL_SETTINGS, RESNET_SETTINGS
-from loco_folders import defect_images
-from result_tables import is_whole, percent
+from sinbad.datasets import NETWORK_SETTINGS, PIXEL_SETTINGS
+from sinbad.errors import UserError
+from sinbad.folders import defect_images
+from sinbad.report.metrics import percent
+from sinbad.scoring import Descriptor, ScorePlan
 
 NET = ["--net", "resnet18", "--weights", "random", "--initial_res", str(IM_SIZE)]
 N_PROJECTIONS = 20
@@ -42,9 +42,9 @@ def reproduce(dataset_dir: Path, folder: Path, *flags: str) -> None:
 @pytest.fixture(scope="module", autouse=True)
 def small_settings() -> Iterator[None]:
     """Take fewer crops and directions than the paper, to be quick."""
-    few = replace(RESNET_SETTINGS, crop_ratios=(0.7, 0.99), n_projections=N_PROJECTIONS)
+    few = replace(NETWORK_SETTINGS, crop_ratios=(0.7, 0.99), n_projections=N_PROJECTIONS)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("loco_datasets.RESNET_SETTINGS", few)
+        patch.setattr("sinbad.datasets.NETWORK_SETTINGS", few)
         yield
 
 
@@ -92,7 +92,7 @@ def test_the_same_command_again_computes_nothing_and_gives_the_same_bytes(
     def never(*args: object) -> None:
         raise AssertionError("computed again")
 
-    monkeypatch.setattr("score_runs.ClassScorer", never)
+    monkeypatch.setattr("sinbad_single_layer.ClassScorer", never)
     reproduce(dataset_dir, folder, "--seeds", "0", "1")
     assert files_below(folder) == before
 
@@ -126,15 +126,19 @@ def test_figures_of_two_seeds(folder: Path) -> None:
 
 def test_the_tasks_are_the_papers() -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("loco_datasets.RESNET_SETTINGS", RESNET_SETTINGS)
+        patch.setattr("sinbad.datasets.NETWORK_SETTINGS", NETWORK_SETTINGS)
         tasks = reproduce_paper.paper_tasks(["pushpins_loco"], [7, 14, 224], [0, 3], 100, "ver1")
-        described = {level: reproduce_paper.paper_descriptor(level) for level in (7, 14, 224)}
-    resnet = [(t.level, t.ratio, t.rep) for t, v in tasks.items() if t.level != 224 and v == "ver1"]
+        flags = reproduce_paper.parse_args(["--pyramid_level", "7", "14", "224"])
+        plan = ScorePlan.of(flags, tasks, Path())
+        described = {level: plan.descriptor(level) for level in (7, 14, 224)}
+    resnet = [
+        (t.level, t.ratio, t.rep) for t in tasks if t.level != 224 and t.version == "ver1"
+    ]
     ratios = (0.25, 0.5, 0.7, 0.99)
     assert resnet == [(level, ratio, 0) for level in (7, 14) for ratio in ratios]
-    pixels = [(t.ratio, t.rep) for t, v in tasks.items() if t.level == 224 and v == "ver1_seed3"]
+    pixels = [(t.ratio, t.rep) for t in tasks if t.level == 224 and t.version == "ver1_seed3"]
     assert pixels == [(0.999, rep) for rep in range(100)]
-    assert {t.seed for t, v in tasks.items() if v == "ver1_seed3"} == {3}
+    assert {t.seed for t in tasks if t.version == "ver1_seed3"} == {3}
     assert described[7] == described[14] == Descriptor(1000, 5, 0.1)
     assert described[224] == Descriptor(10, 5, 1.0)
     assert PIXEL_SETTINGS.n_reps == 100
@@ -144,12 +148,6 @@ def test_percent_of_no_value_one_and_several() -> None:
     assert percent([None]) == "-"
     assert percent([0.8884]) == "88.8"
     assert percent([0.9, 0.92]) == "91.0 +- 1.4"
-
-
-def test_published_figures_stand_beside_whole_data_sets_only() -> None:
-    assert is_whole("pushpins_loco", {"n_good": 138, "n_anomalous": 91})
-    assert not is_whole("pushpins_struct", {"n_good": 138, "n_anomalous": 91})
-    assert not is_whole("cables_loco", {"n_good": 138, "n_anomalous": 91})
 
 
 def test_several_devices_give_the_same_bytes(dataset_dir: Path, tmp_path: Path) -> None:
@@ -287,20 +285,10 @@ def test_extra_scores_are_normalised_weighted_and_added(
         both = list(csv.DictReader(file))
     for row, before in zip(both, plain, strict=True):
         extra = by_image[row["image_path"]] / (valid_mean + 1e-5) + 1e-5
-        assert float(row["efficientad"]) == pytest.approx(extra, rel=1e-12)
+        assert float(row["extra_efficientad"]) == pytest.approx(extra, rel=1e-12)
         assert float(row["score"]) == pytest.approx(float(before["score"]) + 0.5 * extra)
     header = (tmp_path / "out" / "table.csv").read_text().splitlines()[0]
-    assert "ensemble,efficientad,ensemble + efficientad" in header
-
-
-def test_extra_scores_named_as_a_column_are_refused(
-    folder: Path, dataset_dir: Path, tmp_path: Path
-) -> None:
-    path = tmp_path / "ensemble.csv"
-    path.write_text("".join(f"{image},{score}\n" for image, score in extra_lines(folder)))
-    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
-    with pytest.raises(UserError, match="must not be named as a column of the table, got ensemble"):
-        reproduce(dataset_dir, tmp_path, "--extra_scores", str(path))
+    assert "ensemble,extra efficientad,ensemble + efficientad" in header
 
 
 @pytest.mark.parametrize(

@@ -17,9 +17,9 @@ from torch import Tensor
 
 import data_to_matrices
 import sinbad_single_layer
-from command_line import UserError
 from data_to_matrices import make_matrices
-from result_files import LevelScores, read_scores
+from sinbad.errors import UserError
+from sinbad.results import LevelScores, read_scores
 
 Array = NDArray[np.float64]
 N_DIRECTIONS = 8
@@ -80,7 +80,7 @@ def test_files_and_figures_of_a_run(together: Path, capsys: pytest.CaptureFixtur
     settings = scores.run["settings"]
     assert settings["crop_size_ratio"] == 0.7
     assert (settings["pyramid_level"], settings["rep"], settings["seed"]) == (7, 1, 0)
-    assert not (together / ".sinbad_partial").exists()
+    assert not list(together.rglob(".*.partial"))
 
 
 @pytest.mark.parametrize(

@@ -122,38 +122,38 @@ def test_projection_of_a_set_does_not_depend_on_the_other_sets(channels: int) ->
         assert torch.equal(project(directions, elements[part]), values[part])
 
 
-@pytest.mark.parametrize("n_values", [1, 2, 3, 10, 101, 5000])
+@pytest.mark.parametrize("n_elements", [1, 2, 7, 60, 5000])
 @pytest.mark.parametrize("tied", [False, True])
-def test_selection_of_a_tail_finds_what_sorting_finds(n_values: int, tied: bool) -> None:
-    rows = tensors(n_values, 3, n_values)
-    rows = rows.round() if tied else rows
-    ordered = rows.sort(dim=1).values
-    for rank in {0, n_values // 100, n_values // 2, 99 * (n_values - 1) // 100, n_values - 1}:
-        lower, upper = sinbad_utils._tail_neighbours(rows, rank)
-        assert torch.equal(lower, ordered[:, rank])
-        assert torch.equal(upper, ordered[:, min(rank + 1, n_values - 1)])
+def test_a_gpu_selects_the_ranges_that_a_cpu_does(n_elements: int, tied: bool) -> None:
+    values = tensors(n_elements, 3, 5, n_elements)
+    values = values.round() if tied else values
+    pooled = values.transpose(0, 1).flatten(1)
+    for found, share in zip(fit_ranges(values), (0.01, 0.99), strict=True):
+        np.testing.assert_allclose(
+            sinbad_utils._selected_quantile(pooled, share), found, rtol=1e-6, atol=1e-6
+        )
 
 
-@pytest.mark.parametrize("kind", ["normal", "tied", "equal", "sample of outliers"])
-def test_ranges_of_long_rows_are_exact_though_narrowed_by_a_sample(
-    kind: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pooled = torch.randn(3, 180_000, generator=torch.Generator().manual_seed(0))
-    assert pooled.shape[1] > sinbad_utils.LONG_ROW
-    if kind == "tied":
-        pooled = pooled.round()
-    elif kind == "equal":
-        pooled.zero_()
-    elif kind == "sample of outliers":  # all values that the sample meets mislead
-        pooled[:, :: pooled.shape[1] // sinbad_utils.SAMPLED] += 100.0
-    values = pooled.unflatten(1, (2, -1)).transpose(0, 1)  # (sets, directions, elements)
-    narrowed = fit_ranges(values)
-    for found, share in zip(narrowed, (0.01, 0.99), strict=True):
-        expected = np.quantile(pooled.double().numpy(), share, axis=1)
-        np.testing.assert_allclose(found, expected, atol=1e-5)
-    monkeypatch.setattr(sinbad_utils, "LONG_ROW", 10**9)
-    whole = fit_ranges(values)
-    assert all(torch.equal(a, b) for a, b in zip(narrowed, whole, strict=True))
+def test_score_crop_is_the_steps_one_after_the_other() -> None:
+    train, images = tensors(0, 40, 6, 20), tensors(1, 5, 6, 20) + 0.5
+    key, n_directions, n_bins, shrinkage = (0, 0, 14, 4, 2), 30, 5, 0.1
+    found = sinbad_utils.score_crop(train, images, key, n_directions, n_bins, shrinkage)
+    directions = random_directions(n_directions, 6, key).double().numpy()
+    values = {n: np.einsum("dc,nce->nde", directions, e) for n, e in (("t", train), ("i", images))}
+    pooled = values["t"][:32].transpose(1, 0, 2).reshape(n_directions, -1)
+    low, high = np.quantile(pooled, 0.01, axis=1), np.quantile(pooled, 0.99, axis=1)
+    steps = np.arange(1, n_bins + 1) / (n_bins + 1)
+    thresholds = low[:, None] + (high - low)[:, None] * steps  # (directions, bins)
+    described = {
+        name: (own[:, :, None, :] < thresholds[:, :, None]).mean(3).reshape(len(own), -1)
+        for name, own in values.items()
+    }
+    covariance = np.cov(described["t"].T, bias=True)
+    p = len(covariance)
+    shrunk = (1 - shrinkage) * covariance + shrinkage * np.trace(covariance) / p * np.eye(p)
+    difference = described["i"][:, None] - described["t"][None]
+    distances = np.einsum("qtp,pr,qtr->qt", difference, np.linalg.inv(shrunk), difference)
+    np.testing.assert_allclose(found, distances.min(1), rtol=1e-4)
 
 
 @pytest.mark.parametrize("n_elements", [1, 2, 7, 60])

@@ -1,29 +1,46 @@
 """Metrics of ensembled scores: AUROC, its interval, average precision, F1; classes and means."""
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
 
-from ensembles import DataSetScores
-from loco_datasets import KINDS, PIXEL_LEVEL, split_mvtype
+from sinbad.datasets import KINDS, PIXEL_LEVEL, split_mvtype
+from sinbad.ensembles import DataSetScores
 from sinbad_utils import Scores
 
 BOOTSTRAP_SAMPLES = 1000
 BOOTSTRAP_SEED = 0
 CONFIDENCE = 95.0  # percent
-RESNET = "ResNet levels"
+LOCO_KINDS = ("loco", "struct")  # the mean of LOCO is half the sum of these two
+NETWORK = "network levels"
 ENSEMBLE = "ensemble"
+NOTHING = "-"
 
 Metrics = dict[str, Any]
 Defects = dict[str, dict[str, list[int]]]  # data set -> defect -> test images that show it
 
 
+def percent(values: Sequence[float | None]) -> str:
+    """Return a share as percent with one decimal; of several runs mean and standard deviation."""
+    numbers = [100 * value for value in values if value is not None]
+    if not numbers:
+        return NOTHING
+    text = f"{np.mean(numbers):.1f}"
+    return f"{text} +- {np.std(numbers, ddof=1):.1f}" if len(numbers) > 1 else text
+
+
 def auroc(labels: Scores, scores: Scores) -> float | None:
     """Return the area under the ROC curve, a share; None where only one label is present."""
     return float(roc_auc_score(labels, scores)) if len(set(labels.tolist())) > 1 else None
+
+
+def auroc_against(good: Scores, anomalous: Scores) -> float | None:
+    """Return the AUROC of the scores of good images against those of anomalous ones."""
+    labels = np.repeat([0.0, 1.0], [len(good), len(anomalous)])
+    return auroc(labels, np.concatenate([good, anomalous]))
 
 
 def f1_max(labels: Scores, scores: Scores) -> float:
@@ -40,29 +57,23 @@ def bootstrap_interval(labels: Scores, scores: Scores) -> list[float]:
     """
     rng = np.random.default_rng(BOOTSTRAP_SEED)
     good, bad = scores[labels == 0], scores[labels == 1]
-    sampled = [
-        _auroc_of(rng.choice(good, len(good)), rng.choice(bad, len(bad)))
-        for _ in range(BOOTSTRAP_SAMPLES)
-    ]
+    sampled = []
+    for _ in range(BOOTSTRAP_SAMPLES):
+        ordered, drawn = np.sort(rng.choice(good, len(good))), rng.choice(bad, len(bad))
+        wins = np.searchsorted(ordered, drawn, "left") + np.searchsorted(ordered, drawn, "right")
+        sampled.append(wins.mean() / (2 * len(good)))  # pairs in order; ties count half
     tail = (100.0 - CONFIDENCE) / 2.0
     return [float(value) for value in np.percentile(sampled, [tail, 100.0 - tail])]
-
-
-def _auroc_of(good: Scores, bad: Scores) -> float:
-    """Return the AUROC as the share of (good, bad) pairs in order, ties counted half."""
-    ordered = np.sort(good)
-    wins = np.searchsorted(ordered, bad, "left") + np.searchsorted(ordered, bad, "right")
-    return float(wins.mean() / (2 * len(good)))
 
 
 def columns_of(scores: DataSetScores) -> dict[str, Scores]:
     """Return what the table has a column for: name -> (n_test,) scores, single levels first."""
     columns = {f"level {level}": values for level, values in scores.levels.items()}
-    if scores.resnet is not None and len(set(scores.levels) - {PIXEL_LEVEL}) > 1:
-        columns[RESNET] = scores.resnet
+    if scores.network is not None and len(set(scores.levels) - {PIXEL_LEVEL}) > 1:
+        columns[NETWORK] = scores.network
     columns[ENSEMBLE] = scores.ensemble
     for name, values in scores.extra.items():
-        columns[name] = values
+        columns[f"extra {name}"] = values
         columns[f"{ENSEMBLE} + {name}"] = scores.final
     return columns
 
@@ -70,43 +81,39 @@ def columns_of(scores: DataSetScores) -> dict[str, Scores]:
 def data_set_metrics(scores: DataSetScores, defects: dict[str, list[int]]) -> Metrics:
     """Return every figure of one data set; shares in [0, 1]."""
     labels, final = scores.labels, scores.final
-    has_both = len(set(labels.tolist())) == 2
+    good = final[labels == 0]
+    has_both = len(set(labels.tolist())) > 1
+    recorded = next((f.settings["n_images"] for f in scores.files if f.settings), {})
     return {
         "auroc": {name: auroc(labels, values) for name, values in columns_of(scores).items()},
         "auroc_by_grid": {
-            f"level {level}, {n_crops} crops": auroc(labels, grid.joined)
+            f"level {level}, {n_crops} crops": auroc(labels, grid.test)
             for (level, n_crops), grid in scores.grids.items()
         },
         "auroc_by_defect": {
-            name: {"auroc": auroc_of_defect(scores, images), "n_images": len(images)}
+            name: {"auroc": auroc_against(good, final[images]), "n_images": len(images)}
             for name, images in defects.items()
         },
         "average_precision": float(average_precision_score(labels, final)) if has_both else None,
         "f1_max": f1_max(labels, final) if has_both else None,
         "auroc_interval_95": bootstrap_interval(labels, final) if has_both else None,
-        "n_good": int((labels == 0).sum()),
+        "n_train": recorded.get("train"),
+        "n_validation": recorded.get("valid"),
+        "n_good": len(good),
         "n_anomalous": int((labels == 1).sum()),
     }
 
 
-def auroc_of_defect(scores: DataSetScores, images: list[int]) -> float | None:
-    """Return the AUROC of the good images against some anomalous ones."""
-    good = scores.final[scores.labels == 0]
-    labels = np.concatenate([np.zeros(len(good)), np.ones(len(images))])
-    return auroc(labels, np.concatenate([good, scores.final[images]]))
+def pooled_auroc(sets: Iterable[DataSetScores]) -> float | None:
+    """Return a class' AUROC of good against logical and structural images together, or None.
 
-
-def pooled_auroc(sets: Sequence[DataSetScores]) -> float | None:
-    """Return a class' AUROC of good against both kinds of anomalies together, None without both.
-
-    The good images are those of the first set.
+    The good images are those of the first of the two sets.
     """
-    if len(sets) < len(KINDS):
+    pair = [scores for scores in sets if split_mvtype(scores.mvtype)[1] in LOCO_KINDS]
+    if len(pair) < len(LOCO_KINDS):
         return None
-    first = sets[0]
-    scores = [first.final[first.labels == 0], *(s.final[s.labels == 1] for s in sets)]
-    labels = [np.zeros(len(scores[0])), *(np.ones(len(part)) for part in scores[1:])]
-    return auroc(np.concatenate(labels), np.concatenate(scores))
+    bad = np.concatenate([scores.final[scores.labels == 1] for scores in pair])
+    return auroc_against(pair[0].final[pair[0].labels == 0], bad)
 
 
 def all_metrics(sets: Sequence[DataSetScores], defects: Defects) -> Metrics:
@@ -116,49 +123,45 @@ def all_metrics(sets: Sequence[DataSetScores], defects: Defects) -> Metrics:
     under `classification` are those of the official evaluation of MVTec LOCO AD.
     """
     data_sets = {s.mvtype: data_set_metrics(s, defects.get(s.mvtype, {})) for s in sets}
-    final = list(columns_of(sets[0]))[-1]
+    columns = list(columns_of(sets[0]))
     by_class: dict[str, list[DataSetScores]] = defaultdict(list)
     for scores in sets:
         by_class[split_mvtype(scores.mvtype)[0]].append(scores)
-    classes = {}
-    for class_name, own in by_class.items():
-        by_kind = {split_mvtype(s.mvtype)[1]: data_sets[s.mvtype]["auroc"][final] for s in own}
-        classes[class_name] = {
-            "classification": {"auc_roc": _kinds_and_mean(by_kind)},
+    classes = {
+        class_name: {
+            "classification": {"auc_roc": _kind_means(own, data_sets, columns[-1])},
             "pooled_auroc": pooled_auroc(own),
         }
-    means = {
-        column: _kinds_and_mean(_kind_means(data_sets, column))
-        for column in columns_of(sets[0])
-        if all(column in entry["auroc"] for entry in data_sets.values())
+        for class_name, own in by_class.items()
     }
+    means = {column: _kind_means(sets, data_sets, column) for column in columns}
     return {
         "data_sets": data_sets,
         "classes": classes,
         "mean": {
-            "classification": {"auc_roc": means[final]},
+            "classification": {"auc_roc": means[columns[-1]]},
             "auc_roc_by_column": means,
             "pooled_auroc": _mean([entry["pooled_auroc"] for entry in classes.values()]),
         },
     }
 
 
+def _kind_means(
+    sets: Iterable[DataSetScores], data_sets: dict[str, Metrics], column: str
+) -> dict[str, float | None]:
+    """Return the mean AUROC of each kind of data set, and of LOCO's two if both are there."""
+    by_kind: dict[str, list[float | None]] = defaultdict(list)
+    for scores in sets:
+        kind = split_mvtype(scores.mvtype)[1]
+        by_kind[kind].append(data_sets[scores.mvtype]["auroc"][column])
+    is_loco = set(by_kind) <= set(LOCO_KINDS)
+    kinds = LOCO_KINDS if is_loco else tuple(by_kind)
+    means = {KINDS.get(kind, kind): _mean(by_kind[kind]) for kind in kinds}
+    are_like = None not in means.values() and (is_loco or len(kinds) == 1)
+    return {**means, "mean": _mean(list(means.values())) if are_like else None}
+
+
 def _mean(values: Sequence[float | None]) -> float | None:
     """Return the mean of the values that are there, None if none is."""
     there = [value for value in values if value is not None]
     return float(np.mean(there)) if there else None
-
-
-def _kind_means(data_sets: dict[str, Metrics], column: str) -> dict[str, float | None]:
-    """Return the mean over classes of each kind: "loco", "struct"."""
-    by_kind: dict[str, list[float | None]] = defaultdict(list)
-    for mvtype, entry in data_sets.items():
-        by_kind[split_mvtype(mvtype)[1]].append(entry["auroc"][column])
-    return {kind: _mean(values) for kind, values in by_kind.items()}
-
-
-def _kinds_and_mean(by_kind: dict[str, float | None]) -> dict[str, float | None]:
-    """Name the kinds as the official evaluation does; the mean needs both kinds."""
-    named: dict[str, float | None] = {KINDS[kind]: by_kind.get(kind) for kind in KINDS}
-    complete = all(value is not None for value in named.values())
-    return {**named, "mean": _mean(list(named.values())) if complete else None}

@@ -1,0 +1,206 @@
+"""Facts of MVTec LOCO AD and of the paper's runs, and the names of the files made from them.
+
+Source: Bergmann et al., "Beyond Dents and Scratches", IJCV 2022 (the data set); arXiv 2302.12245
+and 2311.14773 (the runs). Standard library only: the array generators import this on login nodes.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from sinbad.errors import UserError, say
+
+KINDS = {"loco": "logical_anomalies", "struct": "structural_anomalies"}
+KIND_NAMES = {"loco": "logical", "struct": "structural"}
+DOWNLOAD_PAGE = "https://www.mvtec.com/company/research/datasets/mvtec-loco"
+ARCHIVE_SHA256 = "9e7c84dba550fd2e59d8e9e231c929c45ba737b6b6a6d3814100f54d63aae687"
+
+
+@dataclass(frozen=True)
+class LocoClass:
+    """One class of LOCO: size of its images in pixels, numbers of images of its five parts."""
+
+    width: int
+    height: int
+    train: int
+    validation: int
+    good: int
+    structural: int
+    logical: int
+
+
+LOCO_CLASSES = {
+    "breakfast_box": LocoClass(1600, 1280, 351, 62, 102, 90, 83),
+    "juice_bottle": LocoClass(800, 1600, 335, 54, 94, 94, 142),
+    "pushpins": LocoClass(1700, 1000, 372, 69, 138, 81, 91),
+    "screw_bag": LocoClass(1600, 1100, 360, 60, 122, 82, 137),
+    "splicing_connectors": LocoClass(1700, 850, 354, 59, 119, 85, 108),
+}
+# Some copies of the archive hold these numbers of train and validation images instead.
+OTHER_COUNTS = {"splicing_connectors": {"train": 360, "validation": 60}}
+
+# ROC-AUC in percent. SINBAD: arXiv 2302.12245 as requoted by the README of PSAD.
+PUBLISHED_LOCO = {
+    "loco": {"breakfast_box": 96.5, "juice_bottle": 96.6, "pushpins": 83.4, "screw_bag": 78.6,
+             "splicing_connectors": 89.3, "mean": 88.9},
+    "struct": {"breakfast_box": 87.5, "juice_bottle": 93.1, "pushpins": 74.2, "screw_bag": 92.2,
+               "splicing_connectors": 76.7, "mean": 84.7},
+}  # fmt: skip
+# Mean of logical and structural; arXiv 2311.14773 as requoted by benchmark sites.
+PUBLISHED_ENSEMBLE_MEAN = 88.3
+
+
+@dataclass(frozen=True)
+class LevelSettings:
+    """The paper's settings of a level: crops, directions, shrinkage, repetitions."""
+
+    crop_ratios: tuple[float, ...]
+    n_projections: int
+    shrinkage: float
+    n_reps: int
+
+
+NETWORK_SETTINGS = LevelSettings((0.25, 0.5, 0.7, 0.99), 1000, 0.1, 1)
+PIXEL_SETTINGS = LevelSettings((0.999,), 10, 1.0, 100)
+N_QUANTILES = 5  # thresholds a direction
+LAMBDA_FACTOR = 0.1  # weight of the raw pixels in the ensemble
+PIXEL_LEVEL = 224
+LEVELS = (7, 14, 28, 56, PIXEL_LEVEL)  # a ResNet's: last, third, second, first stage; raw pixels
+PAPER_LEVELS = (7, 14)
+CROP_NUM_EDGE = 4
+IM_SIZE = 1024  # pixels, side of a matrix' images
+DEFAULT_CROP_RATIO = 0.999
+
+DEFAULT_DATASET_DIR = Path("../dataset_loco")
+DEFAULT_DATA_DIR = DEFAULT_DATASET_DIR / "data_matrices"
+DEFAULT_RUNS_DIR = Path("../sinbad_runs")
+DEFAULT_RESULTS_DIR = DEFAULT_RUNS_DIR / "results"
+DEFAULT_VERSION = "ver1"
+
+
+def level_settings(level: int) -> LevelSettings:
+    """Return the paper's settings of a pyramid level."""
+    return PIXEL_SETTINGS if level == PIXEL_LEVEL else NETWORK_SETTINGS
+
+
+def network_levels(levels: Iterable[int]) -> tuple[int, ...]:
+    """Return the levels that need the network, each once."""
+    return tuple(level for level in dict.fromkeys(levels) if level != PIXEL_LEVEL)
+
+
+# ---------------------------------------------------------------- names of data sets
+
+
+def split_mvtype(mvtype: str) -> tuple[str, str]:
+    """Split a data set's name: "pushpins_loco" -> ("pushpins", "loco")."""
+    class_name, _, kind = mvtype.rpartition("_")
+    if not class_name or kind not in KINDS or "/" in mvtype:
+        raise UserError(
+            f"mvtype must be a data set (<class>_loco, <class>_struct), a class, loco, struct or "
+            f"all, got {mvtype}; LOCO's classes are {', '.join(LOCO_CLASSES)}"
+        )
+    return class_name, kind
+
+
+def expand_mvtypes(names: Iterable[str], known_classes: Iterable[str] = LOCO_CLASSES) -> list[str]:
+    """Turn what `--mvtype` takes into data set names, class by class, logical first.
+
+    Parameters
+    ----------
+    names : data sets (`pushpins_loco`), classes (`pushpins`), or `loco`, `struct`, `all`
+    known_classes : the classes that `loco`, `struct`, `all` stand for
+
+    Raises
+    ------
+    UserError
+        If a name is neither a data set, nor a known class, nor one of the three groups.
+    """
+    known = list(known_classes)
+    wanted: list[str] = []
+    for name in names:
+        if name in ("all", *KINDS):
+            kinds = list(KINDS) if name == "all" else [name]
+            wanted += [f"{class_name}_{kind}" for class_name in known for kind in kinds]
+        elif name in known or name in LOCO_CLASSES:
+            wanted += [f"{name}_{kind}" for kind in KINDS]
+        else:
+            split_mvtype(name)
+            wanted.append(name)
+    return list(dict.fromkeys(wanted))
+
+
+def choose_mvtypes(names: Iterable[str], present: Iterable[str]) -> list[str]:
+    """Return the data sets that names stand for; of a class or a group only what is there.
+
+    Parameters
+    ----------
+    names : what `--mvtype` takes
+    present : data sets there are; their classes belong to `loco`, `struct` and `all`
+
+    Returns
+    -------
+    If nothing is there, all that the names stand for: the caller says what is missing.
+    """
+    names, found = list(names), {n for n in present if n.endswith(tuple(f"_{k}" for k in KINDS))}
+    known = dict.fromkeys([*LOCO_CLASSES, *sorted(split_mvtype(name)[0] for name in found)])
+    wanted = expand_mvtypes(names, known)
+    chosen = [name for name in wanted if name in found or name in names]
+    missing = [name for name in wanted if name not in chosen]
+    if chosen and missing:
+        say(f"note: not there: {', '.join(missing)}")
+    return chosen or wanted
+
+
+# ---------------------------------------------------------------- crops
+
+
+def crop_side(im_size: int, ratio: float) -> int:
+    """Return the side of a crop in pixels."""
+    return math.floor(im_size * ratio)
+
+
+def crop_corners(im_size: int, ratio: float, crop_num_edge: int) -> list[tuple[int, int]]:
+    """Return the top left corners (y, x) of all crops of a grid, in pixels, row by row."""
+    side, stride = crop_side(im_size, ratio), im_size // crop_num_edge
+    if side < 1 or stride < 1:
+        raise UserError(
+            f"crops must be at least 1 pixel wide, got crop_size_ratio {ratio} and crop_num_edge "
+            f"{crop_num_edge} at {im_size} pixels; take larger crops or fewer of them"
+        )
+    starts = [i * stride for i in range((im_size - side) // stride + 1)]
+    return [(y, x) for y in starts for x in starts]
+
+
+# ---------------------------------------------------------------- files of scores
+
+
+def scores_file_name(level: int, im_size: int, ratio: float, crop_num_edge: int) -> str:
+    """Return the name of the file with a grid's scores, as the authors' ensemble script expects."""
+    if level == PIXEL_LEVEL:
+        return f"{crop_side(im_size, ratio):.2f}_lvl_anom_maps.npz"
+    return f"{len(crop_corners(im_size, ratio, crop_num_edge))}_crop_anom_maps.npz"
+
+
+def ratios_by_file(
+    level: int, im_size: int, ratios: Iterable[float], crop_num_edge: int
+) -> dict[str, float]:
+    """Return the crop ratios by the files that they write; no two may write the same."""
+    by_file: dict[str, float] = {}
+    for ratio in dict.fromkeys(ratios):
+        name = scores_file_name(level, im_size, ratio, crop_num_edge)
+        if name in by_file:
+            raise UserError(
+                f"crop_size_ratio must give files of different names, got {by_file[name]} and "
+                f"{ratio}, which both write {name} at crop_num_edge {crop_num_edge}; run them "
+                "under two --version_name"
+            )
+        by_file[name] = ratio
+    return by_file
+
+
+def scores_folder(
+    results_dir: Path, version: str, level: int | str, rep: int | str, mvtype: str
+) -> Path:
+    """Return the folder with the scores of one level, repetition and data set."""
+    return results_dir / f"{version}_pyramid_lvl_{level}" / f"rep_num_{rep}" / mvtype

@@ -1,0 +1,411 @@
+"""Which files of scores belong together, that they do, and their ensemble.
+
+Scores are joined only if they were made alike. `load_data_set` checks the files of one data set,
+`check_runs` the data sets and runs of one report: in every setting of `_facts`, files must agree.
+"""
+
+import argparse
+import csv
+import re
+import textwrap
+from collections.abc import Hashable, Iterable
+from dataclasses import dataclass, replace
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sinbad.datasets import PIXEL_LEVEL, choose_mvtypes, split_mvtype
+from sinbad.errors import UserError, say
+from sinbad.results import LevelScores, Run, read_scores
+from sinbad_utils import (
+    SCORE_EPSILON,
+    Scores,
+    ensemble_scores,
+    grid_scores,
+    level_scores,
+    normalise_scores,
+)
+
+NETWORK_FILE = re.compile(r"(\d+)_crop_anom_maps\.npz")
+PIXEL_FILE = re.compile(r"\d+\.00_lvl_anom_maps\.npz")
+# Settings by where they must be equal: in all files, those of the network, of a data set, a level.
+OF_ALL = ("official", "initial_res", "crop_num_edge")
+OF_NETWORK = ("net", "weights_sha256", "precision")
+OF_DATA_SET = ("images_sha256", "n_images", "matrices")
+OF_LEVEL = ("n_projections", "n_quantiles", "shrinkage_factor")
+IMAGE_COLUMN, SCORE_COLUMN = "image_path", "score"
+N_PARTS = 4  # class / split / good or kind of anomaly / image
+
+
+@dataclass(frozen=True)
+class EnsembleOptions:
+    """Which saved scores are ensembled, and how.
+
+    Attributes
+    ----------
+    version, version_224 : folder of the scores, # stands for the level
+    levels : levels of the network; may be empty
+    rep : repetition of the network's levels
+    rep_num_224 : raw-pixel repetitions, 0 to n - 1; 0 for none
+    lambda_factor : weight of the raw pixels
+    crop_norm : "grid", or (ours) "crop": each crop position is divided by its own validation mean
+    crop_pool : how the crops of an image are joined, see `sinbad_utils.grid_scores`
+    """
+
+    version: str
+    version_224: str
+    levels: tuple[int, ...]
+    rep: int
+    rep_num_224: int
+    lambda_factor: float
+    crop_norm: str = "grid"
+    crop_pool: str = "mean"
+
+    def folder(self, level: int, rep: int, mvtype: str) -> Path:
+        """Return the folder of one level's scores of a data set."""
+        version = self.version_224 if level == PIXEL_LEVEL else self.version
+        return Path(version.replace("#", str(level))) / f"rep_num_{rep}" / mvtype
+
+
+@dataclass(frozen=True)
+class ScoreFile:
+    """A file of scores, the level it was read for, and the crop grids beside it."""
+
+    path: Path
+    level: int
+    grids: tuple[int, ...]
+    scores: LevelScores
+
+    @property
+    def settings(self) -> Run:
+        """What determines the numbers; empty in the authors' files."""
+        return self.scores.run.get("settings", {})
+
+
+@dataclass(frozen=True)
+class GridScores:
+    """One crop grid of one of the network's levels.
+
+    Attributes
+    ----------
+    test, valid : (n_test,), (n_valid,), scores of the images: their crops joined
+    crops : (n_crops, n_test), crop scores of the test images divided by the mean of `valid`
+    own : (n_crops, n_test), the same divided by the validation mean of their own position
+    settings : what made them (crop side and so on); empty in the authors' files
+    """
+
+    test: Scores
+    valid: Scores
+    crops: Scores
+    own: Scores
+    settings: Run
+
+
+@dataclass(frozen=True)
+class DataSetScores:
+    """One data set's scores, single and joined; all (n_test,), higher = more anomalous.
+
+    Attributes
+    ----------
+    mvtype : name, such as pushpins_loco
+    labels : 0 good, 1 anomalous
+    image_paths : test images relative to the class folder
+    grids : (level, n_crops) -> one crop grid of one of the network's levels
+    levels : level -> normalised scores of one level; 224 is the median over repetitions
+    network : mean of the network's levels; None if there are none
+    ensemble : SINBAD's, of all levels
+    extra : name of another method -> its normalised scores
+    final : `ensemble`, with other methods added
+    files : what all was read from
+    options : how it was joined
+    """
+
+    mvtype: str
+    labels: Scores
+    image_paths: list[str]
+    grids: dict[tuple[int, int], GridScores]
+    levels: dict[int, Scores]
+    network: Scores | None
+    ensemble: Scores
+    extra: dict[str, Scores]
+    final: Scores
+    files: tuple[ScoreFile, ...]
+    options: EnsembleOptions
+
+
+def add_ensemble_flags(parser: argparse.ArgumentParser) -> None:
+    """Add --extra_norm, --crop_norm and --crop_pool."""
+    add = parser.add_argument
+    add("--extra_norm", choices=("mean", "std"), default="mean",
+        help="--extra_scores are divided by their validation mean, or standardised")  # fmt: skip
+    add("--crop_norm", choices=("grid", "crop"), default="grid",
+        help="validation mean that crops are divided by: of the grid, of the crop")  # fmt: skip
+    add("--crop_pool", choices=("mean", "max"), default="mean", help="joins an image's crops")
+
+
+# ---------------------------------------------------------------- reading
+
+
+def find_mvtypes(runs: Iterable[EnsembleOptions], names: list[str]) -> list[str]:
+    """Return the data sets that names stand for; of a class or a group those with any scores.
+
+    Raises
+    ------
+    UserError
+        If there are scores of none.
+    """
+    places = [(options, level, options.rep) for options in runs for level in options.levels]
+    places += [(o, PIXEL_LEVEL, rep) for o in runs for rep in range(o.rep_num_224)]
+    roots = dict.fromkeys(options.folder(level, rep, "") for options, level, rep in places)
+    found = {path.parent.name for root in roots for path in root.glob("*/*_anom_maps.npz")}
+    chosen = choose_mvtypes(names, found)
+    if roots and not found.intersection(chosen):
+        raise UserError(
+            f"version must hold scores of {', '.join(chosen)}, got none in {next(iter(roots))}; "
+            "run sinbad_single_layer.py, or pass --version and the --pyramid_level there are"
+        )
+    return chosen
+
+
+def load_data_set(options: EnsembleOptions, mvtype: str) -> DataSetScores:
+    """Read all levels of a data set and ensemble them.
+
+    Paper: section on ensembling; the formulas stand in `sinbad_utils`.
+
+    Raises
+    ------
+    UserError
+        If a level, a repetition or a crop grid is missing, or files do not belong together.
+    """
+    places = [(level, options.rep) for level in options.levels]
+    places += [(PIXEL_LEVEL, rep) for rep in range(options.rep_num_224)]
+    files = [f for level, rep in places for f in _read(options.folder(level, rep, mvtype), level)]
+    if not files:
+        raise UserError(
+            "pyramid_level must name a level, or rep_num_224 be above 0, got neither; see --help"
+        )
+    _check_alike(("", file) for file in files)
+    grids = [(file.level, _grid_of(file, options)) for file in files]
+    levels = {}
+    for level in options.levels:
+        own = [grid for level_of_grid, grid in grids if level_of_grid == level]
+        levels[level] = level_scores([grid.test for grid in own], [grid.valid for grid in own])
+    pixels = [level_scores([g.test], [g.valid]) for level, g in grids if level == PIXEL_LEVEL]
+    network = np.mean(list(levels.values()), axis=0) if levels else None
+    ensemble = ensemble_scores(list(levels.values()), pixels, options.lambda_factor)
+    if pixels:
+        levels[PIXEL_LEVEL] = np.median(pixels, axis=0)
+    labels = files[0].scores.labels
+    paths = next((f.scores.image_paths for f in files if f.scores.image_paths), None)
+    by_grid = {(level, len(g.crops)): g for level, g in grids if level != PIXEL_LEVEL}
+    return DataSetScores(
+        mvtype, labels, paths or [f"test/{i:04d}" for i in range(len(labels))], by_grid, levels,
+        network, ensemble, {}, ensemble, tuple(files), options,
+    )  # fmt: skip
+
+
+def _grid_of(file: ScoreFile, options: EnsembleOptions) -> GridScores:
+    """Join and normalise the crops of one file."""
+    test, valid = file.scores.test, file.scores.valid
+    means = valid.mean(1, keepdims=True) + SCORE_EPSILON
+    own = test / means
+    if options.crop_norm == "crop":
+        test, valid = own, valid / means
+    joined, joined_valid = (grid_scores(crops, options.crop_pool) for crops in (test, valid))
+    crops = normalise_scores(test, joined_valid)
+    return GridScores(joined, joined_valid, crops, own, file.settings)
+
+
+def _read(folder: Path, level: int) -> list[ScoreFile]:
+    """Read a level's crop grids, largest first; of the raw pixels its one file."""
+    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    is_pixels = level == PIXEL_LEVEL
+    form, shown = (PIXEL_FILE, "<crop side>.00_lvl") if is_pixels else (NETWORK_FILE, "<n>_crop")
+    matches = [match for name in names if (match := form.fullmatch(name))]
+    if not matches or (is_pixels and len(matches) > 1):
+        rep = folder.parent.name.removeprefix("rep_num_")
+        cure = f"run `python sinbad_single_layer.py --mvtype {folder.name} --pyramid_level {level} "
+        cure += f"--rep {rep}`, or ask for fewer levels and repetitions"
+        raise UserError(
+            f"{folder} must hold {'one file' if is_pixels else 'files'} {shown}_anom_maps.npz, got "
+            f"{' and '.join(m[0] for m in matches) or 'none'}; "
+            f"{'move all but one away' if matches else cure}"
+        )
+    if not is_pixels:
+        matches.sort(key=lambda match: -int(match[1]))
+    read = [(folder / match[0], read_scores(folder / match[0])) for match in matches]
+    grids = tuple(len(scores.test) for _, scores in read)
+    return [ScoreFile(path, level, grids, scores) for path, scores in read]
+
+
+# ---------------------------------------------------------------- what belongs together
+
+
+def check_runs(runs: dict[str, list[DataSetScores]]) -> None:
+    """Stop if data sets or runs of one report differ in more than images, and seed or repetition.
+
+    Says in one line how many files carry no record, so that nothing could be checked.
+    """
+    files = [(name, file) for name, sets in runs.items() for own in sets for file in own.files]
+    _check_alike(files)
+    without = [file.path for _, file in files if not file.settings]
+    if without:
+        say(
+            f"warning: {len(without)} of {len(files)} files of scores carry no record of what made "
+            f"them, as {without[0]}: whether they belong together could not be checked"
+        )
+
+
+def _check_alike(files: Iterable[tuple[str, ScoreFile]]) -> None:
+    """Stop if two files (with the name of their run) are one, or differ where they must not."""
+    places: dict[Path, tuple[Path, int]] = {}
+    seen: dict[tuple[str, Hashable], tuple[Any, Path]] = {}
+    for run, file in files:
+        place = file.path, file.level
+        path, level = places.setdefault(file.path.resolve(), place)
+        if (path, level) != place:
+            raise UserError(
+                f"every file of scores must be read once, got {path} for level {level} and "
+                f"{file.path} for level {file.level}, which are one; put # in --version where the "
+                "level stands, and let no folder be a link to another"
+            )
+        for key, value in _facts(run, file).items():
+            other, path = seen.setdefault(key, (value, file.path))
+            if value != other:
+                first, second = _shown(other, value)
+                raise UserError(
+                    f"scores that are joined must be alike in {key[0]}, got {first} in {path} and "
+                    f"{second} in {file.path}; run sinbad_single_layer.py with the same settings "
+                    "for both (another --version_name, or --overwrite)"
+                )
+
+
+def _facts(run: str, file: ScoreFile) -> dict[tuple[str, Hashable], Any]:
+    """Return (what, within what) -> its value in a file; files must agree in all they share."""
+    scores, settings, mvtype = file.scores, file.settings, file.path.parent.name
+    facts: dict[tuple[str, Hashable], Any] = {
+        ("labels", mvtype): scores.labels.tolist(),
+        ("number of validation images", mvtype): scores.valid.shape[1],
+    }
+    if scores.image_paths:
+        facts["image_paths", mvtype] = scores.image_paths
+    is_network = file.level != PIXEL_LEVEL
+    if is_network:
+        facts["numbers of crops", ""] = list(file.grids)
+    if settings:
+        own = {"pyramid_level": file.level, "mvtype": mvtype}
+        found = {**settings, "rep": f"rep_num_{settings['rep']}"}
+        for name, wanted in {**own, "rep": file.path.parent.parent.name}.items():
+            if found[name] != wanted:
+                raise UserError(
+                    f"{file.path} must hold scores of {name} {wanted}, got {found[name]}; was the "
+                    "folder renamed, or does --version lack its #?"
+                )
+        facts["seed", run] = settings["seed"]
+        facts["pillow", ""] = settings["matrices"].get("pillow")
+        facts["crop_size_ratio", (file.level, len(scores.test))] = settings["crop_size_ratio"]
+        scopes = [(OF_ALL, ""), (OF_DATA_SET, mvtype), (OF_LEVEL, file.level)]
+        scopes += [(OF_NETWORK, "")] if is_network else []
+        facts.update({(n, scope): settings.get(n) for names, scope in scopes for n in names})
+    return facts
+
+
+def _shown(first: Any, second: Any) -> tuple[str, str]:  # noqa: ANN401  a setting of any kind
+    """Return two values short enough for a line; of two lists the first place that differs."""
+    if isinstance(first, list) and isinstance(second, list):
+        first, second = next(p for p in zip_longest(first, second) if p[0] != p[1])
+    return textwrap.shorten(str(first), 90), textwrap.shorten(str(second), 90)
+
+
+# ---------------------------------------------------------------- another method's scores
+
+
+@dataclass(frozen=True)
+class ExtraScores:
+    """Another method's scores: its name, image -> score, weight in the ensemble, normalisation."""
+
+    name: str
+    by_image: dict[str, float]
+    weight: float
+    norm: str
+
+
+def read_extra_scores(path: Path, weight: float, norm: str) -> ExtraScores:
+    """Read a CSV file of image paths and scores (higher = more anomalous).
+
+    Of a path the last four parts count: <class>/<split>/<kind>/<image>. With a header line its
+    columns `image_path` and `score` are taken, so our own scores.csv is read too; without one the
+    first two columns.
+    """
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:  # Excel begins with a mark
+            rows = list(csv.reader(file))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path} must be CSV in UTF-8, got {error}; save it so") from error
+    columns, start = (0, 1), 0
+    if rows and {IMAGE_COLUMN, SCORE_COLUMN} <= set(rows[0]):
+        columns, start = (rows[0].index(IMAGE_COLUMN), rows[0].index(SCORE_COLUMN)), 1
+    by_image = {}
+    for number, row in enumerate(rows[start:], start=start + 1):
+        try:
+            parts, score = Path(row[columns[0]]).parts[-N_PARTS:], float(row[columns[1]])
+        except (IndexError, ValueError):
+            parts, score = (), float("nan")
+        if row and (len(parts) < N_PARTS or not np.isfinite(score)):
+            raise UserError(
+                f"{path} line {number} must be <class>/<split>/<kind>/<image>,<number>, got "
+                f"{','.join(row)}; the first line may be {IMAGE_COLUMN},{SCORE_COLUMN}"
+            )
+        if row:
+            by_image["/".join(parts)] = score
+    if not by_image:
+        raise UserError(f"{path} must hold lines <image path>,<score>, got none")
+    return ExtraScores(path.stem, by_image, weight, norm)
+
+
+def add_extra_scores(scores: DataSetScores, extra: ExtraScores) -> DataSetScores:
+    """Add weight * another method's scores, normalised by its validation scores.
+
+    Raises
+    ------
+    UserError
+        If the file lacks a test image of the data set, or all validation images of its class, or
+        its scores cannot be normalised in the way asked for.
+    """
+    class_name = split_mvtype(scores.mvtype)[0]
+    images = [f"{class_name}/{path}" for path in scores.image_paths]
+    missing = [image for image in images if image not in extra.by_image]
+    if missing:
+        raise UserError(
+            f"extra_scores must hold every test image of {scores.mvtype}, got no {missing[0]} "
+            f"({len(missing)} of {len(images)} are missing)"
+        )
+    before = f"{class_name}/validation/"
+    valid = np.array([s for image, s in extra.by_image.items() if image.startswith(before)])
+    if not len(valid):
+        raise UserError(
+            f"extra_scores must hold the validation images, got none of {before}; scores are "
+            "normalised by theirs"
+        )
+    test = np.array([extra.by_image[image] for image in images])
+    normalised = _normalised_extra(test, valid, extra.norm)
+    final = scores.ensemble + extra.weight * normalised
+    return replace(scores, extra={extra.name: normalised}, final=final)
+
+
+def _normalised_extra(test: Scores, valid: Scores, norm: str) -> Scores:
+    """Normalise another method's scores; their order stays."""
+    lowest, mean, spread = min(test.min(), valid.min()), valid.mean(), valid.std()
+    if norm == "mean" and (lowest < 0 or mean <= 0):
+        raise UserError(
+            "extra_scores that are divided by their validation mean must not be negative, nor that "
+            f"mean 0, got a lowest of {lowest:g} and a mean of {mean:g}; pass --extra_norm std"
+        )
+    if norm == "std" and not spread > 0:
+        raise UserError(
+            f"extra_scores must vary over the validation images for --extra_norm std, got "
+            f"{len(valid)} equal ones; pass --extra_norm mean"
+        )
+    return normalise_scores(test, valid) if norm == "mean" else (test - mean) / spread

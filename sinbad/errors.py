@@ -1,0 +1,89 @@
+"""Errors of the user's input, shown as one line, and the other lines on stderr.
+
+Standard library only (tqdm where a bar is on screen): the array generators run on login nodes.
+"""
+
+import errno
+import os
+import sys
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130
+
+CURES = {
+    errno.ENOSPC: "free some space and run the same command again, finished outputs are kept",
+    errno.EDQUOT: "free some of the quota and run the same command again",
+    errno.EACCES: "give this user the right to read, write and search it, or choose another",
+    errno.EPERM: "give this user the right to read, write and search it, or choose another",
+    errno.EROFS: "choose a folder that is not read-only",
+}
+
+
+class UserError(Exception):
+    """An error of the user's input: shown as one line, `error: <what> must be <rule>, got ...`."""
+
+
+def say(message: str) -> None:
+    """Write a line of progress or a warning to stderr; stdout carries results only."""
+    if sys.stderr.isatty():
+        from tqdm import tqdm  # keeps a bar that is on screen whole
+
+        tqdm.write(message, file=sys.stderr)
+    else:
+        print(message, file=sys.stderr, flush=True)
+
+
+def run_script(main: Callable[..., Any], argv: list[str] | None = None) -> NoReturn:
+    """Run a script's `main`; turn an error of the user's input into one line and exit status 2.
+
+    Anything else is a bug of ours and shows its traceback; `--debug` shows every traceback.
+    """
+    debug = "--debug" in (sys.argv[1:] if argv is None else argv)
+    _prepare_streams()
+    try:
+        status = main(argv)
+        if sys.stdout is not None:
+            sys.stdout.flush()  # here its errors are still caught
+    except UserError as error:
+        if debug:
+            raise
+        sys.exit(_fail(str(error)))
+    except OSError as error:
+        _give_up_stdout()
+        if debug or error.errno is None:
+            raise
+        if isinstance(error, BrokenPipeError):  # the reader has gone, as `| head` does
+            sys.exit(EXIT_USER_ERROR)
+        where = error.filename if error.filename is not None else "the output"
+        cure = CURES.get(error.errno, "check the path")
+        sys.exit(_fail(f"{where}: {error.strerror or error}; {cure}"))
+    except KeyboardInterrupt:
+        say("interrupted; run the same command again to go on, finished outputs are kept")
+        sys.exit(EXIT_INTERRUPTED)
+    sys.exit(status or 0)
+
+
+def _prepare_streams() -> None:
+    """Let stdout and stderr take names in any script, whatever the locale."""
+    if sys.stderr is None:  # closed by the caller
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  lives as the process
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
+
+
+def _give_up_stdout() -> None:
+    """If nobody takes what is left to print, let the interpreter end without a second error."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _fail(message: str) -> int:
+    """Print the error line and return the exit status."""
+    print("error: " + " ".join(message.split()), file=sys.stderr)
+    return EXIT_USER_ERROR

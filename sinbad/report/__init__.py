@@ -1,0 +1,131 @@
+"""The report on ensembled scores: metrics, tables, per-image scores, figures, anomaly maps."""
+
+import argparse
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from sinbad.datasets import KINDS, split_mvtype
+from sinbad.ensembles import (
+    DataSetScores,
+    ExtraScores,
+    add_extra_scores,
+    check_runs,
+    read_extra_scores,
+)
+from sinbad.errors import say
+from sinbad.files import to_json, write_whole
+from sinbad.folders import defect_images
+from sinbad.report.metrics import all_metrics
+from sinbad.report.tables import (
+    csv_text,
+    image_rows,
+    made_from,
+    made_from_text,
+    markdown,
+    other_tables,
+    score_table,
+)
+
+NOTES = """
+AUROC in percent; the interval is a bootstrap over test images (of the first of several runs).
+Published: SINBAD, arXiv 2302.12245, shown beside whole LOCO data sets only."""
+# Everything that a report may write; what lies there of another run is removed.
+OWN_FILES = re.compile(
+    r"metrics\.json|table\.md|(table|classes|details|defects|scores(_(seed|rep)_\d+)?)\.csv|"
+    rf"(score_distributions|roc_curves|auroc_by_grid|images_.+_({'|'.join({*KINDS, 'all'})}))\.png"
+)
+
+
+@dataclass(frozen=True)
+class ReportOptions:
+    """What a report holds.
+
+    Attributes
+    ----------
+    out : folder of tables and pictures
+    dataset_dir : folder of the classes, for pictures, masks and the size of maps; may be missing
+    extra : another method's scores, or None
+    maps_dir : folder of anomaly maps, or None
+    figures : draw pictures
+    """
+
+    out: Path
+    dataset_dir: Path
+    extra: ExtraScores | None
+    maps_dir: Path | None
+    figures: bool
+
+
+def report_options(args: argparse.Namespace, out: Path) -> ReportOptions:
+    """Collect the flags of a report; what they name is tried now, before long work."""
+    extra = None
+    if args.extra_scores is not None:
+        extra = read_extra_scores(args.extra_scores, args.extra_weight, args.extra_norm)
+    out.mkdir(parents=True, exist_ok=True)
+    return ReportOptions(out, args.dataset_dir, extra, args.maps_dir, args.figures)
+
+
+def write_report(runs: dict[str, list[DataSetScores]], options: ReportOptions) -> str:
+    """Write everything that is asked for; return the text to print.
+
+    Parameters
+    ----------
+    runs : name of a run, "seed 0" or "rep 0" -> its data sets, the same in all runs
+        Pictures and maps are of the first run.
+    options : ReportOptions
+
+    Raises
+    ------
+    UserError
+        If data sets or runs do not belong together, or a file that is named does not fit them.
+    """
+    check_runs(runs)
+    extra = options.extra
+    if extra is not None:
+        runs = {name: [add_extra_scores(s, extra) for s in sets] for name, sets in runs.items()}
+    first = next(iter(runs.values()))
+    if options.maps_dir is not None:
+        from sinbad.report.maps import write_maps
+
+        write_maps(options.maps_dir, first, options.dataset_dir)
+        say(f"anomaly maps (coarse: where to look) in {options.maps_dir}")
+    text, files = _tables(runs, options)
+    if options.figures:
+        from sinbad.report.figures import draw_figures  # matplotlib is slow to import
+
+        files |= draw_figures(first, options.dataset_dir)
+    for name, content in files.items():
+        write_whole(options.out / name, content)
+    for path in options.out.iterdir():
+        if path.name not in files and OWN_FILES.fullmatch(path.name) and not path.is_dir():
+            path.unlink(missing_ok=True)
+    return f"{text}\n{NOTES}\nMore tables, per-image scores and pictures: {options.out}"
+
+
+def _tables(
+    runs: dict[str, list[DataSetScores]], options: ReportOptions
+) -> tuple[str, dict[str, bytes | str]]:
+    """Return the score table to print, and file -> content of all tables."""
+    defects = {}
+    for scores in next(iter(runs.values())):
+        class_dir = options.dataset_dir / split_mvtype(scores.mvtype)[0]
+        defects[scores.mvtype] = defect_images(class_dir, scores.image_paths)
+    metrics = {name: all_metrics(sets, defects) for name, sets in runs.items()}
+    values = list(metrics.values())
+    tables = {"table": score_table(values), **other_tables(values)}
+    texts = {name: markdown(rows) for name, rows in tables.items() if len(rows) > 1}
+    source = made_from(runs)
+    if options.extra is not None:
+        keys = ("name", "weight", "norm")
+        source["extra scores"] = {key: [getattr(options.extra, key)] for key in keys}
+    single = len(runs) == 1
+    report = values[0] if single else {"runs": metrics}
+    files: dict[str, bytes | str] = {f"{name}.csv": csv_text(tables[name]) for name in texts}
+    files["table.md"] = "\n\n".join([*texts.values(), "Made from", made_from_text(source)]) + "\n"
+    text = to_json({**report, "made_from": source}) + "\n"
+    files["metrics.json"] = text.encode("utf-8", "backslashreplace")
+    for name, sets in runs.items():
+        file_name = "scores.csv" if single else f"scores_{name.replace(' ', '_')}.csv"
+        files[file_name] = csv_text(image_rows(sets))
+    return texts["table"], files

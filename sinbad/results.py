@@ -1,0 +1,175 @@
+"""The files of scores on disk: one a level, crop grid and repetition, with what made it."""
+
+import io
+import json
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sinbad.errors import UserError
+from sinbad.files import folder_beside, to_json, write_whole
+
+LABELS_FILE = "lbl.npy"
+UPSTREAM_LABELS_FILE = "lbl.py.npy"
+
+Run = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class LevelScores:
+    """One file of scores: a level, a crop grid, a repetition.
+
+    Attributes
+    ----------
+    test, valid : (n_crops, n_images), float64, higher = more anomalous
+    labels : (n_test,), 0 good, 1 anomalous
+    image_paths : the test images, relative to the class folder; empty in the authors' files
+    run : {"settings": what determines the numbers, "made_with": versions and machine}; empty in the
+        authors' files
+    """
+
+    test: NDArray[np.float64]
+    valid: NDArray[np.float64]
+    labels: NDArray[np.float64]
+    image_paths: list[str]
+    run: Run
+
+
+def save_scores(path: Path, scores: LevelScores) -> None:
+    """Write a file of scores and, before it, the labels beside it (equal runs: equal bytes).
+
+    Where the authors' labels lie already and are equal, ours are not written beside them: their
+    ensemble script takes any other file for the labels.
+    """
+    hidden_in = folder_beside(path.parent)
+    theirs = path.with_name(UPSTREAM_LABELS_FILE)
+    if not (theirs.exists() and np.array_equal(read_array(theirs), scores.labels)):
+        if theirs.exists():
+            raise UserError(
+                f"{theirs} must hold the labels of these images, got others; choose another "
+                "--version_name or --results_dir"
+            )
+        labels = _npy_bytes(scores.labels)
+        path_of_ours = path.with_name(LABELS_FILE)
+        if not path_of_ours.exists() or path_of_ours.read_bytes() != labels:
+            write_whole(path_of_ours, labels, hidden_in)
+    buffer = io.BytesIO()
+    np.savez(
+        buffer,
+        anom_map_test=scores.test,
+        anom_map_valid=scores.valid,
+        image_paths=np.array(scores.image_paths, dtype=np.str_),
+        run=np.array(to_json(scores.run)),
+    )
+    write_whole(path, buffer.getvalue(), hidden_in)
+
+
+def _npy_bytes(array: NDArray[Any]) -> bytes:
+    """Return an array as the bytes of a .npy file."""
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    return buffer.getvalue()
+
+
+def read_array(path: Path) -> NDArray[Any]:
+    """Read a .npy file whole; a damaged one is an error that names it."""
+    try:
+        with open(path, "rb") as file:
+            return np.lib.format.read_array(file, allow_pickle=False)
+    except OSError:
+        raise
+    except Exception as error:  # a damaged header raises whatever Python's own parser does
+        raise UserError(
+            f"{path} must be a whole .npy file, got a damaged one ({error}); delete it and run the "
+            "step that writes it again"
+        ) from error
+
+
+def read_scores(path: Path) -> LevelScores:
+    """Read a file of scores, ours or the authors', with the labels beside it."""
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            test, valid = archive["anom_map_test"], archive["anom_map_valid"]
+            image_paths = archive["image_paths"].tolist() if "image_paths" in archive else []
+            run = json.loads(str(archive["run"])) if "run" in archive else {}
+        _check_scores(path, test, valid, run)
+    except (FileNotFoundError, PermissionError):
+        raise
+    except Exception as error:  # a cut zip raises BadZipFile, zlib.error, KeyError, ValueError, ...
+        raise UserError(
+            f"{path} must be a whole file of scores, got a damaged one ({error}); delete it and "
+            "run sinbad_single_layer.py again"
+        ) from error
+    labels_path = _labels_beside(path)
+    if labels_path is None:
+        raise UserError(
+            f"{path.parent} must hold {LABELS_FILE} (or {UPSTREAM_LABELS_FILE}), got neither; run "
+            "sinbad_single_layer.py with --overwrite"
+        )
+    labels = read_array(labels_path)
+    if labels.shape != test.shape[1:]:
+        raise UserError(
+            f"{labels_path} must hold {test.shape[1]} labels as {path.name} has test images, got "
+            f"{labels.size}; run sinbad_single_layer.py with --overwrite"
+        )
+    return LevelScores(test, valid, labels, image_paths, run)
+
+
+def _labels_beside(path: Path) -> Path | None:
+    """Return the labels that lie beside a file of scores, None if there are none."""
+    places = (path.with_name(name) for name in (LABELS_FILE, UPSTREAM_LABELS_FILE))
+    return next((place for place in places if place.exists()), None)
+
+
+def _check_scores(path: Path, test: NDArray[Any], valid: NDArray[Any], run: object) -> None:
+    """Refuse arrays that are no scores of one crop grid, or not of the grid the name tells."""
+    for name, array in (("anom_map_test", test), ("anom_map_valid", valid)):
+        if array.ndim != 2 or array.dtype.kind != "f" or 0 in array.shape:
+            raise ValueError(f"{name} is {array.dtype} of shape {array.shape}")
+        if not np.isfinite(array).all():
+            raise ValueError(f"{name} holds NaN or infinity")
+    n_crops = re.match(r"(\d+)_crop_", path.name)
+    expected = int(n_crops[1]) if n_crops else len(test)
+    if not len(test) == len(valid) == expected or math.isqrt(len(test)) ** 2 != len(test):
+        raise ValueError(f"{len(test)} and {len(valid)} crops in a file of {expected}")
+    if not isinstance(run, dict) or not isinstance(run.get("settings", {}), dict):
+        raise ValueError("run is no record of settings")
+
+
+def is_finished(path: Path, run: Run) -> bool:
+    """Tell whether a file of scores is there already, made with the same settings.
+
+    Raises
+    ------
+    UserError
+        If it is there with other settings; names the first that differs.
+    """
+    if not path.exists() or _labels_beside(path) is None:
+        return False
+    found, wanted = read_scores(path).run.get("settings"), run["settings"]
+    if found is None:
+        raise UserError(
+            f"{path} must be a file of this collection, got one without settings (the authors' "
+            "own?); choose another --version_name or --results_dir, or pass --overwrite"
+        )
+    difference = first_difference(found, wanted)
+    if difference is not None:
+        name, old, new = difference
+        raise UserError(
+            f"{path} was made with {name} {old}, now {name} is {new}; choose another "
+            "--version_name, or pass --overwrite to replace it"
+        )
+    return True
+
+
+def first_difference(found: Run, wanted: Run) -> tuple[str, Any, Any] | None:
+    """Return (name, found, wanted) of the first setting that differs, None if all are equal."""
+    for name in [*wanted, *(name for name in found if name not in wanted)]:
+        if found.get(name) != wanted.get(name):
+            return name, found.get(name), wanted.get(name)
+    return None

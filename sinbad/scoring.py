@@ -1,0 +1,556 @@
+"""From matrices to the scores of every crop: one pass over the images for all that is asked.
+
+The fast way to the numbers of `sinbad_utils.score_crop`. The crops of all images, position by
+position, run through the network in full batches; every level, repetition and seed takes its
+elements from the same forward pass, and the data sets of a class share the images they have in
+common. Kept in memory: the descriptors of the crop positions in the batch at hand (n_images x
+n_projections n_quantiles floats each), never features of images.
+"""
+
+import argparse
+import functools
+import platform
+import subprocess
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, fields
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torchvision
+from torch import Tensor
+
+from sinbad.backbones import INPUT_SIDE, FeatureExtractor, Weights, pixel_elements
+from sinbad.datasets import (
+    PIXEL_LEVEL,
+    crop_corners,
+    crop_side,
+    level_settings,
+    ratios_by_file,
+    scores_file_name,
+    scores_folder,
+)
+from sinbad.errors import UserError
+from sinbad.flags import Progress
+from sinbad.matrices import ImagePool, MatrixSet, nearest_source
+from sinbad.results import Run
+from sinbad_utils import (
+    FIT_SETS,
+    Scores,
+    Whitening,
+    cumulative_histogram,
+    fit_ranges,
+    fit_whitening,
+    nearest_distances,
+    project,
+    random_directions,
+)
+
+# Crops of one forward pass; many small batches would keep a GPU waiting for the next one.
+BATCH_SIZES = {"cpu": 32, "cuda": 256}
+BATCHES_AHEAD = 2
+# Projected values worked on at a time: what stays in a processor's cache; half a GB of a GPU.
+VALUES_AT_ONCE = {"cpu": 1 << 20, "cuda": 1 << 27}
+
+Extract = Callable[[Tensor], dict[int, Tensor]]
+Draw = tuple[int, int]  # (seed, rep): one draw of random directions
+Batch = list[tuple["CropJob", list[int]]]  # crops of several positions: position, images
+
+
+# ---------------------------------------------------------------- the plan of a run
+
+
+@dataclass(frozen=True)
+class ScoreTask:
+    """One file of scores: a data set, a level, a crop grid, a seed, a repetition, its version."""
+
+    mvtype: str
+    level: int
+    ratio: float
+    seed: int
+    rep: int
+    version: str
+
+
+@dataclass(frozen=True)
+class Descriptor:
+    """How a level is described and scored."""
+
+    n_projections: int
+    n_quantiles: int
+    shrinkage: float
+
+
+@dataclass(frozen=True)
+class ScorePlan:
+    """What a run of scoring computes, and how; the names are those of the flags.
+
+    `n_projections`, `shrinkage_factor`, `batch_size` None stand for the level's and the device's
+    own.
+    """
+
+    tasks: tuple[ScoreTask, ...]
+    data_dir: Path
+    results_dir: Path
+    net: str
+    weights: str
+    precision: str
+    batch_size: int | None
+    n_projections: int | None
+    n_quantiles: int
+    shrinkage_factor: float | None
+    crop_num_edge: int
+    initial_res: int
+    official: bool
+    num_workers: int
+    overwrite: bool
+
+    @classmethod
+    def of(
+        cls, args: argparse.Namespace, tasks: Iterable[ScoreTask], data_dir: Path
+    ) -> "ScorePlan":
+        """Make the plan of parsed flags; stop if two tasks would write the same file."""
+        own = {"tasks": tuple(tasks), "data_dir": data_dir}
+        flags = {f.name: getattr(args, f.name, None) for f in fields(cls) if f.name not in own}
+        plan = cls(**own, **flags)
+        ratios = {level: dict.fromkeys(t.ratio for t in plan.tasks if t.level == level)
+                  for level in {task.level for task in plan.tasks}}  # fmt: skip
+        for level, of_level in ratios.items():
+            ratios_by_file(level, plan.initial_res, of_level, plan.crop_num_edge)
+        return plan
+
+    def descriptor(self, level: int) -> Descriptor:
+        """Return how a level is described."""
+        default = level_settings(level)
+        return Descriptor(
+            self.n_projections or default.n_projections,
+            self.n_quantiles,
+            self.shrinkage_factor or default.shrinkage,
+        )
+
+    def output(self, task: ScoreTask) -> Path:
+        """Return the file that a task writes."""
+        name = scores_file_name(task.level, self.initial_res, task.ratio, self.crop_num_edge)
+        folder = scores_folder(self.results_dir, task.version, task.level, task.rep, task.mvtype)
+        return folder / name
+
+    def batch_size_on(self, device: torch.device) -> int:
+        """Return the crops of one forward pass."""
+        return self.batch_size or BATCH_SIZES[device.type]
+
+
+def run_record(
+    plan: ScorePlan,
+    task: ScoreTask,
+    data_set: MatrixSet,
+    weights: Weights | None,
+    device: torch.device,
+) -> Run:
+    """Return what determines a task's numbers, and (not compared later) what they were made on."""
+    descriptor = plan.descriptor(task.level)
+    settings: dict[str, Any] = {
+        "mvtype": task.mvtype,
+        "pyramid_level": task.level,
+        "crop_size_ratio": task.ratio,
+        "crop_num_edge": plan.crop_num_edge,
+        "rep": task.rep,
+        "seed": task.seed,
+        "n_projections": descriptor.n_projections,
+        "n_quantiles": descriptor.n_quantiles,
+        "shrinkage_factor": descriptor.shrinkage,
+        "official": plan.official,
+        "initial_res": plan.initial_res,
+        "matrices": data_set.settings,
+        "images_sha256": data_set.digest(),
+        "n_images": {split: len(images) for split, images in data_set.images.items()},
+    }
+    if weights is not None and task.level != PIXEL_LEVEL:
+        settings["net"] = plan.net
+        settings["weights_sha256"] = weights.sha256
+        settings["precision"] = plan.precision
+    return {"settings": settings, "made_with": made_with(plan.batch_size_on(device), device)}
+
+
+@functools.cache
+def made_with(batch_size: int, device: torch.device) -> dict[str, object]:
+    """Return versions, device, threads and git commit: they may change last bits, or nothing."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = "unknown"
+    on_gpu = device.type == "cuda"
+    return {
+        "batch_size": batch_size,
+        "commit": commit,
+        "cuda": torch.version.cuda if on_gpu else None,
+        "device": torch.cuda.get_device_name(device) if on_gpu else device.type,
+        "machine": platform.machine(),
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+    }
+
+
+# ---------------------------------------------------------------- descriptors, batch by batch
+
+
+@dataclass(frozen=True)
+class RangeGroup:
+    """Images that are described with the same ranges, and the images these are fitted on."""
+
+    fit_ids: tuple[int, ...]
+    members: dict[int, int]  # image -> row among the descriptors
+
+
+def range_groups(
+    pool: ImagePool, mvtypes: list[str], official: bool
+) -> dict[tuple[str, str], RangeGroup]:
+    """Assign a range group to every (mvtype, split).
+
+    Ranges are fitted on the first 32 training images; with `official` on the first 32 of each
+    split, test included, as the authors' code does.
+    """
+    groups: dict[tuple[int, ...], RangeGroup] = {}
+    assigned = {}
+    for mvtype in mvtypes:
+        for split in ("train", "valid", "test"):
+            ids = pool.ids[mvtype, split]
+            fit_ids = tuple((ids if official else pool.ids[mvtype, "train"])[:FIT_SETS])
+            group = groups.setdefault(fit_ids, RangeGroup(fit_ids, {}))
+            for index in ids:
+                group.members.setdefault(index, len(group.members))
+            assigned[mvtype, split] = group
+    return assigned
+
+
+def as_index(numbers: list[int]) -> slice | list[int]:
+    """Return consecutive numbers as a slice: a GPU need not be waited for to index by it."""
+    first = numbers[0] if numbers else 0
+    consecutive = numbers == list(range(first, first + len(numbers)))
+    return slice(first, first + len(numbers)) if consecutive else numbers
+
+
+class DescriptorBuilder:
+    """Describes the images of a range group at one level and crop position, batch by batch.
+
+    Elements that come before their ranges can be fitted wait; no others are kept.
+
+    Attributes
+    ----------
+    described : (n_draws, n_images, n_directions * n_bins), rows as the group's
+    """
+
+    def __init__(self, group: RangeGroup, directions: list[Tensor], n_bins: int) -> None:
+        self.group, self.directions, self.n_bins = group, directions, n_bins
+        first = directions[0]
+        length = len(first) * n_bins
+        self.described = torch.empty(
+            len(directions), len(group.members), length, device=first.device
+        )
+        self.waiting: dict[int, Tensor] = {}
+        self.ranges: list[tuple[Tensor, Tensor]] = []  # of each draw
+
+    def add(self, ids: list[int], elements: Tensor) -> None:
+        """Describe those of some images that belong to the group; (n, channels, n_elements)."""
+        own = [i for i, index in enumerate(ids) if index in self.group.members]
+        if not own:
+            return
+        ids, elements = [ids[i] for i in own], elements[as_index(own)]
+        if not self.ranges:
+            self.waiting.update(zip(ids, elements.clone(), strict=True))
+            if any(index not in self.waiting for index in self.group.fit_ids):
+                return
+            self._fit_ranges()
+            ids = [index for index in self.waiting if index not in self.group.fit_ids]
+            elements = torch.stack([self.waiting[index] for index in ids]) if ids else elements[:0]
+            self.waiting.clear()
+        step = self._step(len(self.directions[0]) * elements.shape[2])
+        for start in range(0, len(ids), step):
+            for draw, directions in enumerate(self.directions):
+                values = project(directions, elements[start : start + step])
+                self._describe(draw, ids[start : start + step], values)
+
+    def _fit_ranges(self) -> None:
+        """Fit the ranges of every draw on the group's first images, and describe these."""
+        ids = list(self.group.fit_ids)
+        first = torch.stack([self.waiting[index] for index in ids])
+        for draw, directions in enumerate(self.directions):
+            values = project(directions, first)
+            self.ranges.append(fit_ranges(values))
+            step = self._step(values[0].numel())
+            for start in range(0, len(ids), step):
+                self._describe(draw, ids[start : start + step], values[start : start + step])
+
+    def _step(self, n_values: int) -> int:
+        """Return how many images of `n_values` projected values are worked on at a time."""
+        return max(1, VALUES_AT_ONCE[self.described.device.type] // n_values)
+
+    def _describe(self, draw: int, ids: list[int], values: Tensor) -> None:
+        """Write the descriptors of projected images into their rows."""
+        rows = as_index([self.group.members[index] for index in ids])
+        self.described[draw, rows] = cumulative_histogram(values, *self.ranges[draw], self.n_bins)
+
+    def descriptors(self, draw: int, ids: list[int]) -> Tensor:
+        """Return the descriptors (n, n_directions * n_bins) of images of the group."""
+        return self.described[draw, as_index([self.group.members[index] for index in ids])]
+
+
+@dataclass
+class CropJob:
+    """One crop position of a grid: where it is, and the builders of every level that wants it.
+
+    Attributes
+    ----------
+    tasks : the tasks of this grid
+    crop, n_crops : number of the position, row by row, and how many the grid has
+    corner, side : (y, x) and side in pixels
+    empty_for : data sets where this position is padding only in every image
+    builders : level -> a builder for each range group
+    finite : level -> images, and whether the elements of each are finite
+    """
+
+    tasks: list[ScoreTask]
+    crop: int
+    n_crops: int
+    corner: tuple[int, int]
+    side: int
+    empty_for: set[str]
+    builders: dict[int, list[DescriptorBuilder]] = field(default_factory=dict)
+    finite: dict[int, list[tuple[list[int], Tensor]]] = field(default_factory=dict)
+
+    @property
+    def is_empty(self) -> bool:
+        """Tell whether no data set has anything but padding here."""
+        return self.empty_for >= {task.mvtype for task in self.tasks}
+
+    def draws(self, level: int) -> list[Draw]:
+        """Return the draws of directions that a level wants."""
+        return list(dict.fromkeys((t.seed, t.rep) for t in self.tasks if t.level == level))
+
+    def check_finite(self, names: list[str]) -> None:
+        """Stop if the network gave NaN or infinity for an image."""
+        for level, parts in self.finite.items():
+            ids = [index for own, _ in parts for index in own]
+            flags = torch.cat([flags for _, flags in parts]).tolist()  # one wait for the GPU
+            bad = [index for index, is_finite in zip(ids, flags, strict=True) if not is_finite]
+            if bad:
+                raise UserError(
+                    f"features must be finite, got NaN or infinity for image {names[bad[0]]} at "
+                    f"level {level} ({len(bad)} images in all); check the weights and the "
+                    "--precision"
+                )
+
+
+# ---------------------------------------------------------------- the stream
+
+
+class ClassScorer:
+    """Scores the data sets of one class, each crop forwarded once for all tasks.
+
+    Parameters
+    ----------
+    plan : ScorePlan
+    data_sets : mvtype -> matrices, of one class
+    extractor : the network; may be None if only the raw-pixel level is wanted
+    device : torch.device
+    """
+
+    def __init__(
+        self,
+        plan: ScorePlan,
+        data_sets: dict[str, MatrixSet],
+        extractor: FeatureExtractor | None,
+        device: torch.device,
+    ) -> None:
+        for mvtype, data_set in data_sets.items():
+            n_train = len(data_set.images["train"])
+            if n_train < 2:
+                raise UserError(
+                    f"train images must be at least 2, got {n_train} of {mvtype}; add some, and "
+                    "make the matrices again"
+                )
+        self.plan, self.extractor, self.device = plan, extractor, device
+        self.batch_size = plan.batch_size_on(device)
+        self.im_size = next(iter(data_sets.values())).im_size
+        self.pool = ImagePool(data_sets.values(), device)
+        self.pool.move_to_device(plan.num_workers)
+        self.groups = range_groups(self.pool, list(data_sets), plan.official)
+
+    def score(self, tasks: list[ScoreTask]) -> Iterator[tuple[ScoreTask, Scores, Scores]]:
+        """Yield every task as soon as its last crop is scored.
+
+        Yields
+        ------
+        task, (n_crops, n_test) and (n_crops, n_valid) scores, float64, higher = more anomalous
+        """
+        network = [task for task in tasks if task.level != PIXEL_LEVEL]
+        pixels = [task for task in tasks if task.level == PIXEL_LEVEL]
+        if network:
+            assert self.extractor is not None
+            yield from self._score_stream(network, self.extractor.extract)
+        if pixels:
+            yield from self._score_stream(pixels, lambda c: {PIXEL_LEVEL: pixel_elements(c)})
+
+    def _score_stream(
+        self, tasks: list[ScoreTask], extract: Extract
+    ) -> Iterator[tuple[ScoreTask, Scores, Scores]]:
+        """Score tasks whose elements come from the same `extract`."""
+        mvtypes = list(dict.fromkeys(task.mvtype for task in tasks))
+        images = sorted({index for mvtype in mvtypes for index in self.pool.ids_of(mvtype)})
+        ratios = dict.fromkeys(task.ratio for task in tasks)
+        jobs = [job for ratio in ratios for job in self._grid(ratio, tasks)]
+        levels = ",".join(str(level) for level in dict.fromkeys(task.level for task in tasks))
+        n_crops = sum(len(images) for job in jobs if not job.is_empty)
+        crops: dict[ScoreTask, dict[int, tuple[Scores, Scores]]] = defaultdict(dict)
+        with Progress(n_crops, f"{'+'.join(mvtypes)} level {levels}", "crops") as bar:
+            for job in self._complete(jobs, images, mvtypes, extract, bar):
+                for task, scores in self._score_job(job).items():
+                    crops[task][job.crop] = scores
+                    if len(crops[task]) == job.n_crops:
+                        done = crops.pop(task)
+                        test, valid = zip(*(done[i] for i in range(job.n_crops)), strict=True)
+                        yield task, np.stack(test), np.stack(valid)
+                job.builders.clear()
+
+    def _grid(self, ratio: float, tasks: list[ScoreTask]) -> list[CropJob]:
+        """Return the crop positions of one ratio."""
+        own = [task for task in tasks if task.ratio == ratio]
+        side = crop_side(self.im_size, ratio)
+        corners = crop_corners(self.im_size, ratio, self.plan.crop_num_edge)
+        mvtypes = {task.mvtype for task in own}
+        jobs = []
+        for crop, corner in enumerate(corners):
+            empty_for = {name for name in mvtypes if self.pool.empty_in(name, corner, side)}
+            jobs.append(CropJob(own, crop, len(corners), corner, side, empty_for))
+        return jobs
+
+    def _complete(
+        self,
+        jobs: list[CropJob],
+        images: list[int],
+        mvtypes: list[str],
+        extract: Extract,
+        bar: Progress,
+    ) -> Iterator[CropJob]:
+        """Run the crops of all jobs through `extract` in full batches; yield each filled job."""
+        yield from (job for job in jobs if job.is_empty)
+        groups = [self.groups[mvtype, split] for mvtype, split in self.groups if mvtype in mvtypes]
+        batches = full_batches([job for job in jobs if not job.is_empty], images, self.batch_size)
+        for batch, crops in self._gathered(batches):
+            elements = extract(crops.to(self.device, non_blocking=True))
+            start = 0
+            for job, ids in batch:
+                for level, values in elements.items():
+                    self._add(job, level, groups, ids, values[start : start + len(ids)])
+                start += len(ids)
+                bar.update(len(ids))
+                if ids[-1] == images[-1]:
+                    yield job
+
+    def _add(
+        self,
+        job: CropJob,
+        level: int,
+        groups: list[RangeGroup],
+        ids: list[int],
+        elements: Tensor,
+    ) -> None:
+        """Describe images at a crop position; the level's builders are made on first use."""
+        if level not in job.builders:
+            own = self.plan.descriptor(level)
+            shape = (own.n_projections, elements.shape[1])
+            keys = [(*draw, level, job.n_crops, job.crop) for draw in job.draws(level)]
+            directions = [random_directions(*shape, key).to(self.device) for key in keys]
+            each_once = {id(group): group for group in groups}.values()
+            job.builders[level] = [
+                DescriptorBuilder(group, directions, own.n_quantiles) for group in each_once
+            ]
+        # One NaN or infinity spoils the sum.
+        job.finite.setdefault(level, []).append((ids, torch.isfinite(elements.sum((1, 2)))))
+        for builder in job.builders[level]:
+            builder.add(ids, elements)
+
+    def _gathered(self, batches: Iterator[Batch]) -> Iterator[tuple[Batch, Tensor]]:
+        """Yield batches with their pixels (batch_size, 3, 224, 224), gathered ahead in threads."""
+        if self.pool.resident is not None:
+            yield from ((batch, self._gather(batch)) for batch in batches)
+            return
+        with ThreadPoolExecutor(self.plan.num_workers) as threads:
+            ahead = deque(
+                (batch, threads.submit(self._gather, batch))
+                for batch in islice(batches, BATCHES_AHEAD)
+            )
+            while ahead:
+                batch, crops = ahead.popleft()
+                yield batch, crops.result()
+                self.pool.release()
+                ahead.extend((b, threads.submit(self._gather, b)) for b in islice(batches, 1))
+
+    def _gather(self, batch: Batch) -> Tensor:
+        """Return the pixels of a batch; the last one is padded, so every batch is full."""
+        parts = [
+            self.pool.gather(ids, job.corner, nearest_source(job.side, INPUT_SIDE))
+            for job, ids in batch
+        ]
+        n_padding = self.batch_size - sum(len(part) for part in parts)
+        if n_padding:
+            parts.append(parts[0].new_zeros(n_padding, *parts[0].shape[1:]))
+        crops = torch.cat(parts) if len(parts) > 1 else parts[0]
+        return crops.pin_memory() if self.device.type == "cuda" and not crops.is_cuda else crops
+
+    def _score_job(self, job: CropJob) -> dict[ScoreTask, tuple[Scores, Scores]]:
+        """Return (test, valid) scores of one crop position for every task of its grid."""
+        job.check_finite(self.pool.names)
+        scores = {}
+        fitted: dict[tuple[object, ...], tuple[Whitening, Tensor]] = {}
+        for task in job.tasks:
+            if task.mvtype in job.empty_for:
+                test, valid = (self.pool.ids[task.mvtype, split] for split in ("test", "valid"))
+                scores[task] = np.zeros(len(test)), np.zeros(len(valid))
+                continue
+            train = self.pool.ids[task.mvtype, "train"]
+            group = self.groups[task.mvtype, "train"]
+            key = (task.level, task.seed, task.rep, id(group), tuple(train))
+            if key not in fitted:  # a class' data sets share it
+                descriptors = self._descriptors(job, task, "train")
+                shrinkage = self.plan.descriptor(task.level).shrinkage
+                whitening = fit_whitening(descriptors, shrinkage, squared=self.plan.official)
+                fitted[key] = whitening, descriptors
+            whitening, descriptors = fitted[key]
+            test, valid = (
+                nearest_distances(whitening, self._descriptors(job, task, split), descriptors)
+                for split in ("test", "valid")
+            )
+            scores[task] = test, valid
+        return scores
+
+    def _descriptors(self, job: CropJob, task: ScoreTask, split: str) -> Tensor:
+        """Return the descriptors of a split's images at one crop position."""
+        group = self.groups[task.mvtype, split]
+        builder = next(own for own in job.builders[task.level] if own.group is group)
+        draw = job.draws(task.level).index((task.seed, task.rep))
+        return builder.descriptors(draw, self.pool.ids[task.mvtype, split])
+
+
+def full_batches(jobs: list[CropJob], images: list[int], batch_size: int) -> Iterator[Batch]:
+    """Cut the crops of all jobs, job by job, into batches that may span several jobs."""
+    batch: Batch = []
+    room = batch_size
+    for job in jobs:
+        start = 0
+        while start < len(images):
+            ids = images[start : start + room]
+            batch.append((job, ids))
+            start, room = start + len(ids), room - len(ids)
+            if room == 0:
+                yield batch
+                batch, room = [], batch_size
+    if batch:
+        yield batch

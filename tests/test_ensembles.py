@@ -1,0 +1,421 @@
+"""The ensemble: the authors' numbers through their files, and that unlike scores never join."""
+
+import csv
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from toy_scores import RATIOS, Edit, load_toy, options_of, write_data_set, write_file
+
+import calc_anom_ensm
+from sinbad.datasets import PIXEL_LEVEL
+from sinbad.ensembles import (
+    add_extra_scores,
+    check_runs,
+    find_mvtypes,
+    load_data_set,
+    read_extra_scores,
+)
+from sinbad.errors import UserError
+
+GOLDEN = Path(__file__).parent / "golden"
+MVTYPES = ("pushpins_loco", "screw_bag_struct")
+N_REPS = 5
+
+Array = NDArray[np.float64]
+
+
+# ---------------------------------------------------------------- the authors' numbers
+
+
+@pytest.fixture(scope="module")
+def golden() -> dict[str, Array]:
+    with np.load(GOLDEN / "ensemble_official.npz") as archive:
+        return dict(archive)
+
+
+@pytest.fixture(scope="module")
+def version(golden: dict[str, Array], tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Lay the golden scores out as the authors' scripts do; return the path with its #."""
+    root = tmp_path_factory.mktemp("upstream")
+    for mvtype in MVTYPES:
+        files = {f"14/0/{n}_crop": f"{mvtype}_14_{n}" for n in (16, 9, 4, 1)}
+        files |= {f"7/0/{n}_crop": f"{mvtype}_7_{n}" for n in (16, 9, 4, 1)}
+        files |= {f"224/{rep}/1022.00_lvl": f"{mvtype}_224_rep{rep}" for rep in range(N_REPS)}
+        for place, name in files.items():
+            level, rep, file_name = place.split("/")
+            folder = root / f"ver1_pyramid_lvl_{level}" / f"rep_num_{rep}" / mvtype
+            folder.mkdir(parents=True, exist_ok=True)
+            arrays = {f"anom_map_{part}": golden[f"{name}_{part}"] for part in ("test", "valid")}
+            np.savez(folder / f"{file_name}_anom_maps.npz", **arrays)
+            np.save(folder / "lbl.py.npy", golden["labels"])
+    return str(root / "ver1_pyramid_lvl_#")
+
+
+def ensemble(version: str, out: Path, *flags: str) -> list[dict[str, str]]:
+    """Run the script on all that is there; return the rows of its scores.csv."""
+    where = ["--version", version, "--version_224", version, "--out", str(out), "--no-figures"]
+    calc_anom_ensm.main([*where, *flags])
+    path = next(iter(sorted(out.glob("scores*.csv"))))
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_files_laid_out_as_the_authors_give_their_numbers(
+    version: str, golden: dict[str, Array], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = ensemble(version, tmp_path, "--rep_num_224", str(N_REPS))
+    metrics = json.loads((tmp_path / "metrics.json").read_text(encoding="utf-8"))
+    for mvtype in MVTYPES:
+        own = [row for row in rows if row["data_set"] == mvtype]
+        for column, name in (("score", "final_scores"), ("level_224", "median_224")):
+            found = np.array([float(row[column]) for row in own])
+            np.testing.assert_allclose(found, golden[f"{mvtype}_{name}"], rtol=1e-6)
+        assert [float(row["label"]) for row in own] == golden["labels"].tolist()
+        roc = metrics["data_sets"][mvtype]["auroc"]["ensemble"]
+        assert roc == pytest.approx(float(golden[f"{mvtype}_roc"]), abs=1e-12)
+    captured = capsys.readouterr()
+    assert f"{100 * float(golden['pushpins_loco_roc']):.1f}" in captured.out
+    warnings = [line for line in captured.err.splitlines() if line.startswith("warning")]
+    assert len(warnings) == 1
+    assert "warning: 26 of 26 files of scores carry no record" in warnings[0]
+
+
+def test_lambda_factor_weighs_the_raw_pixels(
+    version: str, golden: dict[str, Array], tmp_path: Path
+) -> None:
+    flags = ["--mvtype", "pushpins_loco", "--rep_num_224", str(N_REPS), "--lambda_factor"]
+    scores = [
+        np.array([float(row["score"]) for row in ensemble(version, tmp_path, *flags, factor)])
+        for factor in ("0", "0.5")
+    ]
+    expected = 0.5 * golden["pushpins_loco_median_224"]
+    np.testing.assert_allclose(scores[1] - scores[0], expected, rtol=1e-6)
+
+
+def test_the_same_command_twice_gives_the_same_bytes(version: str, tmp_path: Path) -> None:
+    found = []
+    for name in ("first", "second"):
+        ensemble(version, tmp_path / name, "--rep_num_224", "2")
+        found.append({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()})
+    assert {"table.md", "table.csv", "metrics.json", "scores.csv"} <= found[0].keys()
+    assert found[0] == found[1]
+
+
+# ---------------------------------------------------------------- crop norm and pool
+
+
+@pytest.mark.parametrize("norm", ["grid", "crop"])
+@pytest.mark.parametrize("pool", ["mean", "max"])
+def test_crop_norm_and_pool_against_loops(norm: str, pool: str, tmp_path: Path) -> None:
+    scores = load_toy(
+        tmp_path, "pushpins_loco", levels=(7,), rep_num_224=0, crop_norm=norm, crop_pool=pool
+    )
+    file = next(f for f in scores.files if len(f.scores.test) == 1)
+    one = file.scores  # of a grid of one crop mean and maximum are the crop itself
+    crop = one.test[0]
+    mean = one.valid[0].mean()
+    if norm == "crop":
+        crop, mean = crop / (mean + 1e-5), mean / (mean + 1e-5)
+    expected = crop / (mean + 1e-5) + 1e-5
+    grid = scores.grids[7, 1]
+    np.testing.assert_allclose(grid.crops[0], expected, rtol=1e-12)
+    nine = next(f for f in scores.files if len(f.scores.test) == 9).scores
+    means = nine.valid.mean(1)
+    for i in range(len(scores.labels)):
+        crops = [nine.test[c, i] / (means[c] + 1e-5) for c in range(9)]
+        np.testing.assert_allclose(scores.grids[7, 9].own[:, i], crops, rtol=1e-12)
+        if pool == "max":
+            highest = max(crops if norm == "crop" else nine.test[:, i])
+            assert scores.grids[7, 9].test[i] == pytest.approx(highest, rel=1e-12)
+    other = "crop" if norm == "grid" else "grid"
+    again = load_data_set(options_of(tmp_path, levels=(7,), rep_num_224=0, crop_norm=other,
+                                     crop_pool=pool), "pushpins_loco")  # fmt: skip
+    assert not np.allclose(again.final, scores.final, rtol=1e-3)
+
+
+def test_flags_reach_the_ensemble_and_its_record(tmp_path: Path) -> None:
+    write_data_set(tmp_path, "pushpins_loco")
+    version = str(tmp_path / "ver1_pyramid_lvl_#")
+    flags = ["--rep_num_224", "2", "--crop_norm", "crop", "--crop_pool", "max"]
+    rows = ensemble(version, tmp_path / "out", *flags)
+    expected = load_data_set(options_of(tmp_path, crop_norm="crop", crop_pool="max"),
+                             "pushpins_loco").final  # fmt: skip
+    assert [float(row["score"]) for row in rows] == expected.tolist()
+    record = json.loads((tmp_path / "out" / "metrics.json").read_text(encoding="utf-8"))
+    assert record["made_from"]["report"]["crop_pool"] == ["max"]
+
+
+# ---------------------------------------------------------------- what belongs together
+
+
+CHANGES: dict[str, Any] = {
+    "net": "resnet34", "weights_sha256": "def", "seed": 1, "official": True, "precision": "bf16",
+    "images_sha256": "other", "n_images": {"train": 8, "valid": 3, "test": 7},
+    "n_projections": 11, "n_quantiles": 4, "shrinkage_factor": 0.2, "crop_num_edge": 5,
+    "initial_res": 128, "matrices": {"width": 1, "height": 1, "pillow": "13.0.0"},
+}  # fmt: skip
+
+
+def changing(**settings: object) -> Edit:
+    """Return an edit of a record."""
+    return lambda record: record.update(settings)
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_grids_of_a_level_that_differ(name: str, tmp_path: Path) -> None:
+    write_data_set(tmp_path, "pushpins_loco")
+    edit = changing(**{name: CHANGES[name]})
+    path = write_file(tmp_path, "pushpins_loco", 14, RATIOS[1], edit=edit)
+    with pytest.raises(UserError, match=f"must be alike in {name}, got ") as caught:
+        load_data_set(options_of(tmp_path), "pushpins_loco")
+    assert str(path) in str(caught.value)
+    assert str(caught.value).count(".npz") == 2
+
+
+OF_LEVEL = ("n_projections", "n_quantiles", "shrinkage_factor")
+OF_ALL_LEVELS = [name for name in CHANGES if name not in OF_LEVEL]
+
+
+@pytest.mark.parametrize("name", OF_ALL_LEVELS)
+@pytest.mark.parametrize("level", [14, PIXEL_LEVEL])
+def test_levels_that_differ(name: str, level: int, tmp_path: Path) -> None:
+    write_data_set(tmp_path, "pushpins_loco")
+    ratios = (0.999,) if level == PIXEL_LEVEL else RATIOS
+    for rep in (0, 1) if level == PIXEL_LEVEL else (0,):
+        for ratio in ratios:
+            edit = changing(**{name: CHANGES[name]})
+            write_file(tmp_path, "pushpins_loco", level, ratio, rep, edit)
+    options = options_of(tmp_path)
+    if level == PIXEL_LEVEL and name in ("net", "weights_sha256", "precision"):
+        load_data_set(options, "pushpins_loco")  # raw pixels see no network
+    else:
+        with pytest.raises(UserError, match=f"must be alike in {name}, got "):
+            load_data_set(options, "pushpins_loco")
+
+
+def test_levels_have_their_own_descriptor(tmp_path: Path) -> None:
+    write_data_set(tmp_path, "pushpins_loco")
+    for ratio in RATIOS:
+        edit = changing(n_projections=77, n_quantiles=3, shrinkage_factor=0.7)
+        write_file(tmp_path, "pushpins_loco", 14, ratio, edit=edit)
+    check_runs({"rep 0": [load_data_set(options_of(tmp_path), "pushpins_loco")]})
+
+
+def test_repetitions_of_raw_pixels_that_differ(tmp_path: Path) -> None:
+    write_data_set(tmp_path, "pushpins_loco")
+    write_file(tmp_path, "pushpins_loco", PIXEL_LEVEL, 0.999, 1, changing(n_projections=20))
+    with pytest.raises(UserError, match=r"alike in n_projections, got 10 in .* and 20 in"):
+        load_data_set(options_of(tmp_path), "pushpins_loco")
+
+
+OF_ALL_SETS = [n for n in CHANGES if n not in ("images_sha256", "n_images", "matrices")]
+
+
+@pytest.mark.parametrize("name", [*OF_ALL_SETS, "pillow"])
+def test_data_sets_of_one_report_that_differ(name: str, tmp_path: Path) -> None:
+    def edit(settings: dict[str, Any]) -> None:
+        if name == "pillow":
+            settings["matrices"]["pillow"] = "12.2.0"
+        elif name in settings:
+            settings[name] = CHANGES[name]
+
+    write_data_set(tmp_path, "pushpins_loco")
+    write_data_set(tmp_path, "boxes_loco", edit=edit)
+    options = options_of(tmp_path)
+    sets = [load_data_set(options, mvtype) for mvtype in ("pushpins_loco", "boxes_loco")]
+    with pytest.raises(UserError, match=f"must be alike in {name}, got .*boxes_loco"):
+        check_runs({"rep 0": sets})
+
+
+def test_data_sets_of_other_crop_grids(tmp_path: Path) -> None:
+    first = load_toy(tmp_path, "pushpins_loco")
+    for level in (7, 14):
+        write_file(tmp_path, "boxes_loco", level, RATIOS[0])
+    second = load_data_set(options_of(tmp_path, rep_num_224=0), "boxes_loco")
+    with pytest.raises(UserError, match="must be alike in numbers of crops, got"):
+        check_runs({"rep 0": [first, second]})
+
+
+def test_runs_may_differ_in_seed_alone(tmp_path: Path) -> None:
+    runs = {}
+    for seed, more in ((0, {}), (1, {}), (2, {"official": True})):
+        root = tmp_path / str(seed)
+        write_data_set(root, "pushpins_loco", edit=changing(seed=seed, **more))
+        runs[f"seed {seed}"] = [load_data_set(options_of(root), "pushpins_loco")]
+    with pytest.raises(UserError, match=r"alike in official, got False in .* and True in"):
+        check_runs(runs)
+    del runs["seed 2"]
+    check_runs(runs)
+
+
+@pytest.mark.parametrize("what", ["labels", "image_paths"])
+def test_images_in_another_order(what: str, tmp_path: Path) -> None:
+    write_data_set(tmp_path, "pushpins_loco")
+    path = write_file(tmp_path, "pushpins_loco", PIXEL_LEVEL, 0.999, 1)
+    with np.load(path) as archive:
+        arrays = dict(archive)
+    if what == "labels":
+        np.save(path.with_name("lbl.npy"), np.load(path.with_name("lbl.npy"))[::-1])
+    else:
+        np.savez(path, **{**arrays, "image_paths": arrays["image_paths"][::-1]})
+    with pytest.raises(UserError, match=f"alike in {what}, got .*rep_num_0.*rep_num_1"):
+        load_data_set(options_of(tmp_path), "pushpins_loco")
+
+
+@pytest.mark.parametrize("how", ["no #", "symbolic link", "copy"])
+def test_a_level_read_twice(how: str, tmp_path: Path) -> None:
+    write_data_set(tmp_path, "pushpins_loco")
+    seven, fourteen = (tmp_path / f"ver1_pyramid_lvl_{level}" for level in (7, 14))
+    changes = {"version": str(seven)} if how == "no #" else {}
+    match = "must be read once, got .* for level 7 and .* for level 14"
+    if how != "no #":
+        shutil.rmtree(fourteen)
+    if how == "symbolic link":
+        fourteen.symlink_to(seven)
+    elif how == "copy":
+        shutil.copytree(seven, fourteen)
+        match = "must hold scores of pyramid_level 14, got 7"
+    else:
+        match = "must hold scores of pyramid_level 14, got 7|" + match
+    with pytest.raises(UserError, match=match):
+        load_data_set(options_of(tmp_path, **changes), "pushpins_loco")
+
+
+def test_the_authors_level_read_twice(version: str) -> None:
+    seven = version.replace("#", "7")
+    options = options_of(Path(), version=seven, rep_num_224=0)
+    with pytest.raises(UserError, match="must be read once"):
+        load_data_set(options, "pushpins_loco")
+
+
+def test_a_repetition_that_is_another_ones_copy_or_link(tmp_path: Path) -> None:
+    write_data_set(tmp_path, "pushpins_loco")
+    pixels = tmp_path / f"ver1_pyramid_lvl_{PIXEL_LEVEL}"
+    shutil.rmtree(pixels / "rep_num_1")
+    shutil.copytree(pixels / "rep_num_0", pixels / "rep_num_1")
+    with pytest.raises(UserError, match="must hold scores of rep rep_num_1, got rep_num_0"):
+        load_data_set(options_of(tmp_path), "pushpins_loco")
+
+
+def test_a_repetition_missing_of_one_data_set_is_named(tmp_path: Path) -> None:
+    for rep in (0, 1):
+        write_data_set(tmp_path, "pushpins_loco", rep)
+    write_data_set(tmp_path, "pushpins_struct", 0)
+    version = str(tmp_path / "ver1_pyramid_lvl_#")
+    flags = ["--mvtype", "pushpins", "--rep", "0-1", "--rep_num_224", "2"]
+    with pytest.raises(UserError, match=r"rep_num_1/pushpins_struct must hold .* --rep 1`"):
+        ensemble(version, tmp_path / "out", *flags)
+    write_data_set(tmp_path, "pushpins_struct", 1)
+    ensemble(version, tmp_path / "out", *flags)
+    assert (tmp_path / "out" / "scores_rep_1.csv").exists()
+
+
+def test_what_is_missing_is_named(tmp_path: Path) -> None:
+    write_data_set(tmp_path, "pushpins_loco")
+    with pytest.raises(UserError, match=r"level 224 --rep 2`, or ask for fewer"):
+        load_data_set(options_of(tmp_path, rep_num_224=3), "pushpins_loco")
+    with pytest.raises(UserError, match="must name a level"):
+        load_data_set(options_of(tmp_path, rep_num_224=0, levels=()), "pushpins_loco")
+    with pytest.raises(UserError, match="version must hold scores of cable_loco, got none in"):
+        find_mvtypes([options_of(tmp_path)], ["cable_loco"])
+    assert find_mvtypes([options_of(tmp_path)], ["all"]) == ["pushpins_loco"]
+    folder = tmp_path / "ver1_pyramid_lvl_224/rep_num_0/pushpins_loco"
+    shutil.copy(folder / "63.00_lvl_anom_maps.npz", folder / "64.00_lvl_anom_maps.npz")
+    with pytest.raises(UserError, match=r"must hold one file .* got 63.* and 64"):
+        load_data_set(options_of(tmp_path), "pushpins_loco")
+    with pytest.raises(UserError, match="pyramid_level must be of the network, got 224"):
+        calc_anom_ensm.main(["--pyramid_level", "7", "224", "--out", str(tmp_path)])
+
+
+# ---------------------------------------------------------------- another method's scores
+
+
+def extra_csv(path: Path, valid: list[float], test: list[float]) -> Path:
+    """Write another method's scores of the toy pushpins_loco, below some folder."""
+    lines = [f"pushpins/validation/good/{i:03d}.png,{v}" for i, v in enumerate(valid)]
+    kinds = ["good"] * 4 + ["logical_anomalies"] * 3
+    numbers = [*range(4), *range(3)]
+    lines += [f"/else/where/pushpins/test/{kind}/{i:03d}.png,{value}"
+              for kind, i, value in zip(kinds, numbers, test, strict=True)]  # fmt: skip
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+VALID, TEST = [1.0, 2.0, 4.5], [1.0, 2.0, 3.0, 4.0, 9.0, 8.0, 7.0]
+
+
+def test_extra_scores_are_normalised_weighted_and_added(tmp_path: Path) -> None:
+    scores = load_toy(tmp_path, "pushpins_loco")
+    path = extra_csv(tmp_path / "other.csv", VALID, TEST)
+    by_mean = add_extra_scores(scores, read_extra_scores(path, 0.5, "mean"))
+    expected = np.array(TEST) / (2.5 + 1e-5) + 1e-5
+    np.testing.assert_allclose(by_mean.extra["other"], expected, rtol=1e-12)
+    np.testing.assert_allclose(by_mean.final, scores.ensemble + 0.5 * expected, rtol=1e-12)
+    by_std = add_extra_scores(scores, read_extra_scores(path, 0.5, "std"))
+    expected = (np.array(TEST) - 2.5) / np.std(VALID)
+    np.testing.assert_allclose(by_std.extra["other"], expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("valid", "test"),
+    [
+        ([-v for v in VALID], TEST),
+        (VALID, [-0.1, *TEST[1:]]),
+        ([0.0] * 3, TEST),
+        ([-1.0, 2.0, 3.0], TEST),
+    ],
+)
+def test_extra_scores_that_the_mean_would_turn_round(
+    valid: list[float], test: list[float], tmp_path: Path
+) -> None:
+    scores = load_toy(tmp_path, "pushpins_loco")
+    path = extra_csv(tmp_path / "other.csv", valid, test)
+    with pytest.raises(UserError, match="pass --extra_norm std"):
+        add_extra_scores(scores, read_extra_scores(path, 1.0, "mean"))
+    if len(set(valid)) > 1:
+        extra = add_extra_scores(scores, read_extra_scores(path, 1.0, "std")).extra["other"]
+        assert np.argsort(extra).tolist() == np.argsort(test).tolist()
+    else:
+        with pytest.raises(UserError, match="must vary over the validation images"):
+            add_extra_scores(scores, read_extra_scores(path, 1.0, "std"))
+
+
+def test_negative_extra_scores_at_a_great_weight_through_the_script(tmp_path: Path) -> None:
+    write_data_set(tmp_path, "pushpins_loco")
+    test = [-10.2, -10.3, -10.4, -10.5, -5.0, -4.9, -4.8]
+    path = extra_csv(tmp_path / "other.csv", [-10.0, -10.1, -10.4], test)
+    version = str(tmp_path / "ver1_pyramid_lvl_#")
+    flags = ["--rep_num_224", "2", "--extra_scores", str(path), "--extra_weight", "1000"]
+    with pytest.raises(UserError, match="--extra_norm std"):
+        ensemble(version, tmp_path / "out", *flags)
+    ensemble(version, tmp_path / "out", *flags, "--extra_norm", "std")
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text(encoding="utf-8"))
+    assert metrics["data_sets"]["pushpins_loco"]["auroc"]["ensemble + other"] == 1.0
+    assert metrics["made_from"]["extra scores"]["norm"] == ["std"]
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("", "must hold lines"),
+        ("pushpins/test/good/9.png,high\n", "line 1 must be"),
+        ("9.png,1\n", "line 1 must be"),
+        ("pushpins/test/good/000.png,1\n", "must hold every test image of pushpins_loco"),
+        ("score,image_path\n1,a/b/c/d.png\nnan,a/b/c/e.png\n", "line 3 must be"),
+    ],
+)
+def test_bad_extra_scores(text: str, line: str, tmp_path: Path) -> None:
+    path = tmp_path / "other.csv"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(UserError, match=line):
+        add_extra_scores(load_toy(tmp_path, "pushpins_loco"), read_extra_scores(path, 1.0, "mean"))
+    lines = extra_csv(path, VALID, TEST).read_text(encoding="utf-8").splitlines()
+    path.write_text("\n".join(line for line in lines if "/val" not in line), encoding="utf-8")
+    with pytest.raises(UserError, match=re.escape("got none of pushpins/validation/")):
+        add_extra_scores(load_toy(tmp_path, "pushpins_loco"), read_extra_scores(path, 1.0, "mean"))

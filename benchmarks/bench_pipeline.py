@@ -1,4 +1,4 @@
-"""Time the pipeline by stages and as a whole, against the bare network and a textbook program.
+"""Time the pipeline by stages and as a whole, against the bare network; compare precisions.
 
 Reads   nothing: images are drawn
 Writes  OUT (JSON), and tables on stdout
@@ -21,67 +21,52 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from scipy.stats import spearmanr
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from score_runs import RunOptions, score_tasks
-
-from benchmarks.agreement import agreement
 from benchmarks.measuring import STAGES, draw_dataset, seconds_of, small_class, watched_stages
-from benchmarks.textbook import textbook_scores
 from data_to_matrices import make_matrices
-from loco_datasets import NETWORK_DEFAULTS
-from reproduce_paper import paper_descriptor, paper_tasks
-from result_files import write_atomic
-from sinbad.backbones import INPUT_SIDE, Backbone, choose_device, load_weights
-from sinbad.datasets import KINDS, LOCO_CLASSES, PIXEL_LEVEL, LocoClass
+from reproduce_paper import paper_tasks
+from reproduce_paper import parse_args as paper_flags
+from sinbad.backbones import INPUT_SIDE, build_backbone, choose_device, load_weights
+from sinbad.datasets import IM_SIZE, KINDS, LOCO_CLASSES, PIXEL_LEVEL, LocoClass, network_levels
 from sinbad.errors import run_script, say
-from sinbad.files import to_json
-from sinbad.flags import IM_SIZE, LEVELS, PRECISIONS, ScriptParser, integer_from
-from sinbad.matrices import load_matrices
+from sinbad.files import to_json, write_whole
+from sinbad.flags import PRECISIONS, ScriptParser, add_level_flag, integer_from
 from sinbad.report.tables import markdown
 from sinbad.results import read_scores
-from sinbad.scoring import BATCH_SIZES, Descriptor, ScoreTask
+from sinbad.scoring import BATCH_SIZES, ScorePlan
+from sinbad_single_layer import score_and_save
 
-SMALL_IMAGES = 24  # few: the textbook program is slow, and the CPU that a GPU is compared with
+SMALL_IMAGES = 24  # few: the CPU that a GPU is compared with is slow
 SMALL_MVTYPES = [f"pushpins_{kind}" for kind in KINDS]
-# With the paper's 1000 directions the textbook program's p x p inverse alone takes minutes.
-TEXTBOOK_DIRECTIONS, TEXTBOOK_RATIO = 200, 0.7
-TEXTBOOK_DESCRIPTOR = {14: Descriptor(TEXTBOOK_DIRECTIONS, 5, 0.1)}
 AGREEMENT_REPS = 2
 
 Figures = dict[str, Any]
 
 
-def run_options(
-    args: argparse.Namespace, root: Path, descriptors: dict[int, Descriptor], results: str
-) -> RunOptions:
-    """Return the paper's settings with this benchmark's net; scores go to ROOT/<results>."""
-    return RunOptions(
-        net=args.net,
-        weights="random",
-        initial_res=IM_SIZE,
-        crop_num_edge=4,
-        descriptors=descriptors,
-        batch_size=None,
-        precision=args.precision,
-        official=False,
-        num_workers=os.cpu_count() or 1,
-        data_dir=root / "matrices",
-        results_dir=root / results,
-        overwrite=True,
-    )
+def bench_plan(
+    args: argparse.Namespace, root: Path, mvtypes: list[str], n_pixel_reps: int
+) -> ScorePlan:
+    """Return the paper's runs with this benchmark's net; scores go to ROOT/results."""
+    flags = ["--net", args.net, "--weights", "random", "--precision", args.precision]
+    flags += ["--results_dir", str(root / "results"), "--overwrite"]
+    tasks = paper_tasks(mvtypes, args.pyramid_level, [0], n_pixel_reps, "bench")
+    return ScorePlan.of(paper_flags(flags), tasks, root / "matrices")
 
 
 def bare_network(args: argparse.Namespace, device: torch.device, n_crops: int) -> float:
     """Return the seconds that the network alone takes for some crops."""
-    levels = tuple(level for level in args.pyramid_level if level != PIXEL_LEVEL)
-    backbone = Backbone(args.net, load_weights(args.net, "random"), levels).to(device)
+    levels = network_levels(args.pyramid_level)
+    backbone = build_backbone(args.net, load_weights(args.net, "random"), levels).to(device)
     batch_size = BATCH_SIZES[device.type]
     crops = torch.randn(batch_size, 3, INPUT_SIDE, INPUT_SIDE, device=device)
     crops = crops.contiguous(memory_format=torch.channels_last)
@@ -108,16 +93,14 @@ def bench_pipeline(
         lambda: make_matrices(root / "dataset", root / "matrices", mvtypes, IM_SIZE, workers),
         torch.device("cpu"),
     )
-    descriptors = {level: paper_descriptor(level) for level in args.pyramid_level}
-    options = run_options(args, root, descriptors, "results")
-    tasks = paper_tasks(mvtypes, args.pyramid_level, [0], args.rep_num_224, "bench")
-    resnet = {task: version for task, version in tasks.items() if task.level != PIXEL_LEVEL}
+    plan = bench_plan(args, root, mvtypes, args.rep_num_224)
+    network = replace(plan, tasks=tuple(t for t in plan.tasks if t.level != PIXEL_LEVEL))
     with watched_stages(device) as (stages, batches):
-        watched_seconds = seconds_of(lambda: score_tasks(tasks, options, device), device)
+        watched_seconds = seconds_of(lambda: score_and_save(plan, device), device)
     turns = [
         {
-            "everything": seconds_of(lambda: score_tasks(tasks, options, device), device),
-            "ResNet levels": seconds_of(lambda: score_tasks(resnet, options, device), device),
+            "everything": seconds_of(lambda: score_and_save(plan, device), device),
+            "network levels": seconds_of(lambda: score_and_save(network, device), device),
             "bare network": bare_network(args, device, sum(batches)),
         }
         for _ in range(args.turns)
@@ -142,46 +125,36 @@ def bench_pipeline(
     }
 
 
-def bench_textbook(args: argparse.Namespace, device: torch.device, root: Path) -> Figures:
-    """Time the textbook program and ours: the same images, level 14, one grid, fewer directions."""
-    options = run_options(args, root, TEXTBOOK_DESCRIPTOR, "results")
-    tasks = {ScoreTask(mvtype, 14, TEXTBOOK_RATIO, 0, 0): "bench" for mvtype in SMALL_MVTYPES}
-    matrices = [load_matrices(root / "matrices", mvtype).images for mvtype in SMALL_MVTYPES]
-    images = [{name: torch.tensor(part) for name, part in own.items()} for own in matrices]
-    weights = load_weights(args.net, "random")
-
-    textbook: list[dict[str, torch.Tensor]] = []
-
-    def run_textbook() -> None:
-        for own in images:
-            scores = textbook_scores(
-                own, args.net, weights, TEXTBOOK_RATIO, TEXTBOOK_DIRECTIONS, device
-            )
-            textbook.append(scores)
-
-    paths = score_tasks(tasks, options, device).values()  # warm
-    ours = seconds_of(lambda: score_tasks(tasks, options, device), device)
-    plain = seconds_of(run_textbook, device)
-    differences = [
-        np.abs(read_scores(path).test / own["test"].numpy() - 1).max()
-        for path, own in zip(paths, textbook, strict=True)
-    ]
-    return {
-        "n_images": SMALL_IMAGES,
-        "descriptor_length": 5 * TEXTBOOK_DIRECTIONS,
-        "ours_seconds": ours,
-        "textbook_seconds": plain,
-        "speed_up": plain / ours,
-        "largest_relative_difference": float(max(differences)),
-    }
-
-
 def bench_agreement(args: argparse.Namespace, device: torch.device, root: Path) -> list[Figures]:
-    """Compare the scores of the device's precisions with the CPU's."""
-    descriptors = {level: paper_descriptor(level) for level in args.pyramid_level}
-    options = run_options(args, root, descriptors, "results")
-    tasks = paper_tasks(SMALL_MVTYPES, args.pyramid_level, [0], AGREEMENT_REPS, "bench")
-    return list(agreement(tasks, options, device))
+    """Compare the scores of every precision on the device, and of half the batch, with the CPU's.
+
+    Returns
+    -------
+    Of each run the largest relative difference, and the smallest rank correlation of a crop
+    """
+    cpu, batch_size = torch.device("cpu"), BATCH_SIZES[device.type]
+    plan = replace(bench_plan(args, root, SMALL_MVTYPES, AGREEMENT_REPS), batch_size=batch_size)
+    runs = {"half the batch size": replace(plan, precision="fp32", batch_size=batch_size // 2)}
+    # tf32 is the same as fp32 on a CPU.
+    there = [name for name in PRECISIONS if (device.type, name) != ("cpu", "tf32")]
+    runs |= {name: replace(plan, precision=name) for name in there}
+    reference = _crop_scores(replace(plan, precision="fp32"), cpu)
+    figures = []
+    for name, own in runs.items():
+        pairs = [pair for pair in zip(reference, _crop_scores(own, device), strict=True)
+                 if pair[0].any()]  # padding only scores 0  # fmt: skip
+        figures.append({
+            "run": name,
+            "largest_relative_difference": max(float(abs(b / a - 1).max()) for a, b in pairs),
+            "smallest_rank_correlation": min(float(spearmanr(*p).statistic) for p in pairs),
+        })  # fmt: skip
+    return figures
+
+
+def _crop_scores(plan: ScorePlan, device: torch.device) -> list[NDArray[np.float64]]:
+    """Return the scores (n_test + n_valid,) of every crop of every task."""
+    files = [read_scores(path) for path in score_and_save(plan, device)]
+    return [crop for file in files for crop in np.concatenate([file.test, file.valid], axis=1)]
 
 
 def bench_scale(args: argparse.Namespace, root: Path) -> list[Figures]:
@@ -194,7 +167,7 @@ def bench_scale(args: argparse.Namespace, root: Path) -> list[Figures]:
             *(sys.executable, __file__, "--n_images", str(n_images), "--out", str(out)),
             *("--net", args.net, "--device", args.device, "--precision", args.precision),
             *("--rep_num_224", str(args.rep_num_224), "--pyramid_level", *levels),
-            *("--turns", "0", "--no-textbook", "--no-agreement"),
+            *("--turns", "0", "--no-agreement"),
         ]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         found.append(json.loads(out.read_text())["pipeline"])
@@ -217,11 +190,6 @@ def tables(figures: Figures) -> Iterator[str]:
             rates = [f"{own[key] / seconds:.2f}" for key in ("n_images", "crop_forwards")]
             rows.append([name, f"{seconds:.1f}", *rates, f"{100 * bare / seconds:.0f} %"])
         yield markdown(rows)
-    if "textbook" in figures:
-        own = figures["textbook"]
-        rows = [["level 14, one grid of 4 crops", "seconds"]]
-        rows += [[name, f"{own[f'{name}_seconds']:.2f}"] for name in ("textbook", "ours")]
-        yield markdown([*rows, ["speed-up", f"{own['speed_up']:.1f}"]])
     if "agreement" in figures:
         rows = [["against the CPU in fp32", "largest relative difference", "rank correlation"]]
         for own in figures["agreement"]:
@@ -241,20 +209,17 @@ def tables(figures: Figures) -> Iterator[str]:
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
     parser = ScriptParser(__doc__)
-    parser.add_argument("--net", default=NETWORK_DEFAULTS["net"])
+    parser.add_argument("--net", default="wide_resnet50_2")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:<i>")
     parser.add_argument("--precision", choices=PRECISIONS, default="fp32")
-    parser.add_argument(
-        "--pyramid_level", type=int, nargs="+", choices=LEVELS, default=[7, 14, 224]
-    )
+    add_level_flag(parser, default=[7, 14, PIXEL_LEVEL])
     parser.add_argument("--rep_num_224", type=integer_from(1), default=100)
     parser.add_argument("--n_images", type=integer_from(8), default=16, help="of the drawn class")
     parser.add_argument("--loco", action="store_true", help="draw all five classes, LOCO's counts")
     parser.add_argument("--turns", type=integer_from(0), default=3, help="of the whole runs")
-    for part in ("textbook", "agreement"):
-        parser.add_argument(f"--{part}", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--agreement", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--scale", type=integer_from(8), nargs="+", help="only these image counts")
-    parser.add_argument("--out", type=Path, default=Path("demo/benchmark.json"))
+    parser.add_argument("--out", type=Path, default=Path("benchmark.json"))
     return parser.parse_args(argv)
 
 
@@ -277,14 +242,11 @@ def main(argv: list[str] | None = None) -> None:
             classes = LOCO_CLASSES if args.loco else small_class(args.n_images)
             figures["pipeline"] = bench_pipeline(args, device, root / "pipeline", classes)
             small = root / "small"
-            if args.textbook or args.agreement:
+            if args.agreement:
                 draw_dataset(small / "dataset", small_class(SMALL_IMAGES))
                 make_matrices(small / "dataset", small / "matrices", SMALL_MVTYPES, IM_SIZE)
-            if args.textbook:
-                figures["textbook"] = bench_textbook(args, device, small)
-            if args.agreement:
                 figures["agreement"] = bench_agreement(args, device, small)
-    write_atomic(args.out, (to_json(figures) + "\n").encode())
+    write_whole(args.out, to_json(figures) + "\n")
     print("\n\n".join(tables(figures)))
     say(f"written: {args.out}")
 

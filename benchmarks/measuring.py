@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import crop_scores
 import numpy as np
-import score_runs
 import torch
 from PIL import Image
 
+import sinbad_single_layer
+from sinbad import scoring
 from sinbad.backbones import FeatureExtractor
 from sinbad.datasets import LOCO_CLASSES, LocoClass
 from sinbad.matrices import ImagePool
@@ -98,9 +98,9 @@ def watched_stages(device: torch.device) -> Iterator[tuple[dict[str, float], lis
             ("crop", ImagePool, "gather"),
             ("network", FeatureExtractor, "extract"),
             ("project + histogram", DescriptorBuilder, "add"),
-            ("whiten + distances", crop_scores, "fit_whitening"),
-            ("whiten + distances", crop_scores, "nearest_distances"),
-            ("write", score_runs, "save_scores"),
+            ("whiten + distances", scoring, "fit_whitening"),
+            ("whiten + distances", scoring, "nearest_distances"),
+            ("write", sinbad_single_layer, "save_scores"),
         ):
             replacement = watched(stage, getattr(owner, name))
             stack.enter_context(mock.patch.object(owner, name, replacement))

@@ -18,8 +18,12 @@ from torch import Tensor
 import data_to_matrices
 import sinbad_single_layer
 from data_to_matrices import make_matrices
+from sinbad.backbones import FeatureExtractor, build_backbone, load_weights, pixel_elements
+from sinbad.datasets import crop_corners, crop_side
 from sinbad.errors import UserError
+from sinbad.matrices import crop_pixels, load_matrices, nearest_source
 from sinbad.results import LevelScores, read_scores
+from sinbad_utils import score_crop
 
 Array = NDArray[np.float64]
 N_DIRECTIONS = 8
@@ -214,6 +218,44 @@ def test_finished_scores_are_skipped_and_other_settings_are_an_error(
     other = single(data_dir, tmp_path, *asked, "--n_quantiles", "6", "--overwrite")
     assert other.run["settings"]["n_quantiles"] == 6
     assert not np.array_equal(other.test, first.test)
+
+
+# ---------------------------------------------------------------- the page
+
+
+@pytest.mark.parametrize("official", [False, True], ids=["ours", "official"])
+@pytest.mark.parametrize("level", [7, 14, 224])
+def test_the_stream_gives_the_bytes_of_score_crop(
+    level: int, official: bool, data_dir: Path, tmp_path: Path
+) -> None:
+    asked = ["--mvtype", "pushpins", "--pyramid_level", "7", "14", "224", "--rep", "0-1"]
+    grids = ["--crop_size_ratio", ".7", ".99"]
+    score(data_dir, tmp_path, *asked, *grids, *["--official"] * official)
+    backbone = build_backbone("resnet18", load_weights("resnet18", "random"), (7, 14))
+    extractor = FeatureExtractor(backbone, torch.device("cpu"))
+    images = load_matrices(data_dir, "pushpins_struct").images
+    corners = crop_corners(IM_SIZE, 0.7, 4)
+    side, rep = crop_side(IM_SIZE, 0.7), 1
+    name = "44.00_lvl" if level == 224 else "4_crop"
+    folder = tmp_path / f"ver1_pyramid_lvl_{level}/rep_num_{rep}/pushpins_struct"
+    found = read_scores(folder / f"{name}_anom_maps.npz")
+    for crop, corner in enumerate(corners):
+        elements = {}
+        for split, pixels in images.items():
+            source = nearest_source(side, 224)
+            crops = torch.from_numpy(np.stack([crop_pixels(i, corner, source) for i in pixels]))
+            # Full batches of another order: a crop's features do not depend on its neighbours.
+            padded = torch.cat([crops, crops.new_zeros(-len(crops) % 5, *crops.shape[1:])])
+            parts = [
+                {**extractor.extract(batch), 224: pixel_elements(batch)}[level]
+                for batch in padded.split(5)
+            ]
+            elements[split] = torch.cat(parts)[: len(crops)]
+        key, shrinkage = (0, rep, level, 4, crop), 1.0 if level == 224 else 0.1
+        for split, scores in (("test", found.test), ("valid", found.valid)):
+            own = elements["train"], elements[split]
+            expected = score_crop(*own, key, N_DIRECTIONS, 5, shrinkage, official)
+            np.testing.assert_array_equal(scores[crop], expected)
 
 
 # ---------------------------------------------------------------- a textbook pipeline

@@ -14,15 +14,19 @@ from collections.abc import Callable
 
 import torch
 
+import calc_anom_ensm
 import data_to_matrices
 import reproduce_paper
 import sinbad_single_layer
+import sinbad_time_series
 from sinbad.errors import run_script
 
 MAINS: dict[str, Callable[[list[str]], None]] = {
+    "calc_anom_ensm": calc_anom_ensm.main,
     "data_to_matrices": data_to_matrices.main,
     "reproduce_paper": reproduce_paper.main,
     "sinbad_single_layer": sinbad_single_layer.main,
+    "sinbad_time_series": sinbad_time_series.main,
 }
 
 

@@ -1,6 +1,12 @@
-"""Runs killed at any moment, runs side by side, a GPU that runs out of memory: the same bytes."""
+"""Runs killed at any moment, runs side by side, a GPU that runs out of memory: the same bytes.
+
+    SINBAD_KILLS=20 python -m pytest tests/test_interruptions.py -k killed_at
+
+kills every script 20 times, 100 times in all.
+"""
 
 import json
+import math
 import os
 import random
 import shutil
@@ -22,8 +28,9 @@ from sinbad.errors import UserError
 from sinbad.files import folder_beside, write_whole, written_whole
 
 KILLED = -9
-N_KILLS = 5
-MOST_RUNS = 40
+N_KILLS = int(os.environ.get("SINBAD_KILLS", "2"))  # of each script
+SCRIPTS = ["data_to_matrices", "sinbad_single_layer", "calc_anom_ensm", "reproduce_paper",
+           "sinbad_time_series"]  # fmt: skip
 
 
 class Server:
@@ -80,55 +87,92 @@ def scores_argv(data_dir: Path, results: Path) -> list[str]:
     ]
 
 
-def argv_of(script: str, dataset_dir: Path, data_dir: Path, out: Path) -> list[str]:
+def ensemble_argv(scored: Path, out: Path) -> list[str]:
+    version = str(scored / "ver1_pyramid_lvl_#")
+    flags = ["--version", version, "--version_224", version, "--mvtype", "pushpins"]
+    maps = ["--maps_dir", str(out / "maps"), "--out", str(out / "tables")]
+    return [*flags, "--pyramid_level", "14", "--rep_num_224", "0", *maps]
+
+
+def series_argv(toy: Path, out: Path) -> list[str]:
+    flags = ["--n_projections", "20", "--device", "cpu", "--seeds", "0-3"]
+    return ["--dataset_dir", str(toy), "--dataset", "Toy", *flags, "--out", str(out)]
+
+
+@pytest.fixture(scope="module")
+def inputs(
+    server: Server, dataset_dir: Path, data_dir: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """Return a folder with what the last scripts read: scores of level 14, time series."""
+    folder = tmp_path_factory.mktemp("inputs")
+    argv = [*scores_argv(data_dir, folder / "scores"), "--net", "resnet18", "--weights", "random"]
+    ratio = ["--pyramid_level", "14", "--crop_size_ratio", ".7", "--rep", "0"]
+    assert server.run(("sinbad_single_layer", [*argv, *ratio]))["codes"] == [0]
+    write_ts(folder / "uea" / "Toy")
+    return folder
+
+
+def argv_of(script: str, dataset_dir: Path, data_dir: Path, inputs: Path, out: Path) -> list[str]:
     """Return the arguments of a script that writes below `out`."""
-    if script == "data_to_matrices":
-        return matrices_argv(dataset_dir, out)
-    if script == "reproduce_paper":
-        return paper_argv(dataset_dir, out)
-    return scores_argv(data_dir, out)
+    return {
+        "data_to_matrices": matrices_argv(dataset_dir, out),
+        "sinbad_single_layer": scores_argv(data_dir, out),
+        "calc_anom_ensm": ensemble_argv(inputs / "scores", out),
+        "reproduce_paper": paper_argv(dataset_dir, out),
+        "sinbad_time_series": series_argv(inputs / "uea", out),
+    }[script]
 
 
-@pytest.mark.parametrize("script", ["data_to_matrices", "sinbad_single_layer", "reproduce_paper"])
-def test_killed_runs_end_with_the_bytes_of_an_undisturbed_one(
-    script: str, server: Server, dataset_dir: Path, data_dir: Path, tmp_path: Path
+def write_ts(folder: Path) -> None:
+    """Write a data set of two classes of sines as .ts."""
+    folder.mkdir(parents=True)
+    for split, start in (("TRAIN", 0), ("TEST", 1)):
+        rows = ["@classLabel true a b", "@data"]
+        for number in range(start, start + 8):
+            steps = (f"{math.sin((1 + number % 2) * step / 3 + number):.4f}" for step in range(30))
+            rows.append(",".join(steps) + f":{'ab'[number % 2]}")
+        (folder / f"{folder.name}_{split}.ts").write_text("\n".join(rows) + "\n")
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_run_killed_at_any_moment_and_started_again_gives_the_same_bytes(
+    script: str, server: Server, dataset_dir: Path, data_dir: Path, inputs: Path, tmp_path: Path
 ) -> None:
-    def argv(out: Path) -> list[str]:
-        return argv_of(script, dataset_dir, data_dir, out)
+    def run(out: Path, kill_after: float | None = None) -> dict[str, Any]:
+        argv = argv_of(script, dataset_dir, data_dir, inputs, out)
+        return server.run((script, argv), kill_after=kill_after)
 
     undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
-    result = server.run((script, argv(undisturbed)))
+    result = run(undisturbed)
     assert result["codes"] == [0]
-    expected = files_below(undisturbed)
-    assert len(expected) >= 10
-    moments = random.Random(0)
-    longest = result["seconds"]
+    expected = without_folder(files_below(undisturbed), undisturbed)
+    moments, longest = random.Random(0), result["seconds"]
     n_killed = 0
-    for _ in range(MOST_RUNS):
-        after = moments.uniform(0.1, 0.9) * longest
-        codes = server.run((script, argv(killed)), kill_after=after)["codes"]
-        assert codes[0] in (KILLED, 0)
-        for name, found in files_below(killed).items():  # what is under its name is whole
-            if ".partial" not in name:
-                assert found == expected[name]
-        if codes == [KILLED]:
+    while n_killed < N_KILLS:
+        after = moments.uniform(0.02, 1.0) * longest
+        if run(killed, kill_after=after)["codes"] == [KILLED]:
             n_killed += 1
-        else:  # it was faster than the moment: begin again, and kill earlier
-            shutil.rmtree(killed)
+            for name, found in without_folder(files_below(killed), killed).items():
+                if ".partial" not in name:  # what is under its name is whole
+                    assert found == expected[name]
+        else:  # it was faster than the moment: kill earlier
             longest = after
-        if n_killed == N_KILLS:
-            break
-    assert n_killed == N_KILLS
-    assert server.run((script, argv(killed)))["codes"] == [0]
-    assert files_below(killed) == expected
+        assert run(killed)["codes"] == [0]
+        assert without_folder(files_below(killed), killed) == expected
+        shutil.rmtree(killed)
 
 
-@pytest.mark.parametrize("script", ["data_to_matrices", "sinbad_single_layer"])
+def without_folder(files: dict[str, bytes], folder: Path) -> dict[str, bytes]:
+    """Replace the folder's own name in texts (a report names its scores' folders)."""
+    return {name: data.replace(str(folder).encode(), b"FOLDER") for name, data in files.items()}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_two_processes_writing_the_same_results(
-    script: str, server: Server, dataset_dir: Path, data_dir: Path, tmp_path: Path
+    script: str, server: Server, dataset_dir: Path, data_dir: Path, inputs: Path, tmp_path: Path
 ) -> None:
     def argv(out: Path) -> list[str]:
-        return argv_of(script, dataset_dir, data_dir, out)
+        return argv_of(script, dataset_dir, data_dir, inputs, out)
 
     assert server.run((script, argv(tmp_path / "one")))["codes"] == [0]
     both = (script, argv(tmp_path / "two"))

@@ -69,19 +69,10 @@ def score_crop(
 
 
 def random_directions(n_directions: int, channels: int, key: tuple[int, ...]) -> Tensor:
-    """Draw the random directions of one descriptor, always on the CPU.
+    """Draw random directions (n_directions, channels), standard normal, always on the CPU.
 
-    Parameters
-    ----------
-    n_directions, channels : int
-        Shape of the result.
-    key : tuple of int
-        What the directions belong to. Equal keys give equal numbers on every device, in any order
-        and any split of the work.
-
-    Returns
-    -------
-    (n_directions, channels), float32, standard normal
+    `key` tells what they belong to: equal keys give equal numbers on every device, in any order and
+    any split of the work.
     """
     k = int(np.random.SeedSequence(list(key)).generate_state(1)[0])
     return torch.randn(n_directions, channels, generator=torch.Generator().manual_seed(k))
@@ -281,12 +272,7 @@ def fit_whitening(train_descriptors: Tensor, shrinkage: float, squared: bool = F
 
 
 def nearest_distances(whitening: Whitening, queries: Tensor, train_descriptors: Tensor) -> Scores:
-    """Score sets by the squared whitened distance to the nearest training set.
-
-    Returns
-    -------
-    (n_queries,), float64, higher = more anomalous
-    """
+    """Score sets (n_queries,) by the squared whitened distance to the nearest training set."""
     distances = whitening.squared_distances(queries, train_descriptors)
     return distances.min(1).values.cpu().numpy()
 

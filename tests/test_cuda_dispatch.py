@@ -99,7 +99,7 @@ def fake_extractor(backbone: Backbone) -> FeatureExtractor:
 
 
 def test_devices_cannot_be_mixed_unnoticed() -> None:
-    with fake_gpu(0), pytest.raises(RuntimeError, match="same device|different devices"):
+    with fake_gpu(0), pytest.raises(RuntimeError, match=r"same device|different devices"):
         torch.ones(2, device=GPU) + torch.ones(2)
 
 

@@ -83,6 +83,12 @@ def load_data_sets(plan: ScorePlan) -> dict[str, MatrixSet]:
     for mvtype in dict.fromkeys(task.mvtype for task in plan.tasks):
         data_sets[mvtype] = load_matrices(plan.data_dir, mvtype)
         check_im_size(data_sets[mvtype], plan.initial_res)
+        train, valid = (set(data_sets[mvtype].sha256(split)) for split in ("train", "valid"))
+        if train & valid:
+            say(
+                f"warning: {len(train & valid)} validation images of {mvtype} are training images "
+                "too: they score about 0, what is divided by their mean is too high"
+            )
     return data_sets
 
 

@@ -200,6 +200,19 @@ def test_images_of_equal_names_but_other_pixels_are_not_mixed_up(
     assert one == {name: both[name] for name in one}
 
 
+def test_validation_images_that_are_training_images_are_named_in_a_warning(
+    dataset_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = Path(shutil.copytree(dataset_dir, tmp_path / "images"))
+    for number in (0, 1):
+        name = f"good/{number:03d}.png"
+        shutil.copy(images / "pushpins/train" / name, images / "pushpins/validation" / name)
+    make_matrices(images, tmp_path / "matrices", ["pushpins_loco"], IM_SIZE)
+    asked = ["--mvtype", "pushpins_loco", "--pyramid_level", "224"]
+    score(tmp_path / "matrices", tmp_path / "results", *asked)
+    assert "warning: 2 validation images of pushpins_loco are" in capsys.readouterr().err
+
+
 def test_finished_scores_are_skipped_and_other_settings_are_an_error(
     data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

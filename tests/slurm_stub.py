@@ -12,14 +12,14 @@ from pathlib import Path
 from unittest import mock
 
 import create_batch_array_sinbad_224 as pixels
-import slurm_arrays
-from slurm_states import read_tasks
+from sinbad import slurm
 
 # Writes like the real program: a temporary name, then renamed. Fails at the repetition STUB_FAILS.
 STUB = """\
 import os, pathlib, sys, time
 def value(flag):
-    return sys.argv[sys.argv.index(flag) + 1]
+    words = [word for arg in sys.argv for word in arg.split("=", 1)]
+    return words[words.index(flag) + 1] if flag in words else "ver1"
 root = pathlib.Path(value("--results_dir"))
 name = f"{value('--version_name')}_pyramid_lvl_{value('--pyramid_level')}"
 rep = value("--rep")
@@ -44,14 +44,14 @@ def stub_batch(root: Path, n_tasks: int, seconds: float, *flags: str) -> Path:
     where = ["--out_dir", str(root / "sbatches"), "--results_dir", str(root / "results")]
     what = ["--mvtype", "pushpins_loco", "--rep", f"0-{n_tasks - 1}", "--reps_per_task", "1"]
     how = ["--device", "cpu", "--setup", f"export STUB_SECONDS={seconds}"]
-    with mock.patch.object(slurm_arrays, "TASK_PROGRAM", root / "stub.py"):
+    with mock.patch.object(slurm, "TASK_PROGRAM", root / "stub.py"):
         pixels.main([*where, *what, *how, *flags])
     return root / "sbatches"
 
 
 def stub_results(folder: Path) -> list[str]:
     """Return what the tasks of a folder have written."""
-    return [Path(task.outputs).read_text() for task in read_tasks(folder)]
+    return [Path(outputs).read_text() for outputs, _ in slurm.read_tasks(folder)]
 
 
 def expected_results(n_tasks: int) -> list[str]:
@@ -67,7 +67,7 @@ def batch_master(folder: Path, *flags: str) -> subprocess.CompletedProcess[str]:
 
 def process_of(task: int, folder: Path) -> int | None:
     """Return the process that runs the command of a task, None if it does not run."""
-    words = shlex.split(read_tasks(folder)[task].command)
+    words = shlex.split(slurm.read_tasks(folder)[task][1])
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):  # ended meanwhile
             if path.read_text(errors="replace").split("\0")[:-1] == words:

@@ -2,7 +2,6 @@
 
 import os
 import re
-import shlex
 import shutil
 import subprocess
 import tempfile
@@ -21,12 +20,10 @@ from slurm_stub import (
     stub_results,
 )
 
-import calc_anom_ensm
-import create_batch_array_sinbad as resnet
+import create_batch_array_sinbad as network
 import create_batch_array_sinbad_224 as pixels
 import sinbad_single_layer
-from slurm_jobs import ENSEMBLE_LOCK
-from slurm_states import ask_slurm, look, only_one, read_submissions, read_tasks
+from sinbad.slurm import ask_slurm, look, read_tasks
 
 SECONDS_TO_START = 60.0
 SECONDS_TO_FINISH = 300.0
@@ -89,7 +86,7 @@ def test_2500_tasks_are_split_and_submitted_once(slurm: None, tmp_path: Path) ->
         assert again.stdout == ""
         assert "2500 tasks: 0 done, 2500 running (2500 of them waiting), 0 missing" in again.stderr
         ask_slurm(["scancel", f"{jobs[1]}_[4-6,8]"])
-        assert "submitted --array=4-6,8 (tasks from 1001)" in batch_master(folder).stderr
+        assert "submitted --array=4-6,8 as job" in batch_master(folder).stderr
     finally:
         ask_slurm(["scancel", f"--user={os.getuid()}"])
         set_node("resume")
@@ -102,7 +99,7 @@ def test_evenly_spaced_tasks_are_submitted_once(
 ) -> None:
     folder = stub_batch(tmp_path, 43, 0, "--throttle", "3")
     for task in set(range(43)) - set(range(0, 43, step)):
-        path = Path(read_tasks(folder)[task].outputs)
+        path = Path(read_tasks(folder)[task][0])
         path.parent.mkdir(parents=True)
         path.touch()
     monkeypatch.setenv("SQUEUE_ARRAY", "1")
@@ -111,9 +108,10 @@ def test_evenly_spaced_tasks_are_submitted_once(
     try:
         assert len(batch_master(folder).stdout.split()) == 1
         assert batch_master(folder).stdout == ""
-        overview = look(folder, read_tasks(folder))
-        assert sorted(overview.waiting) == list(range(0, 43, step))
-        assert overview.missing == []
+        alive, missing = look(folder, read_tasks(folder))
+        assert sorted(alive) == list(range(0, 43, step))
+        assert all(reason for _, reason in alive.values())
+        assert missing == []
     finally:
         ask_slurm(["scancel", f"--user={os.getuid()}"])
         set_node("resume")
@@ -136,7 +134,7 @@ def test_a_throttle_holds_for_what_is_submitted_again(slurm: None, tmp_path: Pat
         ask_slurm(["scancel", f"{jobs[0]}_1"])
         (again,) = batch_master(folder).stdout.split()
         shown = ask_slurm(["scontrol", "show", "job", again])
-        assert all(f"afterany:{job}_*" in shown for job in jobs)
+        assert all(f"afterany:{job}" in shown for job in jobs)
     finally:
         ask_slurm(["scancel", f"--user={os.getuid()}"])
         set_node("resume")
@@ -153,7 +151,7 @@ def test_a_node_that_goes_down_loses_nothing(slurm: None, tmp_path: Path) -> Non
     wait_for_two_tasks(folder)
     set_node("down")
     wait_until(lambda: not any(process_of(t, folder) for t in (0, 1)), SECONDS_TO_START, "an end")
-    assert len(look(folder, read_tasks(folder)).running) == 3
+    assert len(look(folder, read_tasks(folder))[0]) == 3
     set_node("resume")
     # Slurm holds requeued jobs back for two minutes; a person would wait.
     for job in {line.split()[0] for line in job_listing().splitlines()}:
@@ -161,7 +159,6 @@ def test_a_node_that_goes_down_loses_nothing(slurm: None, tmp_path: Path) -> Non
     wait_until(is_quiet, SECONDS_TO_FINISH, "three tasks")
     assert batch_master(folder, "--status").returncode == 0
     assert stub_results(folder) == expected_results(3)
-    assert len(read_submissions(folder)) == 1
 
 
 def test_only_killed_tasks_are_submitted_again(
@@ -176,8 +173,8 @@ def test_only_killed_tasks_are_submitted_again(
     status = batch_master(folder, "--status")
     assert status.returncode == 1
     assert "missing        2  0-1" in status.stdout
-    assert re.search(r"task 0 failed: .*CANCELLED", status.stdout)
-    assert re.search(r"task 1 failed: .*Killed", status.stdout)
+    assert re.search(r"^0 failed: .*CANCELLED", status.stdout, re.MULTILINE)
+    assert re.search(r"^1 failed: .*Killed", status.stdout, re.MULTILINE)
     monkeypatch.setenv("STUB_AGAIN", "1")
     again = batch_master(folder)
     assert "4 tasks: 2 done, 0 running, 2 missing" in again.stderr
@@ -195,33 +192,42 @@ def generate_both(root: Path, data_dir: Path) -> list[list[str]]:
     raw = [*common, "--rep", "0-1", "--crop_size_ratio", ".999"]
     site = ["--setup", "export OMP_NUM_THREADS=1", "--requeue", "--results_dir", str(root / "r")]
     site += ["--then_ensemble", "--ensemble_out", str(root / "ensemble")]
-    resnet.main(["--out_dir", str(root / "sbatches"), *levels, "--group", "class", *site])
+    network.main(["--out_dir", str(root / "sbatches"), *levels, "--group", "class", *site])
     pixels.main(["--out_dir", str(root / "sbatches_224"), *raw, *site])
     return [[*levels, "--pyramid_level", "7", "14"], [*raw, "--pyramid_level", "224"]]
 
 
-def ensembles() -> list[str]:
-    """Return the job ids of the ensembles that wait or run."""
-    listing = ask_slurm(["squeue", "--noheader", "--format=%A %j"])
-    rows = [line.split() for line in listing.splitlines()]
-    return [job for job, name in rows if name.endswith("_ensemble")]
-
-
-def test_two_folders_submitted_at_once_start_one_ensemble(
-    slurm: None, tmp_path: Path, data_dir: Path
+def test_two_submissions_at_once_and_one_killed_cost_work_alone(
+    slurm: None, tmp_path: Path
 ) -> None:
-    generate_both(tmp_path, data_dir)
-    folders = [tmp_path / "sbatches", tmp_path / "sbatches_224"]
+    folder = stub_batch(tmp_path, 3, 0)
     set_node("drain")
     try:
-        with only_one(folders[0], ENSEMBLE_LOCK):  # so that both get as far as that
-            runs = [subprocess.Popen(["sh", "batch_master.sh"], cwd=one) for one in folders]
-            wait_until(lambda: all(map(read_submissions, folders)), SECONDS_TO_START, "arrays")
-            assert ensembles() == []
+        runs = [subprocess.Popen(["sh", "batch_master.sh"], cwd=folder) for _ in range(2)]
         assert [run.wait(SECONDS_TO_START) for run in runs] == [0, 0]
-        wait_until(lambda: len(ensembles()) == 1, SECONDS_TO_START, "one ensemble alone")
-        assert [batch_master(one).stdout for one in folders] == ["", ""]
-        assert len(ensembles()) == 1
+        assert batch_master(folder).stdout == ""
+    finally:
+        set_node("resume")
+    wait_until(is_quiet, SECONDS_TO_FINISH, "three tasks, perhaps twice")
+    assert stub_results(folder) == expected_results(3)
+    left = {path.name for path in (tmp_path / "sbatches").iterdir()}
+    assert left == {"array.sbatch", "batch_master.sh", "tasks.tsv", "logs"}
+
+
+def test_killed_after_sbatch_nothing_is_submitted_twice(
+    slurm: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = stub_batch(tmp_path, 3, 0)
+    real = shutil.which("sbatch")
+    (tmp_path / "sbatch").write_text(f'#!/bin/sh\n{real} "$@"\nkill -9 $PPID\n')
+    (tmp_path / "sbatch").chmod(0o755)
+    set_node("drain")
+    try:
+        with monkeypatch.context() as patch:
+            patch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+            assert batch_master(folder).returncode == -9
+        assert len(job_listing().splitlines()) == 3
+        assert batch_master(folder).stdout == ""
     finally:
         ask_slurm(["scancel", f"--user={os.getuid()}"])
         set_node("resume")
@@ -247,15 +253,15 @@ def test_both_arrays_and_the_ensemble_equal_one_process_to_the_byte(
     flags = generate_both(root, data_dir)
 
     submitted = batch_master(first)
-    assert "ensemble not submitted: 1 tasks of" in submitted.stderr
+    assert "ensemble waits for 1 missing tasks of" in submitted.stderr
     (job,) = submitted.stdout.split()
     job_224, ensemble = batch_master(second).stdout.split()
     dependency = ask_slurm(["scontrol", "show", "job", ensemble])
-    assert f"afterok:{job}_*" in dependency
-    assert f"afterok:{job_224}_*" in dependency
+    assert f"afterany:{job}" in dependency
+    assert f"afterany:{job_224}" in dependency
     again = batch_master(first)
     assert again.stdout == ""
-    assert f"ensemble submitted before, as job {ensemble}" in again.stderr
+    assert f"ensemble submitted as job {ensemble}" in again.stderr
 
     wait_until(lambda: process_of(0, first) is not None, SECONDS_TO_START, "a task")
     kill_task(0, first)
@@ -269,11 +275,10 @@ def test_both_arrays_and_the_ensemble_equal_one_process_to_the_byte(
         status = batch_master(folder, "--status")
         assert status.returncode == 0, status.stdout
         assert "ensemble  done" in status.stdout
-        assert "ensemble already done" in batch_master(folder).stderr
+        assert "ensemble done" in batch_master(folder).stderr
 
     after_slurm = contents(root / "ensemble")
-    script = (first / "ensemble.sbatch").read_text()
-    words = shlex.split(script.splitlines()[-1])
     shutil.rmtree(root / "ensemble")
-    calc_anom_ensm.main(words[2 : words.index("&&")])
+    assert "ensemble  missing" in batch_master(first, "--status").stdout
+    assert batch_master(first, "--local", "1").returncode == 0
     assert contents(root / "ensemble") == after_slurm

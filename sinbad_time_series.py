@@ -9,32 +9,27 @@ Writes  OUT/time_series.csv   one line a data set, class and seed
 A series is a set of elements: each time step with all dilated windows of all channels around it.
 A class is fitted on its training series; the whole test split is scored; the other classes are
 the anomalies. One draw of random directions a seed and data set serves all its classes.
-Both files are replaced by the next run with the same --out.
+What OUT holds already is kept and not computed again; --overwrite does.
 """
 
 import argparse
-from dataclasses import dataclass
+import json
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from sklearn.covariance import ledoit_wolf_shrinkage
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
-from torch.nn import functional
 
-from command_line import (
-    ScriptParser,
-    flatten,
-    integer_from,
-    integer_ranges,
-    progress,
-    run_script,
-    say,
-)
-from result_files import to_json, write_atomic
 from sinbad.backbones import choose_device
+from sinbad.errors import UserError, run_script, say
+from sinbad.files import to_json, write_whole
+from sinbad.flags import ScriptParser, flatten, integer_from, integer_ranges, progress
 from sinbad.report.tables import csv_text, markdown
+from sinbad.series import FORMATS, DataSet, file_digests, find_files, load_data_set
 from sinbad_utils import (
     Scores,
     cumulative_histogram,
@@ -43,7 +38,6 @@ from sinbad_utils import (
     project,
     random_directions,
 )
-from uea_files import FORMATS, DataSet, find_files, load_data_set
 
 # ROC-AUC in percent; arXiv 2311.14773, requoted by a benchmark site
 PUBLISHED = {
@@ -61,20 +55,24 @@ SERIES_A_BATCH = 64  # bounds the memory of the windows; changes no number
 MIN_SHRINKAGE = 1e-6
 
 
-@dataclass(frozen=True)
+@dataclass
 class Result:
     """ROC-AUC of one data set.
 
     Attributes
     ----------
-    name : str
-    classes : list of str
-    roc_auc : (n_seeds, n_classes), percent
+    files : name of a file -> its sha256
+    classes : sorted by name
+    roc_auc : seed -> percent of each class
     """
 
-    name: str
+    files: dict[str, str]
     classes: list[str]
-    roc_auc: Scores
+    roc_auc: dict[int, list[float]] = field(default_factory=dict)
+
+    def of(self, seeds: list[int]) -> Scores:
+        """Return (n_seeds, n_classes), percent."""
+        return np.array([self.roc_auc[seed] for seed in seeds])
 
 
 # ---------------------------------------------------------------- method
@@ -85,14 +83,16 @@ def count_dilations(n_steps: int) -> int:
     return min(n_steps // WINDOW, MAX_DILATIONS)
 
 
-def window_elements(series: Tensor, n_dilations: int) -> Tensor:
+def window_elements(series: Tensor, zeros: Tensor, n_dilations: int) -> Tensor:
     """Turn every time step into one element: the windows around it, all dilations and channels.
 
     Parameters
     ----------
     series : (n_series, channels, steps)
+    zeros : (channels,)
+        Stand outside the series.
     n_dilations : int
-        Dilations 1 .. n_dilations; zeros stand outside the series.
+        Dilations 1 .. n_dilations.
 
     Returns
     -------
@@ -102,20 +102,11 @@ def window_elements(series: Tensor, n_dilations: int) -> Tensor:
     windows = []
     for dilation in range(1, n_dilations + 1):
         margin = WINDOW // 2 * dilation
-        padded = functional.pad(series, (margin, margin))
+        edge = zeros[:, None].expand(len(series), -1, margin)
+        padded = torch.cat([edge, series, edge], dim=2)
         shifted = [padded[:, :, k * dilation : k * dilation + n_steps] for k in range(WINDOW)]
         windows.append(torch.stack(shifted, dim=2))  # (series, channels, window, steps)
     return torch.stack(windows, dim=1).flatten(1, 3)
-
-
-def project_series(series: Tensor, directions: Tensor, n_dilations: int) -> Tensor:
-    """Project the elements of every series; (n_series, n_directions, steps)."""
-    return torch.cat(
-        [
-            project(directions, window_elements(batch, n_dilations))
-            for batch in series.split(SERIES_A_BATCH)
-        ]
-    )
 
 
 def score_class(normal_values: Tensor, test_values: Tensor, n_quantiles: int) -> Scores:
@@ -159,8 +150,14 @@ def score_seed(
     n_dilations = count_dilations(n_steps)
     n_features = n_dilations * channels * WINDOW
     directions = random_directions(n_projections, n_features, key=(seed,)).to(device)
+    zeros = torch.from_numpy(data.zeros).to(device)
     train, test = (
-        project_series(torch.from_numpy(series).to(device), directions, n_dilations)
+        torch.cat(
+            [
+                project(directions, window_elements(batch, zeros, n_dilations))
+                for batch in torch.from_numpy(series).to(device).split(SERIES_A_BATCH)
+            ]
+        )
         for series in (data.train, data.test)
     )
     roc_auc = []
@@ -174,19 +171,83 @@ def score_seed(
 # ---------------------------------------------------------------- results
 
 
-def format_table(results: list[Result], n_seeds: int) -> str:
+def read_results(out: Path, settings: dict[str, int], redo: list[str]) -> dict[str, Result]:
+    """Read what is there of other runs, but the data sets to `redo`; settings must be the same."""
+    path = out / "time_series.json"
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        found = {name: Result(own["files"], list(own["classes"]),
+                              {int(seed): values for seed, values in own["seeds"].items()})
+                 for name, own in record["datasets"].items()}  # fmt: skip
+        other = [name for name in settings if record["settings"][name] != settings[name]]
+    except FileNotFoundError:
+        return {}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        if redo:
+            return {}
+        raise UserError(
+            f"{path} must be a file of this version, got another; pass --overwrite or another --out"
+        ) from None
+    if other and not redo:
+        name = other[0]
+        raise UserError(
+            f"{name} must be {record['settings'][name]}, that of the results in {path}, got "
+            f"{settings[name]}; pass another --out, or --overwrite to lose those"
+        )
+    return {} if other else {name: own for name, own in found.items() if name not in redo}
+
+
+def known_or_new(known: Result | None, files: dict[str, str], classes: list[str]) -> Result:
+    """Return the result to fill; stop if what is there was computed from other files."""
+    if known is None:
+        return Result(files, classes)
+    if known.files != files:
+        raise UserError(
+            f"files must be those that --out holds results of, got another {' and '.join(files)}; "
+            "pass another --out, or --overwrite to compute them again"
+        )
+    return known
+
+
+def save_results(out: Path, results: dict[str, Result], settings: dict[str, int]) -> None:
+    """Write time_series.csv and time_series.json, each whole or not at all."""
+    rows: list[list[object]] = [["dataset", "class", "seed", "roc_auc_percent"]]
+    summary: dict[str, Any] = {}
+    for name, result in sorted(results.items()):
+        seeds = sorted(result.roc_auc)
+        for seed in seeds:
+            named = zip(result.classes, result.roc_auc[seed], strict=True)
+            rows.extend([name, one, seed, value] for one, value in named)
+        values = result.of(seeds)
+        means = values.mean(1)
+        summary[name] = {
+            "published": PUBLISHED.get(name),
+            "mean": float(means.mean()),
+            "std": float(means.std(ddof=1)) if len(seeds) > 1 else None,
+            "mean_of_each_seed": means.tolist(),
+            "classes": dict(zip(result.classes, values.T.tolist(), strict=True)),
+            "seeds": {str(seed): result.roc_auc[seed] for seed in seeds},
+            "files": result.files,
+        }
+    record = {"settings": settings, "unit": "ROC-AUC, percent", "datasets": summary}
+    write_whole(out / "time_series.csv", csv_text(rows))
+    write_whole(out / "time_series.json", to_json(record) + "\n")
+
+
+def format_table(results: dict[str, Result], seeds: list[int]) -> str:
     """Return the Markdown table: classes and mean of every data set, published numbers beside."""
     rows = [["data set", "class", "ours", "std", "published", "difference"]]
-    for result in results:
-        for name, values in zip(result.classes, result.roc_auc.T, strict=True):
-            rows.append([result.name, name, f"{values.mean():.1f}", _std(values), "", ""])
-        means = result.roc_auc.mean(1)
-        published = PUBLISHED.get(result.name)
+    for data_set, result in results.items():
+        roc_auc = result.of(seeds)
+        for name, values in zip(result.classes, roc_auc.T, strict=True):
+            rows.append([data_set, name, f"{values.mean():.1f}", _std(values), "", ""])
+        means = roc_auc.mean(1)
+        published = PUBLISHED.get(data_set)
         against = ["-", "-"]
         if published is not None:
             against = [f"{published:.1f}", f"{means.mean() - published:+.1f}"]
-        rows.append([result.name, "**mean**", f"{means.mean():.1f}", _std(means), *against])
-    counted = f"{n_seeds} seeds; std over seeds, n - 1" if n_seeds > 1 else "1 seed"
+        rows.append([data_set, "**mean**", f"{means.mean():.1f}", _std(means), *against])
+    counted = f"{len(seeds)} seeds; std over seeds, n - 1" if len(seeds) > 1 else "1 seed"
     return f"{markdown(rows)}\n\nROC-AUC in percent, {counted}."
 
 
@@ -195,62 +256,26 @@ def _std(values: Scores) -> str:
     return f"{values.std(ddof=1):.2f}" if len(values) > 1 else "-"
 
 
-def save_results(
-    out: Path, results: list[Result], seeds: list[int], settings: dict[str, object]
-) -> None:
-    """Write time_series.csv and time_series.json, each whole or not at all."""
-    rows: list[list[object]] = [["dataset", "class", "seed", "roc_auc_percent"]]
-    summary = {}
-    for result in results:
-        for seed, values in zip(seeds, result.roc_auc.tolist(), strict=True):
-            named = zip(result.classes, values, strict=True)
-            rows.extend([result.name, name, seed, value] for name, value in named)
-        means = result.roc_auc.mean(1)
-        summary[result.name] = {
-            "published": PUBLISHED.get(result.name),
-            "mean": float(means.mean()),
-            "std": float(means.std(ddof=1)) if len(seeds) > 1 else None,
-            "mean_of_each_seed": means.tolist(),
-            "classes": dict(zip(result.classes, result.roc_auc.T.tolist(), strict=True)),
-        }
-    record = {"settings": settings, "unit": "ROC-AUC, percent", "datasets": summary}
-    write_atomic(out / "time_series.csv", csv_text(rows).encode())
-    write_atomic(out / "time_series.json", (to_json(record) + "\n").encode())
-
-
 # ---------------------------------------------------------------- command line
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
     parser = ScriptParser(__doc__)
-    parser.add_argument(
-        "--dataset_dir", type=Path, default=Path("../dataset_uea"),
-        help="folder with a folder for each data set",
-    )  # fmt: skip
-    parser.add_argument(
-        "--dataset", nargs="+", required=True, metavar="NAME",
-        help=f"all ({', '.join(PUBLISHED)}) or names of folders",
-    )  # fmt: skip
-    parser.add_argument(
-        "--format", choices=["auto", *FORMATS], default="auto",
-        help="files to read; auto: .ts where both are there",
-    )  # fmt: skip
-    parser.add_argument(
-        "--seeds", nargs="+", type=integer_ranges, default=[[0]],
-        help="seeds of the random directions, numbers or ranges like 0-9 (default: 0)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--n_projections", type=integer_from(1), default=100, help="random directions"
-    )
-    parser.add_argument(
-        "--n_quantiles", type=integer_from(1), default=20, help="thresholds a direction"
-    )
-    parser.add_argument(
-        "--out", type=Path, default=Path("../sinbad_runs/time_series"),
-        help="folder of the results",
-    )  # fmt: skip
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:<i>")
+    add = parser.add_argument
+    add("--dataset_dir", type=Path, default=Path("../dataset_uea"),
+        help="folder with a folder for each data set")  # fmt: skip
+    add("--dataset", nargs="+", required=True, metavar="NAME",
+        help=f"all ({', '.join(PUBLISHED)}) or names of folders")  # fmt: skip
+    add("--format", choices=["auto", *FORMATS], default="auto",
+        help="files to read; auto: .ts where both are there")  # fmt: skip
+    add("--seeds", nargs="+", type=integer_ranges, default=[[0]],
+        help="of the random directions, numbers or ranges like 0-9 (default: 0)")  # fmt: skip
+    add("--n_projections", type=integer_from(1), default=100, help="random directions")
+    add("--n_quantiles", type=integer_from(1), default=20, help="thresholds a direction")
+    add("--out", type=Path, default=Path("../sinbad_runs/time_series"), help="the results' folder")
+    add("--overwrite", action="store_true", help="compute again what is there")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:<i>")
     return parser.parse_args(argv)
 
 
@@ -258,31 +283,30 @@ def main(argv: list[str] | None = None) -> None:
     """Read every data set, score its classes with every seed, save, print the table."""
     args = parse_args(argv)
     device = choose_device(args.device)
+    settings = {"n_projections": args.n_projections, "n_quantiles": args.n_quantiles,
+                "window": WINDOW, "max_dilations": MAX_DILATIONS}  # fmt: skip
     seeds = flatten(args.seeds)
     wanted = list(PUBLISHED) if "all" in args.dataset else list(dict.fromkeys(args.dataset))
-    for name in wanted:  # before time goes into the ones that are there
-        find_files(args.dataset_dir, name, args.format)
-    results = []
+    paths = {name: find_files(args.dataset_dir, name, args.format) for name in wanted}
+    results = read_results(args.out, settings, redo=wanted if args.overwrite else [])
     for name in wanted:
-        data = load_data_set(
-            args.dataset_dir, name, args.format, KEPT_LENGTHS.get(name), min_steps=WINDOW
-        )
+        data = load_data_set(paths[name], KEPT_LENGTHS.get(name), min_steps=WINDOW)
         classes = np.unique(data.train_labels).tolist()
+        result = known_or_new(results.get(name), file_digests(paths[name]), classes)
         say(
             f"{name}: {len(data.train)} training and {len(data.test)} test series of "
             f"{len(classes)} classes, {data.train.shape[1]} channels, {data.train.shape[2]} steps"
         )
-        roc_auc = [
-            score_seed(data, seed, args.n_projections, args.n_quantiles, device)
-            for seed in progress(seeds, desc=name, unit="seed")
-        ]
-        results.append(Result(name, classes, np.array(roc_auc)))
-    settings = {
-        "n_projections": args.n_projections, "n_quantiles": args.n_quantiles, "seeds": seeds,
-        "window": WINDOW, "max_dilations": MAX_DILATIONS, "device": device.type,
-    }  # fmt: skip
-    save_results(args.out, results, seeds, settings)
-    print(format_table(results, len(seeds)))
+        missing = [seed for seed in seeds if seed not in result.roc_auc]
+        if len(missing) < len(seeds):
+            say(f"{name}: {len(seeds) - len(missing)} seeds are in {args.out} already")
+        for seed in progress(missing, desc=name, unit="seed"):
+            result.roc_auc[seed] = score_seed(
+                data, seed, args.n_projections, args.n_quantiles, device
+            )
+            results[name] = result
+            save_results(args.out, results, settings)
+    print(format_table({name: results[name] for name in wanted}, seeds))
 
 
 if __name__ == "__main__":

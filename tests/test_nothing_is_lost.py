@@ -114,7 +114,7 @@ def test_a_demo_data_set_is_not_replaced_with_what_lies_beside(
     ],
 )
 def test_a_reader_that_goes_away(redirection: str, status: int, words: str) -> None:
-    code = "from command_line import *; run_script(lambda argv: print('x' * 9) or say('y'), [])"
+    code = "from sinbad.errors import *; run_script(lambda argv: print('x' * 9) or say('y'), [])"
     command = f"set -o pipefail; '{sys.executable}' -c \"{code}\" {redirection}"
     result = subprocess.run(
         ["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, check=False, env={}

@@ -20,16 +20,18 @@ from uea_toy import (
     write_toy,
 )
 
+from sinbad.errors import UserError
+from sinbad.series import DataSet, find_files, load_data_set
 from sinbad_time_series import (
+    KEPT_LENGTHS,
+    PUBLISHED,
     count_dilations,
     main,
-    project_series,
     score_class,
     score_seed,
     window_elements,
 )
-from sinbad_utils import random_directions
-from uea_files import DataSet, load_data_set
+from sinbad_utils import project, random_directions
 
 REPOSITORY = Path(__file__).parent.parent
 REAL_DATA = Path(os.environ.get("UEA_DIR", REPOSITORY.parent / "shared/data/uea"))
@@ -42,6 +44,12 @@ needs_real_data = pytest.mark.skipif(
 
 
 # ---------------------------------------------------------------- the textbook
+
+
+def project_series(series: torch.Tensor, directions: torch.Tensor, n: int) -> torch.Tensor:
+    """Project the elements of series that are padded with 0."""
+    zeros = torch.zeros(series.shape[1])
+    return project(directions, window_elements(series, zeros, n))
 
 
 def textbook_descriptor(
@@ -106,8 +114,13 @@ def test_scores_equal_the_textbook(n_steps: int) -> None:
 
 
 def test_roc_auc_of_a_data_set_equals_the_textbook(tmp_path: Path) -> None:
-    data = load_data_set(write_toy(tmp_path, (14, 20)), "Toy", "ts", None)
+    data = load_data_set(find_files(write_toy(tmp_path, (14, 20)), "Toy", "ts"))
     assert data.train.shape == (18, 2, 20)
+    data = data._replace(  # in units where 0 is 0
+        train=data.train - data.zeros[:, None],
+        test=data.test - data.zeros[:, None],
+        zeros=np.zeros(2, np.float32),
+    )
     directions = random_directions(7, 2 * 2 * 9, key=(5,)).double().numpy()
     wanted = [
         100 * roc_auc_score(data.test_labels != name, textbook_scores(
@@ -132,17 +145,28 @@ def test_order_of_the_elements_is_ignored() -> None:
     np.testing.assert_array_equal(one, other)
 
 
-def test_batches_of_series_change_no_number() -> None:
-    series = torch.randn(150, 2, 20, generator=torch.Generator().manual_seed(0))
-    directions = random_directions(5, 2 * 2 * 9, key=(0,))
-    alone = torch.cat([project_series(one[None], directions, 2) for one in series])
-    assert torch.equal(project_series(series, directions, 2), alone)
+def test_batches_of_series_change_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = np.float32(np.random.default_rng(0).normal(size=(150, 2, 20)))
+    labels = np.array(["a", "b", "c"] * 50)
+    data = DataSet(drawn, drawn[:90], labels, labels[:90], np.zeros(2, np.float32))
+    wanted = score_seed(data, 0, 5, 4, CPU)
+    monkeypatch.setattr("sinbad_time_series.SERIES_A_BATCH", 7)
+    assert score_seed(data, 0, 5, 4, CPU) == wanted
+
+
+def test_zeros_stand_outside_the_series() -> None:
+    series = torch.randn(3, 2, 20, generator=torch.Generator().manual_seed(0))
+    shift = torch.tensor([5.0, -3.0])
+    plain = window_elements(series, torch.zeros(2), 2)
+    shifted = window_elements(series + shift[:, None], shift, 2)
+    by_channel = shift.repeat_interleave(9).repeat(2)[:, None]
+    torch.testing.assert_close(shifted - by_channel, plain)
 
 
 def test_elements_do_not_cross_series() -> None:
     series = torch.zeros(2, 1, 9)
     series[1] = 1.0
-    elements = window_elements(series, 1)
+    elements = window_elements(series, torch.zeros(1), 1)
     assert elements.shape == (2, 9, 9)
     assert elements[0].sum() == 0
     assert elements[1, :, 0].tolist() == [0, 0, 0, 0, 1, 1, 1, 1, 1]  # four steps of padding
@@ -196,13 +220,53 @@ def test_seeds_do_not_depend_on_each_other(tmp_path: Path) -> None:
     assert both[1:4] != alone[1:]
 
 
+def test_spoken_digits_keep_20_to_50_steps() -> None:
+    assert KEPT_LENGTHS == {"SpokenArabicDigits": (20, 50)}
+    assert list(PUBLISHED.values()) == [98.1, 96.1, 99.7, 92.3, 97.8]
+
+
+def test_a_run_goes_on_where_another_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_toy(write_toy(tmp_path / "data"), name="Other")
+    out, whole = tmp_path / "out", tmp_path / "whole"
+    run(folder, whole, "--dataset", "Toy", "Other", "--seeds", "0-2")
+    run(folder, out, "--seeds", "0")
+    run(folder, out, "--dataset", "Other", "--seeds", "0-2")
+    assert "Toy" in (out / "time_series.csv").read_text()  # of the run before
+    capsys.readouterr()
+    run(folder, out, "--dataset", "Toy", "Other", "--seeds", "0-2")
+    assert "Toy: 1 seeds are in" in capsys.readouterr().err
+    for name in ("time_series.csv", "time_series.json"):
+        assert (out / name).read_bytes() == (whole / name).read_bytes()
+    monkeypatch.setattr("sinbad_time_series.score_seed", None)  # nothing is computed again
+    run(folder, out, "--dataset", "Toy", "Other", "--seeds", "0-2")
+
+
+def test_results_of_other_settings_or_files_are_not_mixed(tmp_path: Path) -> None:
+    folder, out = write_toy(tmp_path / "data"), tmp_path / "out"
+    before = run(folder, out)
+    with pytest.raises(UserError, match=r"n_quantiles must be 4, that of .*, got 5; .*overwrite"):
+        run(folder, out, "--n_quantiles", "5")
+    assert (out / "time_series.csv").read_text() == before
+    path = folder / "Toy/Toy_TEST.ts"
+    path.write_text(path.read_text().replace("0.", "1.", 1))
+    with pytest.raises(UserError, match=r"files must be those .*Toy_TRAIN\.ts and Toy_TEST\.ts"):
+        run(folder, out)
+    assert run(folder, out, "--overwrite", "--n_quantiles", "5") != before
+    (out / "time_series.json").write_text("[]")
+    with pytest.raises(UserError, match="must be a file of this version"):
+        run(folder, out)
+    assert run(folder, out, "--overwrite").startswith("dataset,class,seed")
+
+
 # ---------------------------------------------------------------- the archive's own files
 
 
 @needs_real_data
 def test_real_formats_are_the_same_to_the_bit() -> None:
     loaded: list[DataSet] = [
-        load_data_set(REAL_DATA, "RacketSports", suffix, None) for suffix in ("ts", "arff")
+        load_data_set(find_files(REAL_DATA, "RacketSports", suffix)) for suffix in ("ts", "arff")
     ]
     ts, arff = loaded
     assert ts.train.shape == (151, 6, 30)

@@ -1,16 +1,32 @@
-"""Files of the UEA archive: both formats, missing values, and one clear line for a wrong one."""
+"""Files of the UEA archive: both formats, missing values, units, one line for a wrong one."""
 
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from uea_toy import line_of, make_series, replace_in, run, write_toy
 
-from command_line import UserError, run_script
+from sinbad.errors import UserError, run_script
+from sinbad.series import DataSet, find_files, load_data_set, read_split
 from sinbad_time_series import main
-from uea_files import load_data_set, read_split
+
+
+def load(folder: Path, suffix: str, name: str = "Toy", **limits: tuple[int, int]) -> DataSet:
+    """Read a data set of a folder of data sets."""
+    return load_data_set(find_files(folder, name, suffix), **limits)
+
+
+def values_of(path: Path) -> list[NDArray[np.float64]]:
+    """Return the values of the series of a file."""
+    return [one.values for one in read_split(path)]
+
+
 
 # ---------------------------------------------------------------- files
 
@@ -18,7 +34,7 @@ from uea_files import load_data_set, read_split
 @pytest.mark.parametrize("lengths", [(20, 20), (12, 25)])
 def test_both_formats_give_the_same_bytes(tmp_path: Path, lengths: tuple[int, int]) -> None:
     folder = write_toy(tmp_path, lengths, missing=True)
-    ts, arff = (load_data_set(folder, "Toy", suffix, None) for suffix in ("ts", "arff"))
+    ts, arff = (load(folder, suffix) for suffix in ("ts", "arff"))
     assert ts.train.tobytes() == arff.train.tobytes()
     assert ts.test.tobytes() == arff.test.tobytes()
     assert ts.train_labels.tolist() == arff.train_labels.tolist()
@@ -26,54 +42,106 @@ def test_both_formats_give_the_same_bytes(tmp_path: Path, lengths: tuple[int, in
     assert len(csvs) == 1
 
 
-def test_missing_values_and_padding_are_zero(tmp_path: Path) -> None:
+def test_missing_values_and_padding_are_zero_in_units_of_the_file(tmp_path: Path) -> None:
     folder = write_toy(tmp_path, (12, 25), missing=True)
-    train = read_split(folder / "Toy/Toy_TRAIN.ts")
-    data = load_data_set(folder, "Toy", "ts", None)
-    assert np.isnan(train.series[0][1, 3:5]).all()
-    assert (data.train[0, 1, 3:5] == 0).all()
-    for padded, series in zip(data.train, train.series, strict=True):
+    train = values_of(folder / "Toy/Toy_TRAIN.ts")
+    assert np.isnan(train[0][1, 3:5]).all()
+    data = load(folder, "ts")
+    assert (data.train[0, 1, 3:5] == data.zeros[1]).all()
+    unit = (data.train[1, 0, 1] - data.train[1, 0, 0]) / (train[1][0, 1] - train[1][0, 0])
+    for padded, series in zip(data.train, train, strict=True):
         n_steps = series.shape[1]
-        np.testing.assert_array_equal(padded[:, :n_steps], np.float32(np.nan_to_num(series)))
-        assert (padded[:, n_steps:] == 0).all()
+        wanted = np.nan_to_num(series) * unit + data.zeros[:, None]
+        np.testing.assert_allclose(padded[:, :n_steps], wanted, rtol=1e-5, atol=1e-6)
+        assert (padded[:, n_steps:] == data.zeros[:, None]).all()
 
 
 def test_values_and_labels_are_those_written(tmp_path: Path) -> None:
     folder = write_toy(tmp_path)
     wanted = make_series(1, 6, (20, 20))
     for suffix in ("ts", "arff"):
-        split = read_split(folder / f"Toy/Toy_TRAIN.{suffix}")
-        np.testing.assert_allclose(split.series, [one for one, _ in wanted], atol=5.1e-7)
-        assert split.labels == [label for _, label in wanted]
-        first = line_of(split.path, split.lines[0])
-        assert f"{wanted[0][0][0, 0]:.6f}" in first
+        path = folder / f"Toy/Toy_TRAIN.{suffix}"
+        split = read_split(path)
+        np.testing.assert_allclose(values_of(path), [one for one, _ in wanted], atol=5.1e-7)
+        assert [one.label for one in split] == [label for _, label in wanted]
+        assert f"{wanted[0][0][0, 0]:.6f}" in line_of(path, split[0].line)
 
 
-def test_spoken_digits_keep_lengths_20_to_50(tmp_path: Path) -> None:
-    name = "SpokenArabicDigits"
-    folder = write_toy(tmp_path, (15, 60), name=name)
-    data = load_data_set(folder, name, "ts", (20, 50))
-    lengths = [s.shape[1] for s in read_split(folder / name / f"{name}_TRAIN.ts").series]
+def test_only_series_of_the_lengths_asked_for_are_kept(tmp_path: Path) -> None:
+    folder = write_toy(tmp_path, (15, 60))
+    lengths = [values.shape[1] for values in values_of(folder / "Toy/Toy_TRAIN.ts")]
     assert min(lengths) < 20 and max(lengths) > 50
+    data = load(folder, "ts", lengths=(20, 50))
     assert len(data.train) == sum(20 <= n <= 50 for n in lengths)
     assert data.train.shape[2] <= 50
 
 
-def test_windows_line_ends_are_read(tmp_path: Path) -> None:
-    folder = write_toy(tmp_path)
-    for suffix in ("ts", "arff"):
-        path = folder / f"Toy/Toy_TRAIN.{suffix}"
-        unix = read_split(path)
-        path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))
-        np.testing.assert_array_equal(read_split(path).series, unix.series)
+@pytest.mark.parametrize("suffix", ["ts", "arff"])
+@pytest.mark.parametrize("ends", [b"\r\n", b"\r"])
+def test_other_line_ends_are_read(tmp_path: Path, suffix: str, ends: bytes) -> None:
+    path = write_toy(tmp_path) / f"Toy/Toy_TRAIN.{suffix}"
+    plain = values_of(path)
+    path.write_bytes(path.read_bytes().replace(b"\n", ends))
+    np.testing.assert_array_equal(values_of(path), plain)
 
 
 @pytest.mark.parametrize("suffix", ["ts", "arff"])
-def test_byte_order_marks_and_spaces_are_read(tmp_path: Path, suffix: str) -> None:
+@pytest.mark.parametrize("space", [" ", "\t", "\x0b", "\x0c", "\x85", "\u2028"])
+def test_byte_order_marks_and_spaces_are_read(tmp_path: Path, suffix: str, space: str) -> None:
     path = write_toy(tmp_path, missing=True) / f"Toy/Toy_TRAIN.{suffix}"
-    plain = read_split(path)
-    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b",?,", b", ? ,"))
-    np.testing.assert_array_equal(read_split(path).series, plain.series)
+    plain = values_of(path)
+    text = path.read_text().replace(",?,", f",{space}?{space},")
+    path.write_text("\ufeff" + text, encoding="utf-8")
+    np.testing.assert_array_equal(values_of(path), plain)
+
+
+def test_text_is_utf8_whatever_the_locale(tmp_path: Path) -> None:
+    folder = write_toy(tmp_path / "data")
+    for path in (folder / "Toy").glob("*.ts"):
+        path.write_text(path.read_text().replace("up", "größer"), encoding="utf-8")
+    plain = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    command = [sys.executable, "sinbad_time_series.py", "--dataset_dir", str(folder), "--dataset"]
+    command += ["Toy", "--out", str(tmp_path / "out"), "--n_projections", "7"]
+    root = Path(__file__).parents[1]
+    found = subprocess.run(command, cwd=root, env=plain, capture_output=True, check=False)
+    assert found.returncode == 0, found.stderr
+    assert "größer" in found.stdout.decode("utf-8")
+    assert "größer" in (tmp_path / "out/time_series.csv").read_text(encoding="utf-8")
+
+
+# ---------------------------------------------------------------- units
+
+
+def scaled(folder: Path, to: Path, change: Callable[[float], float]) -> Path:
+    """Write the toy's .ts files with all values changed; return the folder of data sets."""
+    (to / "Toy").mkdir(parents=True)
+    for path in (folder / "Toy").glob("*.ts"):
+        head, _, rows = path.read_text().partition("@data\n")
+        changed = re.sub(r"-?\d+\.\d+", lambda number: repr(change(float(number[0]))), rows)
+        (to / "Toy" / path.name).write_text(f"{head}@data\n{changed}")
+    return to
+
+
+@pytest.mark.parametrize("unit", [2.0**40, 1e-30, 1e30, 1e-300])
+def test_scores_do_not_depend_on_the_unit(tmp_path: Path, unit: float) -> None:
+    folder = write_toy(tmp_path / "data", (14, 20))
+    plain = load(folder, "ts")
+    data = load(scaled(folder, tmp_path / "scaled", lambda value: value * unit), "ts")
+    ratio = data.train.std() / plain.train.std()
+    assert 0.5 <= ratio <= 2  # by a power of two, or the number beside it
+    np.testing.assert_allclose(data.train / ratio, plain.train, rtol=1e-4, atol=1e-5)
+    wanted = run(folder, tmp_path / "a", "--seeds", "0-2")
+    assert run(tmp_path / "scaled", tmp_path / "b", "--seeds", "0-2") == wanted
+
+
+def test_a_small_signal_on_a_great_offset_is_kept(tmp_path: Path) -> None:
+    folder = write_toy(tmp_path / "data")
+    offset = load(scaled(folder, tmp_path / "offset", lambda value: value + 1e6), "ts")
+    plain = load(folder, "ts")
+    np.testing.assert_allclose(
+        offset.train - offset.train[:1, :, :1], plain.train - plain.train[:1, :, :1], atol=1e-5
+    )
+    assert offset.zeros.max() < -1e5  # so far below is what 0 has become
 
 
 # ---------------------------------------------------------------- bad input
@@ -96,14 +164,14 @@ def bad_no_series(train: Path, test: Path) -> str:
 
 def bad_ragged(train: Path, test: Path) -> str:
     """Leave out the first value of the second series."""
-    n = read_split(train).lines[1]
+    n = read_split(train)[1].line
     line = line_of(train, n)
     replace_in(train, line, ("'" if line[0] == "'" else "") + line.partition(",")[2])
-    return rf"{train.name}, line {n}: dimensions must have 19 values as the first, got 20"
+    return rf"{train.name}, line {n}: dimension (2 must have 19|1 must have 20) values.*got (20|19)"
 
 
 def bad_dimension_left_out(train: Path, test: Path) -> str:
-    n = read_split(train).lines[1]
+    n = read_split(train)[1].line
     line = line_of(train, n)
     separator = ":" if train.suffix == ".ts" else "\\n"
     quote = "" if train.suffix == ".ts" else "'"
@@ -113,36 +181,36 @@ def bad_dimension_left_out(train: Path, test: Path) -> str:
 
 def bad_all_longer(train: Path, test: Path) -> str:
     """Give every dimension of an .arff series a value more than the header has attributes."""
-    n = read_split(train).lines[1]
+    n = read_split(train)[1].line
     line = line_of(train, n)
     longer = line.replace("\\n", ",1.0\\n").replace("',", ",1.0',")
     replace_in(train, line, longer if train.suffix == ".arff" else line.replace(":", ",1.0:", 1))
-    return rf"{train.name}, line {n}: dimensions must have 2\d values"
+    return rf"{train.name}, line {n}: dimension \d must have 2\d values"
 
 
 def bad_field(train: Path, test: Path) -> str:
-    n = read_split(train).lines[2]
+    n = read_split(train)[2].line
     line = line_of(train, n)
     replace_in(train, line, re.sub(r",[^,]*,", ",abc,", line, count=1))
     return rf"{train.name}, line {n}: .*numbers or \?.*abc"
 
 
 def bad_infinite(train: Path, test: Path) -> str:
-    n = read_split(train).lines[2]
+    n = read_split(train)[2].line
     line = line_of(train, n)
-    replace_in(train, line, re.sub(r",[^,]*,", ",1e99,", line, count=1))
-    return rf"{train.name}, line {n}: values must be finite, got 1e\+99"
+    replace_in(train, line, re.sub(r",[^,]*,", ",1e309,", line, count=1))
+    return rf"{train.name}, line {n}: values must be finite .*got inf"
 
 
 def bad_empty(train: Path, test: Path) -> str:
     test.write_text("")
-    return rf"{test.name}, line 1: must hold series, got an empty file"
+    return rf"{test.name}, line 1: the header must end with @data, got an empty file"
 
 
 def bad_one_training_series(train: Path, test: Path) -> str:
     split = read_split(train)
     lines = train.read_text().splitlines()
-    ups = [n for n, label in zip(split.lines, split.labels, strict=True) if label == "up"]
+    ups = [one.line for one in split if one.label == "up"]
     train.write_text("\n".join(line for n, line in enumerate(lines, 1) if n not in ups[1:]) + "\n")
     return rf"{train.name}, line {ups[0]}: class up must have at least 2 training series.*got 1"
 
@@ -150,12 +218,12 @@ def bad_one_training_series(train: Path, test: Path) -> str:
 def bad_label_only_in_test(train: Path, test: Path) -> str:
     lines = train.read_text().splitlines()
     train.write_text("\n".join(row for row in lines if not row.endswith(("',flat", ":flat"))))
-    split = read_split(test)
-    return rf"{test.name}, line {split.lines[split.labels.index('flat')]}: the label .*got flat"
+    line = next(one.line for one in read_split(test) if one.label == "flat")
+    return rf"{test.name}, line {line}: the label .*got flat"
 
 
 def bad_undeclared_label(train: Path, test: Path) -> str:
-    n = read_split(test).lines[0]
+    n = read_split(test)[0].line
     line = line_of(test, n)
     replace_in(test, line, line.removesuffix("up") + "sideways")
     return rf"{test.name}, line {n}: .*label.*sideways"
@@ -168,10 +236,18 @@ def bad_one_class_in_test(train: Path, test: Path) -> str:
     return rf"{test.name}, line \d+: class \w+ and another must be in the test split, got up"
 
 
+def bad_declared_length(train: Path, test: Path) -> str:
+    if train.suffix == ".ts":
+        replace_in(train, "@data", "@equalLength true\n@seriesLength 21\n@data")
+    else:
+        replace_in(train, "@end relationalAtt", "@attribute one_more numeric\n@end relationalAtt")
+    return rf"{train.name}, line \d+: dimension 1 must have 21 values.*got 20"
+
+
 BAD = [
     bad_no_data_tag, bad_header_only, bad_no_series, bad_ragged, bad_dimension_left_out,
     bad_all_longer, bad_field, bad_infinite, bad_empty, bad_one_training_series,
-    bad_label_only_in_test, bad_undeclared_label, bad_one_class_in_test,
+    bad_label_only_in_test, bad_undeclared_label, bad_one_class_in_test, bad_declared_length,
 ]  # fmt: skip
 
 
@@ -181,7 +257,7 @@ def test_only_numbers_and_question_marks_are_values(
     tmp_path: Path, field: str, suffix: str
 ) -> None:
     path = write_toy(tmp_path) / f"Toy/Toy_TRAIN.{suffix}"
-    n = read_split(path).lines[2]
+    n = read_split(path)[2].line
     line = line_of(path, n)
     replace_in(path, line, re.sub(r",[^,]*,", f",{field},", line, count=1))
     message = rf"{path.name}, line {n}: values must be numbers or \?, got {re.escape(field)};"
@@ -201,6 +277,15 @@ def test_bad_file_is_one_line_with_file_and_line(
         run(folder, tmp_path / "out", "--format", suffix)
     assert "\n" not in str(caught.value).strip()
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("line", ["@dimensions 3", "@univariate true"])
+def test_the_declared_number_of_dimensions_is_held_to(tmp_path: Path, line: str) -> None:
+    path = write_toy(tmp_path) / "Toy/Toy_TRAIN.ts"
+    name = line.split()[0]
+    path.write_text(re.sub(f"{name} .*", line, path.read_text()))
+    with pytest.raises(UserError, match=r"line 8: dimensions must be [31], .*got 2"):
+        read_split(path)
 
 
 def test_time_stamps_are_refused(tmp_path: Path) -> None:

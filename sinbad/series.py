@@ -1,0 +1,287 @@
+"""UEA files, .ts or the same as relational .arff -> arrays of series, centred and scaled.
+
+A file that does not follow its format is an error of one line that names the file and the line.
+"""
+
+import hashlib
+import io
+import re
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.io import arff
+
+from sinbad.errors import UserError
+
+ARCHIVE_PAGE = "https://www.timeseriesclassification.com"
+FORMATS = ("ts", "arff")
+TAG_RULES = {  # of a .ts header: what it must be, in words and as a pattern
+    "@timestamps": ("false", "false"),
+    "@classlabel": ("true and the labels", "true"),
+    "@dimensions": ("a whole number", "[0-9]{1,9}"),
+    "@serieslength": ("a whole number", "[0-9]{1,9}"),
+}
+LARGEST_VALUE = 1e307  # differences of two values stay finite in float64
+LARGEST_SCALED = 2.0**100  # sums of projected values stay finite in float32
+
+Array = NDArray[np.float64]
+
+
+class Declared(NamedTuple):
+    """What a header says of every series; empty or None where it says nothing."""
+
+    labels: tuple[str, ...]
+    n_channels: int | None
+    n_steps: int | None
+
+
+class Series(NamedTuple):
+    """One series: its line in the file (from 1), values (channels, steps), NaN = missing, label."""
+
+    line: int
+    values: Array
+    label: str
+
+
+class DataSet(NamedTuple):
+    """A data set, padded to its longest series, in units in which float32 loses nothing.
+
+    Each channel is shifted by a value of its own and all are divided by one power of two.
+
+    Attributes
+    ----------
+    train, test : (n_series, channels, steps), float32
+    train_labels, test_labels : (n_series,), str
+    zeros : (channels,), float32
+        What 0 in the file's units has become: stands for padding and missing values.
+    """
+
+    train: NDArray[np.float32]
+    test: NDArray[np.float32]
+    train_labels: NDArray[np.str_]
+    test_labels: NDArray[np.str_]
+    zeros: NDArray[np.float32]
+
+
+# ---------------------------------------------------------------- files
+
+
+def find_files(dataset_dir: Path, name: str, file_format: str) -> tuple[Path, Path]:
+    """Return the training and the test file of a data set; `file_format` is ts, arff or auto."""
+    cure = f"unpack the archive of {ARCHIVE_PAGE} there, or pass --dataset_dir"
+    if not dataset_dir.is_dir():
+        raise UserError(f"--dataset_dir must be a folder, got {dataset_dir}; {cure}")
+    folder = dataset_dir / name
+    if not folder.is_dir():
+        found = ", ".join(sorted(path.name for path in dataset_dir.iterdir() if path.is_dir()))
+        rule = f"--dataset must be a folder of {dataset_dir} (found: {found or 'none'})"
+        raise UserError(f"{rule}, got {name}; {cure}")
+    for suffix in FORMATS if file_format == "auto" else (file_format,):
+        train, test = (folder / f"{name}_{split}.{suffix}" for split in ("TRAIN", "TEST"))
+        if train.is_file() and test.is_file():
+            return train, test
+    wanted = "ts or .arff" if file_format == "auto" else file_format
+    names = sorted(path.name + " (a folder)" * path.is_dir() for path in folder.iterdir())
+    rule = f"{folder} must hold {name}_TRAIN.{wanted} and {name}_TEST of the same kind"
+    raise UserError(f"{rule}, got {', '.join(names) or 'nothing'}; {cure}")
+
+
+def file_digests(paths: tuple[Path, ...]) -> dict[str, str]:
+    """Return the sha256 of every file by its name."""
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
+
+
+def read_split(path: Path) -> list[Series]:
+    """Read a .ts or a relational .arff file; steps at the end without any value are cut off.
+
+    Raises
+    ------
+    UserError
+        If the file does not follow its format; names the file and the line.
+    """
+    text = path.read_text(encoding="utf-8-sig", errors="backslashreplace")
+    lines = text.removesuffix("\n").split("\n")  # splitlines would split at \f and U+2028 too
+    is_arff = path.suffix == ".arff"
+    starts = (line for line, raw in enumerate(lines, 1) if re.match(r"\s*@data\b", raw, re.I))
+    start = next(starts, None)
+    if start is None:
+        got = "no @data" if text.strip() else "an empty file"
+        raise _line_error(path, len(lines), "the header must end with @data", got)
+    declared = (_arff_header if is_arff else _ts_header)(path, lines[:start])
+    split = []
+    for line, raw in enumerate(lines[start:], start + 1):
+        if not raw.strip() or raw.lstrip()[0] == ("%" if is_arff else "#"):
+            continue
+        content, _, label = raw.rpartition("," if is_arff else ":")
+        dimensions = content.strip(" \t'\"").split("\\n") if is_arff else content.split(":")
+        one = Series(line, _values(path, line, dimensions, declared), label.strip(" \t\f\v'\""))
+        if declared.labels and one.label not in declared.labels:
+            rule = f"the label must be one of {', '.join(declared.labels)}"
+            raise _line_error(path, line, rule, one.label)
+        filled = np.flatnonzero(~np.isnan(one.values).all(0))  # .arff pads short series with ?
+        split.append(one._replace(values=one.values[:, : filled[-1] + 1 if len(filled) else 0]))
+        declared = declared._replace(n_channels=len(one.values))
+    if not split:
+        raise _line_error(path, len(lines), "@data must be followed by series", "none")
+    return split
+
+
+def _line_error(path: Path, line: int, rule: str, got: str) -> UserError:
+    """Make the error of one line of a file."""
+    got = got if len(got) <= 60 else got[:57] + "..."
+    return UserError(f"{path}, line {line}: {rule}, got {got}; mend the line or unpack again")
+
+
+def _ts_header(path: Path, lines: list[str]) -> Declared:
+    """Read the header of a .ts file; refuse what is not read here."""
+    tags: dict[str, list[str]] = {}
+    for line, raw in enumerate(lines, start=1):
+        tag, *words = re.split(r"[ \t]+", raw.strip())
+        if tag and tag[0] not in "@#":
+            raise _line_error(path, line, "the header must be lines of @ or #", raw)
+        rule, pattern = TAG_RULES.get(tag.lower(), ("", ".*"))
+        value = words[0].lower() if words else "nothing"
+        if not re.fullmatch(pattern, value):
+            raise _line_error(path, line, f"{tag} must be {rule}", value)
+        tags[tag.lower()] = [value, *words[1:]]
+    _, *labels = tags.get("@classlabel", [""])
+    n_channels = ["1"] if tags.get("@univariate") == ["true"] else tags.get("@dimensions")
+    n_steps = tags.get("@serieslength") if tags.get("@equallength") == ["true"] else None
+    return Declared(
+        tuple(labels), int(n_channels[0]) if n_channels else None,
+        int(n_steps[0]) if n_steps else None,
+    )  # fmt: skip
+
+
+def _arff_header(path: Path, lines: list[str]) -> Declared:
+    """Read the header of a relational .arff file."""
+    header = "\n".join(lines) + "\n"
+    try:
+        _, meta = arff.loadarff(io.StringIO(header))
+    except Exception as error:  # of many kinds, StopIteration among them
+        rule = "the header must be of relational .arff"
+        raise _line_error(path, len(lines), rule, str(error)) from None
+    if meta.types() != ["relational", "nominal"]:
+        rule = "attributes must be one relational and one of labels"
+        raise _line_error(path, len(lines), rule, ", ".join(meta.types()))
+    n_steps = len(re.findall(r"^\s*@attribute\b", header, re.I | re.M)) - 2
+    return Declared(meta[meta.names()[1]][1], None, n_steps)
+
+
+def _values(path: Path, line: int, dimensions: list[str], declared: Declared) -> Array:
+    """Read the values of one series: numbers between commas, "?" (or NaN) where one misses."""
+    n_channels = declared.n_channels or len(dimensions)
+    if len(dimensions) != n_channels:
+        rule = f"dimensions must be {n_channels}, as the header or the line before has"
+        raise _line_error(path, line, rule, str(len(dimensions)))
+    rows: list[list[float]] = []
+    for text in dimensions:
+        rows.append([])
+        for field in map(str.strip, text.split(",")):
+            try:  # Python would read 1_0 as 10
+                rows[-1].append(float("nan" if field == "?" else field.replace("_", "no digit")))
+            except ValueError:
+                rule = "values must be numbers or ?"
+                raise _line_error(path, line, rule, field or "nothing") from None
+        n_steps = declared.n_steps or len(rows[0])
+        if len(rows[-1]) != n_steps:
+            rule = f"dimension {len(rows)} must have {n_steps} values, as the header or the first"
+            raise _line_error(path, line, rule, str(len(rows[-1])))
+    values = np.array(rows)
+    if (abs(values) > LARGEST_VALUE).any():
+        got = str(np.nanmax(abs(values)))
+        raise _line_error(path, line, f"values must be finite (within {LARGEST_VALUE:g})", got)
+    return values
+
+
+# ---------------------------------------------------------------- arrays
+
+
+def load_data_set(
+    paths: tuple[Path, Path], lengths: tuple[int, int] | None = None, min_steps: int = 1
+) -> DataSet:
+    """Read both splits of a data set; centre, scale and pad them to the longest series of both.
+
+    Parameters
+    ----------
+    paths : (training file, test file)
+    lengths : (shortest, longest) or None
+        Series outside are left out; steps.
+    min_steps : int
+        The longest series must have so many.
+
+    Raises
+    ------
+    UserError
+        If a file is wrong, or the splits do not fit each other.
+    """
+    shortest, longest = lengths or (0, np.inf)
+    splits = []
+    for path in paths:
+        kept = [one for one in read_split(path) if shortest <= one.values.shape[1] <= longest]
+        if not kept:
+            rule = f"{path} must hold series of {shortest} to {longest} steps"
+            raise UserError(f"{rule}, got none; unpack the archive again")
+        splits.append(kept)
+    _check_splits(paths, *splits)
+    n_steps = max(one.values.shape[1] for split in splits for one in split)
+    if n_steps < min_steps:
+        rule = f"series of {paths[0]} and {paths[1].name} must have at least {min_steps} steps"
+        raise UserError(f"{rule}, got {n_steps} in the longest; leave out this data set")
+    centre, exponent = _fit_units(splits[0])
+    zeros = _scale(np.zeros((len(centre), 1)), centre, exponent)
+    arrays = [np.float32(np.tile(zeros, (len(split), 1, n_steps))) for split in splits]
+    for array, split in zip(arrays, splits, strict=True):
+        for padded, one in zip(array, split, strict=True):
+            padded[:, : one.values.shape[1]] = _scale(np.nan_to_num(one.values), centre, exponent)
+    labels = (np.array([one.label for one in split]) for split in splits)
+    return DataSet(*arrays, *labels, np.float32(zeros[:, 0]))
+
+
+def _fit_units(train: list[Series]) -> tuple[Array, int]:
+    """Fit the median of each channel, (channels, 1), and the exponent of the usual distance to it.
+
+    One value of another size would move a mean so far that float64 loses the others.
+    """
+    pooled = np.concatenate([one.values for one in train], axis=1)  # (channels, steps of all)
+    centre = np.array([[_median(channel)] for channel in pooled])
+    distances = abs(pooled - centre)
+    usual = max(_median(channel[channel > 0]) for channel in distances)
+    return centre, int(np.frexp(usual or abs(centre).max())[1])
+
+
+def _median(values: Array) -> float:
+    """Return the upper median of the values that are not NaN; 0 where there are none."""
+    present = np.sort(values[~np.isnan(values)])
+    return float(present[len(present) // 2]) if len(present) else 0.0
+
+
+def _scale(values: Array, centre: Array, exponent: int) -> Array:
+    """Centre, and divide by 2 ** exponent: changes no bit. What lies far outside is clipped."""
+    with np.errstate(over="ignore"):
+        scaled = np.ldexp(values - centre, -exponent)
+    return np.clip(scaled, -LARGEST_SCALED, LARGEST_SCALED)
+
+
+def _check_splits(paths: tuple[Path, Path], train: list[Series], test: list[Series]) -> None:
+    """Refuse splits on which some class cannot be fitted or scored."""
+    n_channels, n_test_channels = len(train[0].values), len(test[0].values)
+    if n_test_channels != n_channels:
+        rule = f"dimensions must be {n_channels} as in {paths[0].name}"
+        raise _line_error(paths[1], test[0].line, rule, str(n_test_channels))
+    counts = Counter(one.label for one in train)
+    found = sorted({one.label for one in test})
+    for one in test:
+        if one.label not in counts:
+            rule = f"the label must be one of {paths[0].name} ({', '.join(sorted(counts))})"
+            raise _line_error(paths[1], one.line, rule, one.label)
+    for one in train:
+        if counts[one.label] < 2:
+            rule = f"class {one.label} must have at least 2 training series"
+            raise _line_error(paths[0], one.line, f"{rule} (a covariance needs them)", "1")
+        if one.label not in found or len(found) < 2:
+            rule = f"class {one.label} and another must be in the test split"
+            raise _line_error(paths[1], test[-1].line, rule, ", ".join(found))

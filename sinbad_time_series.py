@@ -57,18 +57,11 @@ MIN_SHRINKAGE = 1e-6
 
 @dataclass
 class Result:
-    """ROC-AUC of one data set.
+    """ROC-AUC of one data set."""
 
-    Attributes
-    ----------
-    files : name of a file -> its sha256
-    classes : sorted by name
-    roc_auc : seed -> percent of each class
-    """
-
-    files: dict[str, str]
-    classes: list[str]
-    roc_auc: dict[int, list[float]] = field(default_factory=dict)
+    files: dict[str, str]  # name -> sha256
+    classes: list[str]  # sorted
+    roc_auc: dict[int, list[float]] = field(default_factory=dict)  # seed -> percent of each class
 
     def of(self, seeds: list[int]) -> Scores:
         """Return (n_seeds, n_classes), percent."""
@@ -129,7 +122,7 @@ def score_class(normal_values: Tensor, test_values: Tensor, n_quantiles: int) ->
     test = cumulative_histogram(test_values, low, high, n_quantiles)
     shrinkage = float(ledoit_wolf_shrinkage(normal.double().cpu().numpy()))
     whitening = fit_whitening(normal, min(max(shrinkage, MIN_SHRINKAGE), 1.0))
-    return whitening.squared_distances(test, whitening.mean[None])[:, 0].cpu().numpy()
+    return whitening.squared_norms(test).cpu().numpy()
 
 
 def score_seed(
@@ -139,7 +132,6 @@ def score_seed(
 
     Parameters
     ----------
-    data : DataSet
     seed : int
         Key of the directions.
     n_projections, n_quantiles : int
@@ -152,14 +144,10 @@ def score_seed(
     directions = random_directions(n_projections, n_features, key=(seed,)).to(device)
     zeros = torch.from_numpy(data.zeros).to(device)
     train, test = (
-        torch.cat(
-            [
-                project(directions, window_elements(batch, zeros, n_dilations))
-                for batch in torch.from_numpy(series).to(device).split(SERIES_A_BATCH)
-            ]
-        )
+        torch.cat([project(directions, window_elements(batch, zeros, n_dilations))
+                   for batch in torch.from_numpy(series).to(device).split(SERIES_A_BATCH)])
         for series in (data.train, data.test)
-    )
+    )  # fmt: skip
     roc_auc = []
     for name in np.unique(data.train_labels):
         is_normal = torch.from_numpy(data.train_labels == name).to(device)
@@ -171,8 +159,18 @@ def score_seed(
 # ---------------------------------------------------------------- results
 
 
-def read_results(out: Path, settings: dict[str, int], redo: list[str]) -> dict[str, Result]:
-    """Read what is there of other runs, but the data sets to `redo`; settings must be the same."""
+def read_results(
+    out: Path, settings: dict[str, int], files: dict[str, dict[str, str]], overwrite: bool
+) -> dict[str, Result]:
+    """Read what other runs left, which must be of the same settings and files, or is overwritten.
+
+    Parameters
+    ----------
+    settings : name -> value
+    files : data set of this run -> name of a file -> its sha256
+    overwrite : bool
+        Leave out the data sets of this run, and all where the settings differ.
+    """
     path = out / "time_series.json"
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
@@ -183,30 +181,21 @@ def read_results(out: Path, settings: dict[str, int], redo: list[str]) -> dict[s
     except FileNotFoundError:
         return {}
     except (ValueError, KeyError, TypeError, AttributeError):
-        if redo:
-            return {}
-        raise UserError(
-            f"{path} must be a file of this version, got another; pass --overwrite or another --out"
-        ) from None
-    if other and not redo:
-        name = other[0]
-        raise UserError(
-            f"{name} must be {record['settings'][name]}, that of the results in {path}, got "
-            f"{settings[name]}; pass another --out, or --overwrite to lose those"
-        )
-    return {} if other else {name: own for name, own in found.items() if name not in redo}
-
-
-def known_or_new(known: Result | None, files: dict[str, str], classes: list[str]) -> Result:
-    """Return the result to fill; stop if what is there was computed from other files."""
-    if known is None:
-        return Result(files, classes)
-    if known.files != files:
-        raise UserError(
-            f"files must be those that --out holds results of, got another {' and '.join(files)}; "
-            "pass another --out, or --overwrite to compute them again"
-        )
-    return known
+        rule = f"{path} must be a file of this version, got another"
+        if not overwrite:
+            raise UserError(f"{rule}; pass --overwrite or another --out") from None
+        return {}
+    if overwrite:
+        return {} if other else {name: own for name, own in found.items() if name not in files}
+    cure = "pass another --out, or --overwrite to lose those"
+    for name in other:
+        rule = f"{name} must be {record['settings'][name]}, that of the results in {path}"
+        raise UserError(f"{rule}, got {settings[name]}; {cure}")
+    for name in files.keys() & found.keys():
+        if found[name].files != files[name]:
+            rule = f"files must be those of the results of {name} in {path}"
+            raise UserError(f"{rule}, got another {' and '.join(files[name])}; {cure}")
+    return found
 
 
 def save_results(out: Path, results: dict[str, Result], settings: dict[str, int]) -> None:
@@ -288,15 +277,16 @@ def main(argv: list[str] | None = None) -> None:
     seeds = flatten(args.seeds)
     wanted = list(PUBLISHED) if "all" in args.dataset else list(dict.fromkeys(args.dataset))
     paths = {name: find_files(args.dataset_dir, name, args.format) for name in wanted}
-    results = read_results(args.out, settings, redo=wanted if args.overwrite else [])
+    files = {name: file_digests(paths[name]) for name in wanted}
+    results = read_results(args.out, settings, files, args.overwrite)
     for name in wanted:
         data = load_data_set(paths[name], KEPT_LENGTHS.get(name), min_steps=WINDOW)
         classes = np.unique(data.train_labels).tolist()
-        result = known_or_new(results.get(name), file_digests(paths[name]), classes)
         say(
             f"{name}: {len(data.train)} training and {len(data.test)} test series of "
             f"{len(classes)} classes, {data.train.shape[1]} channels, {data.train.shape[2]} steps"
         )
+        result = results.setdefault(name, Result(files[name], classes))
         missing = [seed for seed in seeds if seed not in result.roc_auc]
         if len(missing) < len(seeds):
             say(f"{name}: {len(seeds) - len(missing)} seeds are in {args.out} already")
@@ -304,8 +294,8 @@ def main(argv: list[str] | None = None) -> None:
             result.roc_auc[seed] = score_seed(
                 data, seed, args.n_projections, args.n_quantiles, device
             )
-            results[name] = result
             save_results(args.out, results, settings)
+    save_results(args.out, results, settings)  # where nothing was missing, a lost CSV comes back
     print(format_table({name: results[name] for name in wanted}, seeds))
 
 

@@ -22,6 +22,7 @@ LOW_QUANTILE, HIGH_QUANTILE = 0.01, 0.99
 ENSEMBLE_SIDE = 4  # side of the map that the crop scores of a grid are resized to
 SCORE_EPSILON = 1e-5  # added to the validation mean, and to the normalised score
 MANY_CHANNELS = 64  # from here on oneDNN's product (a convolution) is the faster one on a CPU
+BLOCK = 32  # rows of one product of descriptors
 NO_VARIANCE = 1e-24  # mean variance of descriptors that differ by rounding only
 
 Scores = NDArray[np.float64]
@@ -44,12 +45,9 @@ def score_crop(
         Sets of the normal training images and of the images in question.
     key : tuple of int
         (seed, rep, level, n_crops, crop), see `random_directions`.
-    n_directions, n_bins : int
-        Random directions, and thresholds of each.
-    shrinkage : float
-        Of the covariance, in (0, 1].
-    official : bool
-        The authors' code: ranges of the images' own first 32, and C^-1 in place of C^(-1/2).
+    n_directions, n_bins : random directions, and thresholds of each
+    shrinkage : of the covariance, in (0, 1]
+    official : the authors' code: ranges of the images' own first 32, C^-1 in place of C^(-1/2)
 
     Returns
     -------
@@ -62,7 +60,7 @@ def score_crop(
     train_descriptors = cumulative_histogram(train_values, *train_range, n_bins)
     descriptors = cumulative_histogram(values, *own_range, n_bins)
     whitening = fit_whitening(train_descriptors, shrinkage, squared=official)
-    return nearest_distances(whitening, descriptors, train_descriptors)
+    return nearest_distances(whitening, descriptors)
 
 
 # ---------------------------------------------------------------- set descriptors
@@ -81,8 +79,7 @@ def random_directions(n_directions: int, channels: int, key: tuple[int, ...]) ->
 def project(directions: Tensor, elements: Tensor) -> Tensor:
     """Project every element of every set on every direction: P f.
 
-    On a CPU the sets are multiplied one by one: then the bytes of a set's values do not depend on
-    how many sets come along.
+    On a CPU one by one: the bytes of a set's values do not depend on how many sets come along.
 
     Parameters
     ----------
@@ -115,13 +112,11 @@ def fit_ranges(values: Tensor) -> tuple[Tensor, Tensor]:
 
     Parameters
     ----------
-    values : (n_sets, n_directions, n_elements)
-        Projected elements of (the first 32) training sets.
+    values : (n_sets, n_directions, n_elements), of (the first 32) training sets
 
     Returns
     -------
-    low, high : (n_directions,), float32
-        Quantiles with linear interpolation.
+    low, high : (n_directions,), float32, quantiles with linear interpolation
     """
     pooled = values.transpose(0, 1).flatten(1)  # (directions, sets * elements)
     if pooled.device.type != "cpu":
@@ -154,8 +149,7 @@ def cumulative_histogram(values: Tensor, low: Tensor, high: Tensor, n_bins: int)
         Elements projected on the random directions, no unit.
     low, high : (n_directions,)
         Range of each direction, from training sets only.
-    n_bins : int
-        Number of thresholds.
+    n_bins : number of thresholds
 
     Returns
     -------
@@ -198,34 +192,49 @@ class Whitening:
     Attributes
     ----------
     mean : (p,), float64
-    centred : (n, p), float64
-        Y.
-    scale : float
-        1/(s m), its square for C^-2; 1 where the training descriptors do not vary at all.
-    in_span : (n, n), for C^-2 (2 n, n), float64
+    centred : (n', p'), Y padded with zeros, see `_padded`
+    in_span : (n', n'), for C^-2 (2 n', n')
         Maps Y (x - mean) to coordinates whose squared length is what the span takes away.
+    taken : (n', rows of in_span), these coordinates of the training descriptors
+    scale : 1/(s m), its square for C^-2; 1 where the training descriptors do not vary at all
+    n_train : n
     """
 
     mean: Tensor
     centred: Tensor
-    scale: float
     in_span: Tensor
+    taken: Tensor
+    scale: float
+    n_train: int
 
-    def squared_distances(self, queries: Tensor, references: Tensor) -> Tensor:
-        """Return (n_queries, n_references) squared whitened distances, float64."""
-        queries_c, references_c = queries.double() - self.mean, references.double() - self.mean
-        whole = _squared_differences(queries_c, references_c)
-        taken = _squared_differences(
-            queries_c @ self.centred.T @ self.in_span.T,
-            references_c @ self.centred.T @ self.in_span.T,
-        )
-        return self.scale * (whole - taken).clamp(min=0.0)
+    def squared_norms(self, queries: Tensor) -> Tensor:
+        """Return (n_queries,) squared whitened distances to the training mean, float64."""
+        centred = _padded(queries.double() - self.mean)
+        lengths = _lengths(centred, centred @ self.centred.T @ self.in_span.T)
+        return self.scale * lengths[: len(queries)].clamp(min=0.0)
+
+    def squared_distances(self, queries: Tensor) -> Tensor:
+        """Return (n_queries, n_train) squared whitened distances to the training descriptors.
+
+        In blocks of one shape: a query's bytes do not depend on how many come along.
+        """
+        distances, own_lengths = [], _lengths(self.centred, self.taken)
+        for block in _padded(queries.double() - self.mean).split(BLOCK):
+            products = block @ self.centred.T  # (block, training descriptors)
+            taken = products @ self.in_span.T
+            lengths = _lengths(block, taken)[:, None] + own_lengths
+            distances.append(lengths - 2.0 * (products - taken @ self.taken.T))
+        return self.scale * torch.cat(distances)[: len(queries), : self.n_train].clamp(min=0.0)
 
 
-def _squared_differences(queries: Tensor, references: Tensor) -> Tensor:
-    """Return all squared Euclidean distances by one matrix product."""
-    squares = queries.square().sum(1)[:, None] + references.square().sum(1)[None, :]
-    return squares - 2.0 * queries @ references.T
+def _lengths(centred: Tensor, taken: Tensor) -> Tensor:
+    """Return the squared length of each row, less what the span takes away."""
+    return centred.square().sum(1) - taken.square().sum(1)
+
+
+def _padded(rows: Tensor) -> Tensor:
+    """Pad both sides with zeros to multiples of BLOCK: equal shapes give equal bytes."""
+    return functional.pad(rows, (0, -rows.shape[1] % BLOCK, 0, -len(rows) % BLOCK))
 
 
 def fit_whitening(train_descriptors: Tensor, shrinkage: float, squared: bool = False) -> Whitening:
@@ -236,10 +245,8 @@ def fit_whitening(train_descriptors: Tensor, shrinkage: float, squared: bool = F
     Parameters
     ----------
     train_descriptors : (n, p)
-    shrinkage : float
-        s in (0, 1]; 1 is the Euclidean distance up to a constant.
-    squared : bool
-        Whiten by C^-1 (what the authors' code does) instead of C^(-1/2).
+    shrinkage : s in (0, 1]; 1 is the Euclidean distance up to a constant
+    squared : whiten by C^-1 (what the authors' code does) instead of C^(-1/2)
 
     Raises
     ------
@@ -253,28 +260,27 @@ def fit_whitening(train_descriptors: Tensor, shrinkage: float, squared: bool = F
         raise ValueError(f"shrinkage must be above 0 and at most 1, got {shrinkage}")
     descriptors = train_descriptors.double()
     mean = descriptors.mean(0)
-    centred = descriptors - mean
+    centred = _padded(descriptors - mean)
     gram = centred @ centred.T
     mean_variance = float(gram.trace()) / (n_train * length)
     if mean_variance < NO_VARIANCE or shrinkage == 1.0:  # no covariance is left
         scale = 1.0 / mean_variance if mean_variance >= NO_VARIANCE else 1.0
-        nothing = torch.zeros(0, n_train, dtype=torch.float64, device=gram.device)
-        return Whitening(mean, centred, scale**2 if squared else scale, nothing)
-    scale = 1.0 / (shrinkage * mean_variance)
-    ridge = n_train * shrinkage * mean_variance / (1.0 - shrinkage)  # c
-    identity = torch.eye(n_train, dtype=torch.float64, device=gram.device)
-    factor = torch.linalg.cholesky(gram + ridge * identity)
-    in_span = torch.linalg.solve_triangular(factor, identity, upper=False)
-    if squared:  # (I - Y'AY)^2 = I - Y'(2A - AGA)Y, and AG = I - cA
-        in_span = torch.cat([in_span, math.sqrt(ridge) * in_span.T @ in_span])
-        scale = scale**2
-    return Whitening(mean, centred, scale, in_span)
+        in_span = gram[:0]
+    else:
+        scale = 1.0 / (shrinkage * mean_variance)
+        ridge = n_train * shrinkage * mean_variance / (1.0 - shrinkage)  # c
+        identity = torch.eye(len(gram), dtype=torch.float64, device=gram.device)
+        factor = torch.linalg.cholesky(gram + ridge * identity)
+        in_span = torch.linalg.solve_triangular(factor, identity, upper=False)
+        if squared:  # (I - Y'AY)^2 = I - Y'(2A - AGA)Y, and AG = I - cA
+            in_span = torch.cat([in_span, math.sqrt(ridge) * in_span.T @ in_span])
+    scale = scale**2 if squared else scale
+    return Whitening(mean, centred, in_span, gram @ in_span.T, scale, n_train)
 
 
-def nearest_distances(whitening: Whitening, queries: Tensor, train_descriptors: Tensor) -> Scores:
+def nearest_distances(whitening: Whitening, queries: Tensor) -> Scores:
     """Score sets (n_queries,) by the squared whitened distance to the nearest training set."""
-    distances = whitening.squared_distances(queries, train_descriptors)
-    return distances.min(1).values.cpu().numpy()
+    return whitening.squared_distances(queries).min(1).values.cpu().numpy()
 
 
 # ---------------------------------------------------------------- ensemble
@@ -285,8 +291,7 @@ def grid_scores(crop_scores: Scores, pool: str = "mean") -> Scores:
 
     Parameters
     ----------
-    crop_scores : (g * g, n_images)
-        One grid's scores, crops row by row.
+    crop_scores : (g * g, n_images), one grid's, crops row by row
     pool : "mean", or (ours) "max": the highest crop score in place of the map's mean
 
     Returns
@@ -315,8 +320,7 @@ def level_scores(grids_test: list[Scores], grids_valid: list[Scores]) -> Scores:
 
     Parameters
     ----------
-    grids_test, grids_valid : list of (n_images,)
-        `grid_scores` of each grid.
+    grids_test, grids_valid : list of (n_images,), `grid_scores` of each grid
 
     Returns
     -------

@@ -390,33 +390,37 @@ class ClassScorer:
         ------
         task, (n_crops, n_test) and (n_crops, n_valid) scores, float64, higher = more anomalous
         """
+        crops: dict[ScoreTask, dict[int, tuple[Scores, Scores]]] = defaultdict(dict)
+        for job in self.crop_jobs(tasks):
+            for task, scores in self._score_job(job).items():
+                crops[task][job.crop] = scores
+                if len(crops[task]) == job.n_crops:
+                    done = crops.pop(task)
+                    test, valid = zip(*(done[i] for i in range(job.n_crops)), strict=True)
+                    yield task, np.stack(test), np.stack(valid)
+
+    def crop_jobs(self, tasks: list[ScoreTask]) -> Iterator[CropJob]:
+        """Yield every crop position with all images described; it is emptied afterwards."""
         network = [task for task in tasks if task.level != PIXEL_LEVEL]
         pixels = [task for task in tasks if task.level == PIXEL_LEVEL]
         if network:
             assert self.extractor is not None
-            yield from self._score_stream(network, self.extractor.extract)
+            yield from self._stream(network, self.extractor.extract)
         if pixels:
-            yield from self._score_stream(pixels, lambda c: {PIXEL_LEVEL: pixel_elements(c)})
+            yield from self._stream(pixels, lambda crops: {PIXEL_LEVEL: pixel_elements(crops)})
 
-    def _score_stream(
-        self, tasks: list[ScoreTask], extract: Extract
-    ) -> Iterator[tuple[ScoreTask, Scores, Scores]]:
-        """Score tasks whose elements come from the same `extract`."""
+    def _stream(self, tasks: list[ScoreTask], extract: Extract) -> Iterator[CropJob]:
+        """Describe the crops of tasks whose elements come from the same `extract`."""
         mvtypes = list(dict.fromkeys(task.mvtype for task in tasks))
         images = sorted({index for mvtype in mvtypes for index in self.pool.ids_of(mvtype)})
         ratios = dict.fromkeys(task.ratio for task in tasks)
         jobs = [job for ratio in ratios for job in self._grid(ratio, tasks)]
         levels = ",".join(str(level) for level in dict.fromkeys(task.level for task in tasks))
         n_crops = sum(len(images) for job in jobs if not job.is_empty)
-        crops: dict[ScoreTask, dict[int, tuple[Scores, Scores]]] = defaultdict(dict)
         with Progress(n_crops, f"{'+'.join(mvtypes)} level {levels}", "crops") as bar:
             for job in self._complete(jobs, images, mvtypes, extract, bar):
-                for task, scores in self._score_job(job).items():
-                    crops[task][job.crop] = scores
-                    if len(crops[task]) == job.n_crops:
-                        done = crops.pop(task)
-                        test, valid = zip(*(done[i] for i in range(job.n_crops)), strict=True)
-                        yield task, np.stack(test), np.stack(valid)
+                job.check_finite(self.pool.names)
+                yield job
                 job.builders.clear()
 
     def _grid(self, ratio: float, tasks: list[ScoreTask]) -> list[CropJob]:
@@ -507,9 +511,8 @@ class ClassScorer:
 
     def _score_job(self, job: CropJob) -> dict[ScoreTask, tuple[Scores, Scores]]:
         """Return (test, valid) scores of one crop position for every task of its grid."""
-        job.check_finite(self.pool.names)
         scores = {}
-        fitted: dict[tuple[object, ...], tuple[Whitening, Tensor]] = {}
+        fitted: dict[tuple[object, ...], Whitening] = {}
         for task in job.tasks:
             if task.mvtype in job.empty_for:
                 test, valid = (self.pool.ids[task.mvtype, split] for split in ("test", "valid"))
@@ -519,19 +522,17 @@ class ClassScorer:
             group = self.groups[task.mvtype, "train"]
             key = (task.level, task.seed, task.rep, id(group), tuple(train))
             if key not in fitted:  # a class' data sets share it
-                descriptors = self._descriptors(job, task, "train")
+                descriptors = self.descriptors(job, task, "train")
                 shrinkage = self.plan.descriptor(task.level).shrinkage
-                whitening = fit_whitening(descriptors, shrinkage, squared=self.plan.official)
-                fitted[key] = whitening, descriptors
-            whitening, descriptors = fitted[key]
+                fitted[key] = fit_whitening(descriptors, shrinkage, squared=self.plan.official)
             test, valid = (
-                nearest_distances(whitening, self._descriptors(job, task, split), descriptors)
+                nearest_distances(fitted[key], self.descriptors(job, task, split))
                 for split in ("test", "valid")
             )
             scores[task] = test, valid
         return scores
 
-    def _descriptors(self, job: CropJob, task: ScoreTask, split: str) -> Tensor:
+    def descriptors(self, job: CropJob, task: ScoreTask, split: str) -> Tensor:
         """Return the descriptors of a split's images at one crop position."""
         group = self.groups[task.mvtype, split]
         builder = next(own for own in job.builders[task.level] if own.group is group)

@@ -173,7 +173,7 @@ def _arff_header(path: Path, lines: list[str]) -> Declared:
 
 def _values(path: Path, line: int, dimensions: list[str], declared: Declared) -> Array:
     """Read the values of one series: numbers between commas, "?" (or NaN) where one misses."""
-    n_channels = declared.n_channels or len(dimensions)
+    n_channels = len(dimensions) if declared.n_channels is None else declared.n_channels
     if len(dimensions) != n_channels:
         rule = f"dimensions must be {n_channels}, as the header or the line before has"
         raise _line_error(path, line, rule, str(len(dimensions)))
@@ -186,7 +186,7 @@ def _values(path: Path, line: int, dimensions: list[str], declared: Declared) ->
             except ValueError:
                 rule = "values must be numbers or ?"
                 raise _line_error(path, line, rule, field or "nothing") from None
-        n_steps = declared.n_steps or len(rows[0])
+        n_steps = len(rows[0]) if declared.n_steps is None else declared.n_steps
         if len(rows[-1]) != n_steps:
             rule = f"dimension {len(rows)} must have {n_steps} values, as the header or the first"
             raise _line_error(path, line, rule, str(len(rows[-1])))

@@ -27,7 +27,6 @@ def values_of(path: Path) -> list[NDArray[np.float64]]:
     return [one.values for one in read_split(path)]
 
 
-
 # ---------------------------------------------------------------- files
 
 
@@ -279,12 +278,20 @@ def test_bad_file_is_one_line_with_file_and_line(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("line", ["@dimensions 3", "@univariate true"])
-def test_the_declared_number_of_dimensions_is_held_to(tmp_path: Path, line: str) -> None:
+@pytest.mark.parametrize(
+    ("lines", "rule"),
+    [
+        ("@dimensions 3", "dimensions must be 3, .*got 2"),
+        ("@dimensions 0", "dimensions must be 0, .*got 2"),
+        ("@univariate true", "dimensions must be 1, .*got 2"),
+        ("@equalLength true\n@seriesLength 0", "dimension 1 must have 0 values, .*got 20"),
+    ],
+)
+def test_what_the_header_declares_is_held_to(tmp_path: Path, lines: str, rule: str) -> None:
     path = write_toy(tmp_path) / "Toy/Toy_TRAIN.ts"
-    name = line.split()[0]
-    path.write_text(re.sub(f"{name} .*", line, path.read_text()))
-    with pytest.raises(UserError, match=r"line 8: dimensions must be [31], .*got 2"):
+    replace_in(path, "@data", f"{lines}\n@data")  # the last line of a tag counts
+    n = 9 + lines.count("\n")
+    with pytest.raises(UserError, match=f"line {n}: {rule}"):
         read_split(path)
 
 

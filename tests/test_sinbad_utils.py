@@ -258,7 +258,7 @@ def test_whitening_equals_the_p_by_p_inverse(
     mixing = tensors(9, length, length).double()
     train = tensors(5, n_train, length).double() @ mixing
     queries = tensors(6, 7, length).double() @ mixing + 1.0
-    found = nearest_distances(fit_whitening(train, shrinkage, squared), queries, train)
+    found = nearest_distances(fit_whitening(train, shrinkage, squared), queries)
     power = 1.0 if squared else 0.5
     expected = slow_scores(train.numpy(), queries.numpy(), shrinkage, power)
     np.testing.assert_allclose(found, expected, rtol=1e-6)
@@ -266,7 +266,7 @@ def test_whitening_equals_the_p_by_p_inverse(
 
 def test_full_shrinkage_is_euclidean_up_to_a_constant() -> None:
     train, queries = tensors(7, 9, 20), tensors(8, 4, 20)
-    found = nearest_distances(fit_whitening(train, 1.0), queries, train)
+    found = nearest_distances(fit_whitening(train, 1.0), queries)
     plain = [min(float((q - t).double().square().sum()) for t in train) for q in queries]
     variance = float(train.double().var(0, unbiased=False).mean())
     np.testing.assert_allclose(found, np.array(plain) / variance, rtol=1e-6)
@@ -275,11 +275,11 @@ def test_full_shrinkage_is_euclidean_up_to_a_constant() -> None:
 def test_a_training_image_is_at_distance_zero_and_scale_does_not_matter() -> None:
     train, queries = tensors(7, 9, 20).double(), tensors(8, 4, 20).double()
     whitening = fit_whitening(train, 0.1)
-    assert np.abs(nearest_distances(whitening, train, train)).max() < 1e-9
+    assert np.abs(nearest_distances(whitening, train)).max() < 1e-9
     larger = fit_whitening(train * 50.0, 0.1)
     np.testing.assert_allclose(
-        nearest_distances(larger, queries * 50.0, train * 50.0),
-        nearest_distances(whitening, queries, train),
+        nearest_distances(larger, queries * 50.0),
+        nearest_distances(whitening, queries),
         rtol=1e-9,
     )
 
@@ -287,7 +287,7 @@ def test_a_training_image_is_at_distance_zero_and_scale_does_not_matter() -> Non
 def test_equal_training_descriptors_give_finite_scores() -> None:
     train = torch.full((5, 8), 0.3)
     queries = torch.stack([train[0], train[0] + 0.5])
-    found = nearest_distances(fit_whitening(train, 0.1), queries, train)
+    found = nearest_distances(fit_whitening(train, 0.1), queries)
     assert found[0] == pytest.approx(0.0, abs=1e-9)
     assert found[1] == pytest.approx(8 * 0.25, rel=1e-5)
 
@@ -298,7 +298,7 @@ def test_scores_equal_the_authors(case: str, split: str, golden: dict[str, Array
     train = torch.from_numpy(golden[f"{case}_train_descriptors"])
     queries = torch.from_numpy(golden[f"{case}_{split}_descriptors"])
     whitening = fit_whitening(train, float(golden[f"{case}_shrinkage"]), squared=True)
-    found = nearest_distances(whitening, queries, train)
+    found = nearest_distances(whitening, queries)
     np.testing.assert_allclose(found, golden[f"{case}_{split}_scores"], rtol=1e-5)
 
 

@@ -13,17 +13,11 @@ import pytest
 import torch
 from sklearn.covariance import LedoitWolf
 from sklearn.metrics import roc_auc_score
-from uea_toy import (
-    CLASSES,
-    Array,
-    run,
-    write_toy,
-)
+from uea_toy import CLASSES, Array, make_series, run, ts_text, write_toy
 
 from sinbad.errors import UserError
 from sinbad.series import DataSet, find_files, load_data_set
 from sinbad_time_series import (
-    KEPT_LENGTHS,
     PUBLISHED,
     count_dilations,
     main,
@@ -57,28 +51,25 @@ def textbook_descriptor(
 ) -> Array:
     """Compute DESIGN.md's descriptor of one series with loops."""
     values = textbook_values(series, directions)
-    n_steps = values.shape[1]
     descriptor = []
     for j in range(len(directions)):
         for q in range(n_quantiles):
             threshold = low[j] + (high[j] - low[j]) * (q + 1) / (n_quantiles + 1)
-            descriptor.append(sum(values[j, t] < threshold for t in range(n_steps)) / n_steps)
+            descriptor.append(np.sum(values[j] < threshold) / values.shape[1])
     return np.array(descriptor)
 
 
 def textbook_values(series: Array, directions: Array) -> Array:
     """Project each time step's windows on each direction: (directions, steps)."""
     channels, n_steps = series.shape
-    elements = []
-    for t in range(n_steps):
-        element = []
-        for dilation in range(1, min(n_steps // 9, 10) + 1):
-            for channel in range(channels):
-                for k in range(-4, 5):
-                    at = t + k * dilation
-                    element.append(series[channel, at] if 0 <= at < n_steps else 0.0)
-        elements.append(element)
-    return directions @ np.array(elements).T
+    padded = np.pad(series, ((0, 0), (40, 40)))
+    elements = []  # one row a value of an element, all steps
+    for dilation in range(1, min(n_steps // 9, 10) + 1):
+        for channel in range(channels):
+            for k in range(-4, 5):
+                start = 40 + k * dilation
+                elements.append(padded[channel, start : start + n_steps])
+    return directions @ np.array(elements)
 
 
 def textbook_scores(normal: Array, test: Array, directions: Array, n_quantiles: int) -> Array:
@@ -129,6 +120,34 @@ def test_roc_auc_of_a_data_set_equals_the_textbook(tmp_path: Path) -> None:
         for name in sorted(CLASSES)
     ]  # fmt: skip
     np.testing.assert_allclose(score_seed(data, 5, 7, 4, CPU), wanted)
+
+
+def test_a_small_signal_on_a_great_offset_scores_as_the_textbook(tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    (tmp_path / "Toy").mkdir()
+    splits = {}
+    for split in ("TRAIN", "TEST"):
+        labels = ["up", "down"] * 8
+        spread = [1.0 if label == "up" else 1.3 for label in labels]
+        # so long that the padding, 0, is outside the range of the 1 % and 99 % quantiles
+        drawn = generator.normal(size=(16, 1, 9000)) * np.reshape(spread, (16, 1, 1))
+        drawn += generator.normal(size=(16, 1, 1)) + 1e6
+        rows = (",".join(map(repr, one[0].tolist())) + f":{label}"
+                for one, label in zip(drawn, labels, strict=True))  # fmt: skip
+        header = "@classLabel true up down\n@data\n"
+        (tmp_path / f"Toy/Toy_{split}.ts").write_text(header + "\n".join(rows) + "\n")
+        splits[split] = drawn
+    data = load_data_set(find_files(tmp_path, "Toy", "ts"))
+    directions, zeros = random_directions(6, 90, key=(0,)), torch.from_numpy(data.zeros)
+    train, test = (
+        project(directions, window_elements(torch.from_numpy(series), zeros, 10))
+        for series in (data.train, data.test)
+    )
+    is_normal = data.train_labels == "up"
+    scores = score_class(train[torch.from_numpy(is_normal)], test, 4)
+    normal = splits["TRAIN"][is_normal]
+    wanted = textbook_scores(normal, splits["TEST"], directions.double().numpy(), 4)
+    np.testing.assert_allclose(scores, wanted, rtol=0.02)
 
 
 @pytest.mark.parametrize(("n_steps", "wanted"), [(9, 1), (17, 1), (18, 2), (90, 10), (400, 10)])
@@ -220,8 +239,18 @@ def test_seeds_do_not_depend_on_each_other(tmp_path: Path) -> None:
     assert both[1:4] != alone[1:]
 
 
-def test_spoken_digits_keep_20_to_50_steps() -> None:
-    assert KEPT_LENGTHS == {"SpokenArabicDigits": (20, 50)}
+def test_spoken_digits_keep_20_to_50_steps(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "SpokenArabicDigits"
+    drawn = [(one[:, :n], label) for n in (18, 19, 20, 50, 51, 60, 70)
+             for one, label in make_series(n, 2, (70, 70))]  # fmt: skip
+    folder.mkdir()
+    for split in ("TRAIN", "TEST"):
+        (folder / f"{folder.name}_{split}.ts").write_text(ts_text(drawn))
+    run(tmp_path, tmp_path / "out", "--dataset", folder.name)
+    shown = capsys.readouterr().err
+    assert "12 training and 12 test series of 3 classes, 2 channels, 50 steps" in shown
     assert list(PUBLISHED.values()) == [98.1, 96.1, 99.7, 92.3, 97.8]
 
 

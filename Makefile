@@ -1,7 +1,7 @@
 # make demo    drawn data, three steps, one table; installs what it needs into .venv first
 # make test    every test
 # make paper DATASET=../dataset_loco    the paper's table
-# make bench   stages timed against the bare network and a plain implementation
+# make bench   scoring timed against the bare network
 
 PYTHON ?= python3
 DATASET ?= ../dataset_loco
@@ -17,12 +17,16 @@ PY := .venv/bin/python
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
 
+.venv/installed-demo: .venv/installed requirements-demo.txt requirements-timm.txt
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-demo.txt
+	touch $@
+
 .venv/installed-dev: .venv/installed requirements-dev.txt
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	touch $@
 
-demo: .venv/installed
-	@PYTHON="$(PY)" sh demo.sh
+demo: .venv/installed-demo
+	@PYTHON="$(PY)" sh demo/run.sh
 
 test: .venv/installed-dev
 	$(PY) -m pytest
@@ -37,4 +41,4 @@ bench: .venv/installed
 	$(PY) benchmarks/bench_pipeline.py $(BENCH_FLAGS)
 
 clean:
-	rm -rf demo
+	rm -rf demo/out

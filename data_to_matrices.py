@@ -1,24 +1,25 @@
-"""Turn the images of MVTec LOCO AD (or of a folder tree like it) into numpy matrices.
+"""Turn the images of MVTec LOCO AD, MVTec AD, VisA or of folders of your own into numpy matrices.
 
 Reads   DATASET_DIR/<class>/{train,validation,test}/<good or a kind of anomaly>/*.png
-Writes  OUT_DIR/<class>_<loco|struct>/{train,valid,test}_data.npy, image_level_label.npy,
+Writes  OUT_DIR/<class>_<loco|struct|all>/{train,valid,test}_data.npy, image_level_label.npy,
         image_paths.json
 
     python data_to_matrices.py
     python data_to_matrices.py --mvtype pushpins --dataset_dir ../dataset_loco
 
-Every class found is done. A data set that is finished already is skipped; a run that was killed is
-started again with the same command.
+Every class found is done. LOCO's give two data sets, _loco and _struct; those of other layouts one,
+_all. Where there is no validation folder, some training images are taken for it. A data set that is
+finished already is skipped; a run that was killed is started again with the same command.
 """
 
 import argparse
 from pathlib import Path
 
-from sinbad.datasets import DEFAULT_DATASET_DIR, IM_SIZE
+from sinbad.datasets import DEFAULT_DATASET_DIR, IM_SIZE, VALID_SHARE
 from sinbad.errors import run_script, say
 from sinbad.files import remove_left_overs
 from sinbad.flags import ScriptParser, integer_from, workers_flag
-from sinbad.folders import choose_data_sets, plan_data_set, warn_about_counts
+from sinbad.folders import add_valid_share_flag, choose_data_sets, plan_data_set, warn_about_counts
 from sinbad.matrices import SPLITS, is_current, make_data_set
 
 
@@ -31,6 +32,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--dataset_dir", type=Path, default=DEFAULT_DATASET_DIR, help="folder of the classes")
     add("--out_dir", type=Path, help="default: DATASET_DIR/data_matrices")
     add("--im_size", type=integer_from(8), default=IM_SIZE, help="side of the matrices in pixels")
+    add_valid_share_flag(parser)
+    add("--seed", type=integer_from(0), default=0, help="of the images taken for validation")
     add("--overwrite", action="store_true", help="make finished matrices again")
     return parser.parse_args(argv)
 
@@ -42,9 +45,11 @@ def make_matrices(
     im_size: int = IM_SIZE,
     n_workers: int = 1,
     overwrite: bool = False,
+    valid_share: float = VALID_SHARE,
+    seed: int = 0,
 ) -> None:
     """Make the matrices of several data sets; finished ones are skipped, one line for each."""
-    plans = [plan_data_set(dataset_dir, mvtype, im_size) for mvtype in mvtypes]
+    plans = [plan_data_set(dataset_dir, name, im_size, valid_share, seed) for name in mvtypes]
     remove_left_overs(out_dir)
     made: set[Path] = set()
     for plan in plans:
@@ -71,6 +76,8 @@ def main(argv: list[str] | None = None) -> None:
         args.im_size,
         args.num_workers,
         args.overwrite,
+        args.valid_share,
+        args.seed,
     )
 
 

@@ -1,6 +1,6 @@
 """Reproduce the paper's table in one go: images to matrices to scores to ensembled ROC-AUC.
 
-Reads   DATASET_DIR/<class>/{train,validation,test}/...   (MVTec LOCO AD, or a tree like it)
+Reads   DATASET_DIR/<class>/{train,validation,test}/...   (MVTec LOCO AD, or another layout)
 Writes  DATA_DIR/<mvtype>/*.npy                           (as data_to_matrices.py)
         RESULTS_DIR/<version>_pyramid_lvl_<level>/...     (as sinbad_single_layer.py)
         OUT/{table.md,metrics.json,scores.csv,*.csv,*.png}
@@ -10,7 +10,8 @@ Writes  DATA_DIR/<mvtype>/*.npy                           (as data_to_matrices.p
 
 The numbers are those of the step-by-step scripts, to the bit. Finished matrices and scores are
 skipped; a run that was killed is started again with the same command. Scores of seed k > 0 lie
-under the version name <version>_seed<k>.
+under the version name <version>_seed<k>. Where there is no validation folder, training images are
+taken for it, the same for all seeds: those of data_to_matrices.py with its default seed.
 """
 
 import argparse
@@ -52,7 +53,7 @@ from sinbad.flags import (
     scoring_flags,
     workers_flag,
 )
-from sinbad.folders import choose_data_sets
+from sinbad.folders import add_valid_share_flag, choose_data_sets
 from sinbad.report import report_options, write_report
 from sinbad.scoring import ScorePlan, ScoreTask
 from sinbad_single_layer import score_and_save
@@ -71,6 +72,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--device", nargs="+", default=["auto"],
         help="auto, cpu, cuda or cuda:<i>; several share the classes")  # fmt: skip
     add("--data_dir", type=Path, help="default: DATASET_DIR/data_matrices")
+    add_valid_share_flag(parser)
     add("--out", type=Path, default=DEFAULT_RUNS_DIR / "paper", help="tables and pictures")
     add("--overwrite", action="store_true", help="make finished outputs again")
     add_ensemble_flags(parser)
@@ -156,8 +158,9 @@ def main(argv: list[str] | None = None) -> None:
     )
     plan = ScorePlan.of(args, tasks, data_dir)
     make_matrices(
-        args.dataset_dir, data_dir, mvtypes, args.initial_res, args.num_workers, args.overwrite
-    )
+        args.dataset_dir, data_dir, mvtypes, args.initial_res, args.num_workers, args.overwrite,
+        args.valid_share,
+    )  # fmt: skip
     score_on_devices(plan, devices)
     print(write_report(load_runs(args, mvtypes), report))
 

@@ -5,13 +5,14 @@ and 2311.14773 (the runs). Standard library only: the array generators import th
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from sinbad.errors import UserError, say
 
 KINDS = {"loco": "logical_anomalies", "struct": "structural_anomalies"}
+ALL = "all"  # kind of a data set of all anomalies of a class, whatever their folders
 KIND_NAMES = {"loco": "logical", "struct": "structural"}
 DOWNLOAD_PAGE = "https://www.mvtec.com/company/research/datasets/mvtec-loco"
 ARCHIVE_SHA256 = "9e7c84dba550fd2e59d8e9e231c929c45ba737b6b6a6d3814100f54d63aae687"
@@ -71,6 +72,7 @@ PAPER_LEVELS = (7, 14)
 CROP_NUM_EDGE = 4
 IM_SIZE = 1024  # pixels, side of a matrix' images
 DEFAULT_CROP_RATIO = 0.999
+VALID_SHARE = 0.1  # of the training images, taken for validation where there is none
 
 DEFAULT_DATASET_DIR = Path("../dataset_loco")
 DEFAULT_DATA_DIR = DEFAULT_DATASET_DIR / "data_matrices"
@@ -95,35 +97,35 @@ def network_levels(levels: Iterable[int]) -> tuple[int, ...]:
 def split_mvtype(mvtype: str) -> tuple[str, str]:
     """Split a data set's name: "pushpins_loco" -> ("pushpins", "loco")."""
     class_name, _, kind = mvtype.rpartition("_")
-    if not class_name or kind not in KINDS or "/" in mvtype:
+    if not class_name or kind not in (*KINDS, ALL) or "/" in mvtype:
         raise UserError(
-            f"mvtype must be a data set (<class>_loco, <class>_struct), a class, loco, struct or "
-            f"all, got {mvtype}; LOCO's classes are {', '.join(LOCO_CLASSES)}"
+            f"mvtype must be a data set (<class>_loco, <class>_struct, <class>_all), a class, "
+            f"loco, struct or all, got {mvtype}; LOCO's classes are {', '.join(LOCO_CLASSES)}"
         )
     return class_name, kind
 
 
-def expand_mvtypes(names: Iterable[str], known_classes: Iterable[str] = LOCO_CLASSES) -> list[str]:
+def expand_mvtypes(names: Iterable[str], kinds_of: Mapping[str, Sequence[str]]) -> list[str]:
     """Turn what `--mvtype` takes into data set names, class by class, logical first.
 
     Parameters
     ----------
     names : data sets (`pushpins_loco`), classes (`pushpins`), or `loco`, `struct`, `all`
-    known_classes : the classes that `loco`, `struct`, `all` stand for
+    kinds_of : class -> the kinds of its data sets, of the classes that the groups stand for
 
     Raises
     ------
     UserError
         If a name is neither a data set, nor a known class, nor one of the three groups.
     """
-    known = list(known_classes)
     wanted: list[str] = []
     for name in names:
-        if name in ("all", *KINDS):
-            kinds = list(KINDS) if name == "all" else [name]
-            wanted += [f"{class_name}_{kind}" for class_name in known for kind in kinds]
-        elif name in known or name in LOCO_CLASSES:
-            wanted += [f"{name}_{kind}" for kind in KINDS]
+        if name == ALL or name in KINDS:
+            wanted += [
+                f"{c}_{kind}" for c, own in kinds_of.items() for kind in own if name in (ALL, kind)
+            ]
+        elif name in kinds_of or name in LOCO_CLASSES:
+            wanted += [f"{name}_{kind}" for kind in kinds_of.get(name, KINDS)]
         else:
             split_mvtype(name)
             wanted.append(name)
@@ -142,9 +144,13 @@ def choose_mvtypes(names: Iterable[str], present: Iterable[str]) -> list[str]:
     -------
     If nothing is there, all that the names stand for: the caller says what is missing.
     """
-    names, found = list(names), {n for n in present if n.endswith(tuple(f"_{k}" for k in KINDS))}
-    known = dict.fromkeys([*LOCO_CLASSES, *sorted(split_mvtype(name)[0] for name in found)])
-    wanted = expand_mvtypes(names, known)
+    names = list(names)
+    found = {n for n in present if n.endswith(tuple(f"_{kind}" for kind in (*KINDS, ALL)))}
+    kinds_of = dict.fromkeys(LOCO_CLASSES, tuple(KINDS))
+    for class_name in sorted({split_mvtype(name)[0] for name in found}):
+        of_loco = found & {f"{class_name}_{kind}" for kind in KINDS}
+        kinds_of[class_name] = tuple(KINDS) if of_loco else (ALL,)
+    wanted = expand_mvtypes(names, kinds_of)
     chosen = [name for name in wanted if name in found or name in names]
     missing = [name for name in wanted if name not in chosen]
     if chosen and missing:

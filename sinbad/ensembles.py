@@ -172,8 +172,6 @@ def find_mvtypes(runs: Iterable[EnsembleOptions], names: list[str]) -> list[str]
 def load_data_set(options: EnsembleOptions, mvtype: str) -> DataSetScores:
     """Read all levels of a data set and ensemble them.
 
-    Paper: section on ensembling; the formulas stand in `sinbad_utils`.
-
     Raises
     ------
     UserError
@@ -187,6 +185,14 @@ def load_data_set(options: EnsembleOptions, mvtype: str) -> DataSetScores:
             "pyramid_level must name a level, or rep_num_224 be above 0, got neither; see --help"
         )
     _check_alike(("", file) for file in files)
+    return join(mvtype, files, options)
+
+
+def join(mvtype: str, files: list[ScoreFile], options: EnsembleOptions) -> DataSetScores:
+    """Ensemble the scores of a data set, all levels, grids and repetitions of it.
+
+    Paper: section on ensembling; the formulas stand in `sinbad_utils`.
+    """
     grids = [(file.level, _grid_of(file, options)) for file in files]
     levels = {}
     for level in options.levels:

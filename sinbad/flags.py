@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from sinbad.datasets import (
     CROP_NUM_EDGE,
@@ -48,7 +48,10 @@ class ScriptParser(argparse.ArgumentParser):
     """Parser whose help is the script's docstring; errors are one line; @FILE holds more flags."""
 
     def __init__(
-        self, description: str | None, parents: Iterable[argparse.ArgumentParser] = ()
+        self,
+        description: str | None = None,
+        parents: Iterable[argparse.ArgumentParser] = (),
+        **options: Any,  # noqa: ANN401  what argparse gives to the parsers of sub-commands
     ) -> None:
         super().__init__(
             description=description,
@@ -57,6 +60,7 @@ class ScriptParser(argparse.ArgumentParser):
             fromfile_prefix_chars="@",
             parents=list(parents),
             epilog="@FILE anywhere reads flags from a file, one a line; # begins a comment.",
+            **options,
         )
         self.add_argument("--debug", action="store_true", help="show the traceback of an error")
 

@@ -1,5 +1,8 @@
 """Image trees: which images there are, of which split and kind, and reading one of them."""
 
+import argparse
+import csv
+import hashlib
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -13,22 +16,33 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from sinbad.datasets import (
+    ALL,
     ARCHIVE_SHA256,
     DOWNLOAD_PAGE,
     KINDS,
     LOCO_CLASSES,
     OTHER_COUNTS,
+    VALID_SHARE,
     expand_mvtypes,
     split_mvtype,
 )
 from sinbad.errors import UserError, say
+from sinbad.flags import ratio_type
 
 GOOD = "good"
 DEFECTS_FILE = "defects_config.json"
 WHITE = 255  # pixel value of a mask that has been made black and white
-EXPECTED_TREE = "<class>/train/good, <class>/validation/good, <class>/test/good, " + ", ".join(
-    f"<class>/test/{kind}" for kind in KINDS.values()
-)
+VISA_FILE = Path("split_csv/1cls.csv")
+VISA_PARTS = {("train", "normal"): "train", ("test", "normal"): GOOD, ("test", "anomaly"): "bad"}
+LOCO, MVTEC, VISA, PLAIN = "LOCO", "MVTec AD", "VisA", "plain"
+TREES = {
+    LOCO: f"<class>/{{train,validation}}/good, <class>/test/{{good,{','.join(KINDS.values())}}}",
+    MVTEC: "<class>/train/good, <class>/test/{good,<kind>...}, no validation",
+    VISA: f"{VISA_FILE} with the columns object, split, label, image, mask",
+    PLAIN: "<class>/train, <class>/validation if there is one, <class>/test/{good,<any>...}",
+}
+LAYOUTS = "one of the layouts " + "; ".join(f"{name} ({tree})" for name, tree in TREES.items())
+MIN_VALID = 5  # images taken, and images that stay
 
 
 @dataclass(frozen=True)
@@ -45,32 +59,68 @@ class Plan:
 # ---------------------------------------------------------------- what there is
 
 
-def find_classes(dataset_dir: Path) -> list[str]:
-    """Return the class folders below `dataset_dir`, LOCO's first.
+def find_layouts(dataset_dir: Path) -> dict[str, str]:
+    """Return class -> layout (a key of TREES) of all classes, LOCO's first.
 
     Raises
     ------
     UserError
         If there is none; says what was expected, what was found, and where LOCO comes from.
     """
-    found = sorted(folder.parents[1].name for folder in dataset_dir.glob("*/train/good"))
+    visa = _read_visa(dataset_dir)
+    folders = {path.parent for path in dataset_dir.glob("*/train")}
+    folders |= {dataset_dir / name for name in visa if (dataset_dir / name).is_dir()}
+    layouts = {folder.name: _layout_of(folder, visa) for folder in folders}
+    found = {name: layout for name, layout in layouts.items() if layout is not None}
     if not found:
-        there = _names_in(dataset_dir) if dataset_dir.is_dir() else None
-        what = "no such folder" if there is None else f"a folder with {there or 'nothing in it'}"
+        there = _names_in(dataset_dir, "*/*") or _names_in(dataset_dir) or "nothing in it"
+        what = f"a folder with {there}" if dataset_dir.is_dir() else "no such folder"
         raise UserError(
-            f"dataset_dir must hold {EXPECTED_TREE} with images, got {what} ({dataset_dir}); "
-            f"unpack MVTec LOCO AD there ({DOWNLOAD_PAGE}, archive sha256 {ARCHIVE_SHA256}), or "
-            "pass --dataset_dir"
+            f"dataset_dir must hold {LAYOUTS}, got {what} ({dataset_dir}); unpack e.g. MVTec LOCO "
+            f"AD there ({DOWNLOAD_PAGE}, archive sha256 {ARCHIVE_SHA256}), or pass --dataset_dir"
         )
-    _check_utf8(dataset_dir, found)
-    endings = tuple(f"_{kind}" for kind in KINDS)
+    _check_utf8(dataset_dir, list(found))
+    endings = tuple(f"_{kind}" for kind in (*KINDS, ALL))
     ambiguous = [name for name in found if name.endswith(endings)]
     if ambiguous:
         raise UserError(
             f"a class' folder must not end in {' or '.join(endings)}, as data sets do, got "
             f"{ambiguous[0]} in {dataset_dir}; rename it"
         )
-    return sorted(found, key=lambda name: (name not in LOCO_CLASSES, name))
+    return dict(sorted(found.items(), key=lambda item: (item[0] not in LOCO_CLASSES, item[0])))
+
+
+def _layout_of(class_dir: Path, visa: dict[str, Any]) -> str | None:
+    """Recognise the layout of one class by its folders, or by VisA's list; None if it is none."""
+    if class_dir.name in visa:
+        return VISA
+    if any((class_dir / "test" / folder).is_dir() for folder in KINDS.values()):
+        return LOCO
+    if (class_dir / "train" / GOOD).is_dir() and not (class_dir / "validation").is_dir():
+        return MVTEC
+    return PLAIN if (class_dir / "train").is_dir() else None
+
+
+def _read_visa(dataset_dir: Path) -> dict[str, dict[str, tuple[str, str]]]:
+    """Read VisA's list, if any: class -> image, as in a Plan -> its part, its mask's path or ""."""
+    path = dataset_dir / VISA_FILE
+    classes: dict[str, dict[str, tuple[str, str]]] = {}
+    if not path.is_file():
+        return classes
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            for row in csv.DictReader(file):
+                before, name = row["image"].split("/", 1)
+                images = classes.setdefault(row["object"], {})
+                if before != row["object"] or name in images or ".." in Path(name).parts:
+                    raise ValueError(f"image {row['image']}")
+                images[name] = VISA_PARTS[row["split"], row["label"]], row["mask"] or ""
+    except (ValueError, KeyError, AttributeError, csv.Error) as error:
+        raise UserError(
+            f"{path} must list object, split, label, image (once, below its object) and mask, got "
+            f"{type(error).__name__}: {error}; unpack it again from the archive"
+        ) from error
+    return classes
 
 
 def _names_in(folder: Path, pattern: str = "*") -> str:
@@ -87,22 +137,34 @@ def _check_utf8(folder: Path, names: list[str]) -> None:
 
 def choose_data_sets(dataset_dir: Path, names: list[str] | None) -> list[str]:
     """Return the data sets asked for, or all that the folder has anomalies for."""
-    found = find_classes(dataset_dir)
-    if names is None:
-        missing = [name for name in LOCO_CLASSES if name not in found]
-        if missing:
-            say(f"note: not in {dataset_dir}: {', '.join(missing)}")
+    found = find_layouts(dataset_dir)
+    by_layout = {layout: [name for name in found if found[name] == layout] for layout in TREES}
+    shown = [f"{layout} ({', '.join(own)})" for layout, own in by_layout.items() if own]
+    say(f"layouts in {dataset_dir}: {'; '.join(shown)}")
+    expected = LOCO_CLASSES if by_layout[LOCO] else _read_visa(dataset_dir)
+    missing = [name for name in expected if name not in found]
+    if names is None and missing:
+        say(f"note: not in {dataset_dir}: {', '.join(missing)}")
+    kinds_of = {name: tuple(KINDS) if found[name] == LOCO else (ALL,) for name in found}
     chosen = []
-    for mvtype in expand_mvtypes(names or ["all"], found):
+    for mvtype in expand_mvtypes(names or [ALL], kinds_of):
         class_name, kind = split_mvtype(mvtype)
-        part = dataset_dir / class_name / "test" / KINDS[kind]
-        if part.is_dir() or mvtype in (names or ()) or class_name not in found:
+        there = _anomaly_folders(dataset_dir / class_name, kind) or found.get(class_name) == VISA
+        if there or mvtype in (names or ()) or class_name not in found:
             chosen.append(mvtype)
         else:
-            say(f"note: {mvtype} left out, there is no {part}")
+            folder = dataset_dir / class_name / "test" / KINDS.get(kind, "<any>")
+            say(f"note: {mvtype} left out, there is no {folder}")
     if not chosen:
-        raise UserError(f"{dataset_dir} must hold anomalies of a class, got none; {EXPECTED_TREE}")
+        raise UserError(f"{dataset_dir} must hold anomalies of a class, got none; {LAYOUTS}")
     return chosen
+
+
+def _anomaly_folders(class_dir: Path, kind: str) -> list[str]:
+    """Return the folders with a kind's anomalies; of `all` every folder of test but good."""
+    names = sorted(path.name for path in class_dir.glob("test/*") if path.is_dir())
+    wanted = {KINDS[kind]} if kind in KINDS else {n for n in names if n[0] != "."} - {GOOD}
+    return [f"test/{name}" for name in names if name in wanted]
 
 
 def list_images(class_dir: Path, part: str) -> list[str]:
@@ -113,7 +175,7 @@ def list_images(class_dir: Path, part: str) -> list[str]:
     folder = class_dir / part
     if not folder.is_dir():
         there = _names_in(class_dir, "*/*") or "an empty folder"
-        raise UserError(f"{class_dir} must hold {part}, got {there}; the tree is {EXPECTED_TREE}")
+        raise UserError(f"{class_dir} must hold {part}, got {there}; give it {LAYOUTS}")
     endings = {e for e, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     everything = sorted(path.name for path in folder.iterdir())
     names = [
@@ -124,32 +186,76 @@ def list_images(class_dir: Path, part: str) -> list[str]:
     if not names:
         there = f"{len(everything)} other things" if everything else "an empty folder"
         raise UserError(f"{folder} must hold images that Pillow reads, got {there}; add some")
-    _check_utf8(folder, names)
+    _check_utf8(folder, [part, *names])
     n_others = len(everything) - len(names)
     if n_others:
         say(f"note: {n_others} of {len(everything)} things in {folder} are no images, left out")
     return [f"{part}/{name}" for name in names]
 
 
-def plan_data_set(dataset_dir: Path, mvtype: str, im_size: int) -> Plan:
-    """List a data set's images and settle the size they get."""
+def _list_parts(class_dir: Path, kind: str, layout: str) -> dict[str, list[str]]:
+    """Return the images of "train", "validation" (if any), "good" and "bad", folder by folder."""
+    if layout == VISA:
+        images, kinds = _read_visa(class_dir.parent)[class_dir.name], VISA_PARTS.values()
+        parts = {part: sorted(n for n in images if images[n][0] == part) for part in kinds}
+        for part in kinds:
+            if not parts[part]:
+                raise UserError(f"{VISA_FILE} must list {part} images of {class_dir}, got none")
+        return parts
+    splits = [s for s in ("train", "validation") if layout == LOCO or (class_dir / s).is_dir()]
+    in_good = [s for s in splits if layout == LOCO or (class_dir / s / GOOD).is_dir()]
+    folders = {split: [f"{split}/{GOOD}" if split in in_good else split] for split in splits}
+    folders[GOOD] = [f"test/{GOOD}"]
+    folders["bad"] = _anomaly_folders(class_dir, kind) or [f"test/{KINDS.get(kind, '<any>')}"]
+    read = {f"test/{folder}" for folder in KINDS.values()}.union(*folders.values())
+    beside = [path for split in (*in_good, "test") for path in class_dir.glob(f"{split}/*")]
+    others = [path for path in beside if f"{path.parent.name}/{path.name}" not in read]
+    if others:
+        say(f"note: {len(others)} things of {class_dir} are left out, as {min(others)}")
+    return {p: [i for f in own for i in list_images(class_dir, f)] for p, own in folders.items()}
+
+
+def add_valid_share_flag(parser: argparse.ArgumentParser) -> None:
+    """Add --valid_share."""
+    parser.add_argument(
+        "--valid_share", type=ratio_type, default=VALID_SHARE,
+        help=f"of the training images, at least {MIN_VALID}, taken where there is no validation",
+    )  # fmt: skip
+
+
+def _draw_validation(class_dir: Path, train: list[str], share: float, seed: int) -> list[str]:
+    """Choose the training images that are taken for validation, by their names and the seed."""
+    n_valid = max(MIN_VALID, round(share * len(train)))
+    if len(train) - n_valid < MIN_VALID:
+        raise UserError(
+            f"{class_dir} must hold {n_valid + MIN_VALID} training images or more, {n_valid} of "
+            f"them for validation, got {len(train)}; add some, or change --valid_share"
+        )
+    drawn = sorted(train, key=lambda name: hashlib.sha256(f"{seed} {name}".encode()).digest())
+    return sorted(drawn[:n_valid])
+
+
+def plan_data_set(
+    dataset_dir: Path, mvtype: str, im_size: int, valid_share: float = VALID_SHARE, seed: int = 0
+) -> Plan:
+    """List a data set's images and settle the size they get.
+
+    Without validation images, `valid_share` of the training images, drawn by `seed`, are taken.
+    """
     class_name, kind = split_mvtype(mvtype)
     class_dir = dataset_dir / class_name
-    if not class_dir.is_dir():
+    layout = _layout_of(class_dir, _read_visa(dataset_dir))
+    if layout is None or (kind in KINDS and layout != LOCO):
+        found = ", ".join(f"{name} ({own})" for name, own in find_layouts(dataset_dir).items())
         raise UserError(
-            f"mvtype must be of a class in {dataset_dir}, got {mvtype}; found: "
-            f"{', '.join(find_classes(dataset_dir))}"
+            f"mvtype must be of a class in {dataset_dir}, <class>_{ALL} where its layout is not "
+            f"{LOCO}, got {mvtype}; found: {found}"
         )
-    good, anomalous = (list_images(class_dir, f"test/{part}") for part in (GOOD, KINDS[kind]))
-    paths = {
-        "train": list_images(class_dir, f"train/{GOOD}"),
-        "valid": list_images(class_dir, f"validation/{GOOD}"),
-        "test": good + anomalous,
-    }
-    if class_name in LOCO_CLASSES:
+    parts = _list_parts(class_dir, kind, layout)
+    if class_name in LOCO_CLASSES and layout == LOCO:
         true_size = (LOCO_CLASSES[class_name].width, LOCO_CLASSES[class_name].height)
     else:
-        true_size = open_image(class_dir / paths["train"][0]).size
+        true_size = open_image(class_dir / parts["train"][0]).size
     width, height = fitted_size(*true_size, im_size)
     settings = {
         "im_size": im_size,
@@ -158,7 +264,13 @@ def plan_data_set(dataset_dir: Path, mvtype: str, im_size: int) -> Plan:
         "aspect": list(true_size),
         "pillow": PIL.__version__,  # versions resize differently
     }
-    labels = np.array([0.0] * len(good) + [1.0] * len(anomalous))
+    train, valid = parts["train"], parts.get("validation", [])
+    if not valid:
+        valid = _draw_validation(class_dir, train, valid_share, seed)
+        train = [name for name in train if name not in valid]
+        settings |= {"valid_share": valid_share, "valid_seed": seed}
+    labels = np.array([0.0] * len(parts[GOOD]) + [1.0] * len(parts["bad"]))
+    paths = {"train": train, "valid": valid, "test": parts[GOOD] + parts["bad"]}
     return Plan(mvtype, class_dir, paths, labels, settings)
 
 
@@ -171,7 +283,7 @@ def fitted_size(width: int, height: int, im_size: int) -> tuple[int, int]:
 def warn_about_counts(plan: Plan) -> None:
     """Say where the numbers of images differ from LOCO's."""
     class_name, kind = split_mvtype(plan.mvtype)
-    if class_name not in LOCO_CLASSES:
+    if class_name not in LOCO_CLASSES or kind not in KINDS:
         return
     facts = LOCO_CLASSES[class_name]
     n_good = int((plan.labels == 0).sum())
@@ -234,36 +346,35 @@ def _decode(path: Path) -> Image.Image:
 
 
 def defect_images(class_dir: Path, image_paths: list[str]) -> dict[str, list[int]]:
-    """Tell which test images show which kind of defect, by the ground truth masks.
+    """Tell which test images show which kind of defect.
 
-    Reads CLASS_DIR/defects_config.json (a mask's pixel value -> the defect's name) and
-    CLASS_DIR/ground_truth/<kind>/<image>/*.png, or <kind>/<image>.png as in some copies.
+    In LOCO by CLASS_DIR/defects_config.json (a mask's pixel value -> the defect's name) and the
+    masks CLASS_DIR/ground_truth/<kind>/<image>/*.png, or <kind>/<image>.png as in some copies.
+    Elsewhere by the sub-folder of test, in VisA `bad`; masks are <kind>/<image>_mask.png, or listed
+    by VisA. Anomalous images without a mask are named if there are masks.
 
     Returns
     -------
-    defect -> indices into `image_paths`, in the order of the configuration; empty without one, and
-    where the masks are black and white (some copies of LOCO)
+    defect -> indices into `image_paths`, in the order of the configuration, else of the folders; of
+    LOCO's two folders empty without a configuration, and where the masks are black and white
     """
-    config_path = class_dir / DEFECTS_FILE
-    if not config_path.is_file():
-        return {}
-    names: dict[int, list[str]] = {}  # pixel value -> defects, more than one where they share it
-    try:
-        for entry in json.loads(config_path.read_text(encoding="utf-8")):
-            names.setdefault(int(entry["pixel_value"]), []).append(str(entry["defect_name"]))
-    except (ValueError, TypeError, KeyError) as error:
-        raise UserError(
-            f"{config_path} must list pixel_value and defect_name of every defect, got "
-            f"{type(error).__name__}: {error}; unpack it again from the archive"
-        ) from error
-    anomalous = [i for i, path in enumerate(image_paths) if Path(path).parent.name != GOOD]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        found = list(pool.map(lambda i: _mask_values(class_dir, image_paths[i]), anomalous))
-    values = dict(zip(anomalous, found, strict=True))
+    names = _defect_values(class_dir)
+    visa = _read_visa(class_dir.parent).get(class_dir.name, {})
+    in_test = [Path(path).parts[1] if path.startswith("test/") else GOOD for path in image_paths]
+    parts = [visa.get(path, [of])[0] for path, of in zip(image_paths, in_test, strict=True)]
+    anomalous = [i for i, part in enumerate(parts) if part != GOOD]
+    values: dict[int, set[int]] = {}
+    if names or visa or (class_dir / "ground_truth").is_dir():
+        masks = [_mask_files(class_dir, image_paths[i], visa) for i in anomalous]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            values = dict(zip(anomalous, pool.map(_mask_values, masks), strict=True))
     without = [image_paths[i] for i, own in values.items() if not own]
     if without:
         say(f"warning: {len(without)} images of {class_dir} have no mask, as {without[0]}")
-    if set().union(*found) == {WHITE} and len(names) > 1:
+    if not names:
+        kinds = [part for part in dict.fromkeys(parts) if part not in (GOOD, *KINDS.values())]
+        return {kind: [i for i in anomalous if parts[i] == kind] for kind in kinds}
+    if set().union(*values.values()) == {WHITE} and len(names) > 1:
         say(f"note: the masks in {class_dir} are black and white, which defect is not told by them")
         return {}
     by_defect = {
@@ -273,17 +384,39 @@ def defect_images(class_dir: Path, image_paths: list[str]) -> dict[str, list[int
     return {name: images for name, images in by_defect.items() if images}
 
 
-def _mask_values(class_dir: Path, image_path: str) -> set[int]:
-    """Return the pixel values but 0 of all masks of one test image; {} where there is none."""
+def _defect_values(class_dir: Path) -> dict[int, list[str]]:
+    """Return pixel value -> defects, more than one where they share it; {} without the file."""
+    config_path = class_dir / DEFECTS_FILE
+    names: dict[int, list[str]] = {}
+    if not config_path.is_file():
+        return names
+    try:
+        for entry in json.loads(config_path.read_text(encoding="utf-8")):
+            names.setdefault(int(entry["pixel_value"]), []).append(str(entry["defect_name"]))
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(
+            f"{config_path} must list pixel_value and defect_name of every defect, got "
+            f"{type(error).__name__}: {error}; unpack it again from the archive"
+        ) from error
+    return names
+
+
+def _mask_files(class_dir: Path, image_path: str, visa: dict[str, tuple[str, str]]) -> list[Path]:
+    """Return the files of all masks of one test image."""
+    if image_path in visa:
+        mask = class_dir.parent / visa[image_path][1]
+        return [mask] if mask.is_file() else []
     path = Path(image_path)
     folder = class_dir / "ground_truth" / path.parent.name
-    values: set[int] = set()
-    for place, stem in ((folder / path.stem, None), (folder, path.stem)):
-        for mask in sorted(place.iterdir()) if place.is_dir() else ():
-            is_mask = mask.suffix.lower() == ".png" and not mask.name.startswith(".")
-            if is_mask and stem in (None, mask.stem):
-                values |= set(np.unique(mask_pixels(mask)).tolist())
-    return values - {0}
+    found = [*folder.glob("*.*"), *(folder / path.stem).glob("*.*")]
+    found = [mask for mask in found if mask.suffix.lower() == ".png" and mask.name[0] != "."]
+    stems = path.stem, f"{path.stem}_mask"
+    return sorted(mask for mask in found if mask.parent != folder or mask.stem in stems)
+
+
+def _mask_values(masks: list[Path]) -> set[int]:
+    """Return the pixel values but 0 of all masks of an image; {} where there is none."""
+    return {value for mask in masks for value in np.unique(mask_pixels(mask)).tolist()} - {0}
 
 
 def mask_pixels(path: Path) -> NDArray[np.int64]:

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
-from sinbad.datasets import DEFAULT_DATA_DIR, IM_SIZE, KINDS, split_mvtype
+from sinbad.datasets import ALL, DEFAULT_DATA_DIR, IM_SIZE, KINDS, split_mvtype
 from sinbad.errors import UserError, say
 from sinbad.files import to_json, written_whole
 from sinbad.flags import Progress
@@ -27,6 +27,7 @@ from sinbad.results import first_difference
 SPLITS = {"train": "train_data.npy", "valid": "valid_data.npy", "test": "test_data.npy"}
 SHARED_SPLITS = ("train", "valid")  # of a class' data sets
 LABELS_FILE = "image_level_label.npy"
+DRAWN_BY = ("valid_share", "valid_seed")  # settings, where validation images are training images
 PATHS_FILE = "image_paths.json"  # names, what tells the images apart, settings; the authors: none
 IMAGES_AT_ONCE = 32  # decoded before they are written; mapped before their pages are let go of
 
@@ -83,25 +84,27 @@ def nearest_source(size_in: int, size_out: int) -> NDArray[np.int64]:
     return functional.interpolate(indices, size=size_out, mode="nearest")[0, 0].long().numpy()
 
 
-def image_to_matrix(path: Path, settings: dict[str, Any]) -> NDArray[np.uint8]:
-    """Read an image: bilinear to a square, nearest to the true aspect, padded with zeros.
+def picture_to_matrix(
+    image: Image.Image, settings: dict[str, Any], name: object
+) -> NDArray[np.uint8]:
+    """Resize an image: bilinear to a square, nearest to the true aspect, padded with zeros.
 
     Parameters
     ----------
-    path : Path
+    image : RGB
     settings : dict
         `im_size`, `width`, `height` in pixels, `aspect` as (width, height).
+    name : of the image, for messages
 
     Returns
     -------
     (3, im_size, im_size), uint8, image in the top left corner
     """
     im_size, width, height = settings["im_size"], settings["width"], settings["height"]
-    image = open_image(path)
     true_width, true_height = settings["aspect"]
     if abs(image.width - image.height * true_width / true_height) > 1.0 + image.width / 1000.0:
         raise UserError(
-            f"{path} must have the aspect {true_width} x {true_height} of its class, got "
+            f"{name} must have the aspect {true_width} x {true_height} of its class, got "
             f"{image.width} x {image.height} pixels; all images of a class share one aspect"
         )
     square = np.asarray(image.resize((im_size, im_size), Image.Resampling.BILINEAR))
@@ -109,6 +112,11 @@ def image_to_matrix(path: Path, settings: dict[str, Any]) -> NDArray[np.uint8]:
     matrix = np.zeros((3, im_size, im_size), np.uint8)
     matrix[:, :height, :width] = square[rows[:, None], columns].transpose(2, 0, 1)
     return matrix
+
+
+def image_to_matrix(path: Path, settings: dict[str, Any]) -> NDArray[np.uint8]:
+    """Read an image's file as a matrix, see `picture_to_matrix`."""
+    return picture_to_matrix(open_image(path), settings, path)
 
 
 def stamp_of(path: Path) -> Stamp:
@@ -139,8 +147,8 @@ def write_matrix(
 def make_data_set(plan: Plan, out_dir: Path, n_workers: int, link: bool, overwrite: bool) -> None:
     """Write the matrices of one data set and put the finished folder into place.
 
-    With `link`, train and validation matrices of the class' other data set are linked (copied where
-    the file system has no links) if they are of the same images and settings.
+    With `link`, train and validation matrices of another data set of the class are linked (copied
+    where the file system has no links) if they are of the same images and settings.
     """
     stamps = {
         split: [stamp_of(plan.class_dir / path) for path in plan.paths[split]] for split in SPLITS
@@ -149,6 +157,7 @@ def make_data_set(plan: Plan, out_dir: Path, n_workers: int, link: bool, overwri
     todo = [split for split in SPLITS if twin is None or split not in SHARED_SPLITS]
     total = sum(len(plan.paths[split]) for split in todo)
     target = out_dir / plan.mvtype
+    is_new = not target.exists()
     with written_whole(target) as made, Progress(total, plan.mvtype, "images") as bar:
         made.mkdir()
         for split, name in SPLITS.items():
@@ -160,14 +169,14 @@ def make_data_set(plan: Plan, out_dir: Path, n_workers: int, link: bool, overwri
         np.save(made / LABELS_FILE, plan.labels)
         record = {**plan.paths, "files": stamps, "settings": plan.settings}
         (made / PATHS_FILE).write_text(to_json(record), encoding="utf-8")
-        if not overwrite and target.exists():
+        if is_new and not overwrite and target.exists():
             is_current(target, plan)  # another process was faster: its settings must be the same
 
 
 def find_twin(plan: Plan, stamps: dict[str, list[Stamp]], out_dir: Path) -> str | None:
     """Return the name of a data set of the class that has the same train and validation images."""
     class_name, own_kind = split_mvtype(plan.mvtype)
-    for name in (f"{class_name}_{kind}" for kind in KINDS if kind != own_kind):
+    for name in (f"{class_name}_{kind}" for kind in (*KINDS, ALL) if kind != own_kind):
         if not (out_dir / name / PATHS_FILE).exists():
             continue
         twin = load_matrices(out_dir, name)
@@ -192,6 +201,7 @@ def is_current(folder: Path, plan: Plan) -> bool:
     """Tell whether a data set's matrices are there with the same settings and the same images.
 
     An image is the same if its path, size and time are the recorded ones, else its sha256 decides.
+    Validation images that are drawn in another way are no error: the matrices are made again.
 
     Raises
     ------
@@ -209,12 +219,19 @@ def is_current(folder: Path, plan: Plan) -> bool:
     matrices = load_matrices(folder.parent, folder.name)
     made_by, now = matrices.settings.get("pillow"), plan.settings["pillow"]
     found = {**matrices.paths, **matrices.settings, "pillow": now}
-    difference = first_difference(found, {**plan.paths, **plan.settings})
+    wanted = {**plan.paths, **plan.settings}
+    redrawn = [name for name in DRAWN_BY if found.get(name) != wanted.get(name)]
+    if redrawn:
+        found, wanted = (of | dict.fromkeys((*SHARED_SPLITS, *DRAWN_BY)) for of in (found, wanted))
+    difference = first_difference(found, wanted)
     if difference is not None:
         name, old, new = difference
         if name in SPLITS:
             old, new = f"list of {len(old)} images", f"another list, of {len(new)}"
         raise UserError(f"{folder} was made with {name} {old}, now {name} is {new}; {cure}")
+    if redrawn:
+        say(f"{plan.mvtype}: made again, with another {' and '.join(redrawn)}")
+        return False
     changed = _changed_images(matrices, plan)
     if changed:
         say(f"{plan.mvtype}: made again, {len(changed)} images have changed, as {changed[0]}")
@@ -390,12 +407,13 @@ class ImagePool:
             made_by = to_json(data_set.settings)
             for split, images in data_set.images.items():
                 names, keys = data_set.paths[split], data_set.sha256(split)
+                ids = self.ids.setdefault((data_set.mvtype, split), [])
                 for row, (key, name) in enumerate(zip(keys, names, strict=True)):
                     index = known.setdefault((key, made_by), len(self.sources))
                     if index == len(self.sources):
                         self.sources.append((images, row))
                         self.names.append(name)
-                    self.ids.setdefault((data_set.mvtype, split), []).append(index)
+                    ids.append(index)
 
     def __len__(self) -> int:
         return len(self.sources)

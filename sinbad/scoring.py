@@ -12,7 +12,7 @@ import functools
 import platform
 import subprocess
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
 from itertools import islice
@@ -56,6 +56,7 @@ BATCHES_AHEAD = 2
 # Projected values worked on at a time: what stays in a processor's cache; half a GB of a GPU.
 VALUES_AT_ONCE = {"cpu": 1 << 20, "cuda": 1 << 27}
 
+Ranges = Sequence[tuple[Tensor, Tensor]]  # (low, high) of every draw
 Extract = Callable[[Tensor], dict[int, Tensor]]
 Draw = tuple[int, int]  # (seed, rep): one draw of random directions
 Batch = list[tuple["CropJob", list[int]]]  # crops of several positions: position, images
@@ -247,7 +248,9 @@ class DescriptorBuilder:
     described : (n_draws, n_images, n_directions * n_bins), rows as the group's
     """
 
-    def __init__(self, group: RangeGroup, directions: list[Tensor], n_bins: int) -> None:
+    def __init__(
+        self, group: RangeGroup, directions: list[Tensor], n_bins: int, ranges: Ranges = ()
+    ) -> None:
         self.group, self.directions, self.n_bins = group, directions, n_bins
         first = directions[0]
         length = len(first) * n_bins
@@ -255,7 +258,7 @@ class DescriptorBuilder:
             len(directions), len(group.members), length, device=first.device
         )
         self.waiting: dict[int, Tensor] = {}
-        self.ranges: list[tuple[Tensor, Tensor]] = []  # of each draw
+        self.ranges = list(ranges)  # of each draw; fitted where none are given
 
     def add(self, ids: list[int], elements: Tensor) -> None:
         """Describe those of some images that belong to the group; (n, channels, n_elements)."""
@@ -360,6 +363,8 @@ class ClassScorer:
     data_sets : mvtype -> matrices, of one class
     extractor : the network; may be None if only the raw-pixel level is wanted
     device : torch.device
+    known : (level, number of crops, crop) -> ranges, of training images seen before: nothing is
+        fitted, and what is not there is padding
     """
 
     def __init__(
@@ -368,15 +373,16 @@ class ClassScorer:
         data_sets: dict[str, MatrixSet],
         extractor: FeatureExtractor | None,
         device: torch.device,
+        known: Mapping[tuple[int, int, int], Ranges] | None = None,
     ) -> None:
         for mvtype, data_set in data_sets.items():
             n_train = len(data_set.images["train"])
-            if n_train < 2:
+            if n_train < 2 and known is None:
                 raise UserError(
                     f"train images must be at least 2, got {n_train} of {mvtype}; add some, and "
                     "make the matrices again"
                 )
-        self.plan, self.extractor, self.device = plan, extractor, device
+        self.plan, self.extractor, self.device, self.known = plan, extractor, device, known
         self.batch_size = plan.batch_size_on(device)
         self.im_size = next(iter(data_sets.values())).im_size
         self.pool = ImagePool(data_sets.values(), device)
@@ -431,7 +437,11 @@ class ClassScorer:
         mvtypes = {task.mvtype for task in own}
         jobs = []
         for crop, corner in enumerate(corners):
-            empty_for = {name for name in mvtypes if self.pool.empty_in(name, corner, side)}
+            if self.known is None:
+                empty_for = {name for name in mvtypes if self.pool.empty_in(name, corner, side)}
+            else:
+                there = (own[0].level, len(corners), crop) in self.known
+                empty_for = set() if there else mvtypes
             jobs.append(CropJob(own, crop, len(corners), corner, side, empty_for))
         return jobs
 
@@ -472,9 +482,11 @@ class ClassScorer:
             shape = (own.n_projections, elements.shape[1])
             keys = [(*draw, level, job.n_crops, job.crop) for draw in job.draws(level)]
             directions = [random_directions(*shape, key).to(self.device) for key in keys]
+            ranges = (self.known or {}).get((level, job.n_crops, job.crop), ())
             each_once = {id(group): group for group in groups}.values()
             job.builders[level] = [
-                DescriptorBuilder(group, directions, own.n_quantiles) for group in each_once
+                DescriptorBuilder(group, directions, own.n_quantiles, ranges)
+                for group in each_once
             ]
         # One NaN or infinity spoils the sum.
         job.finite.setdefault(level, []).append((ids, torch.isfinite(elements.sum((1, 2)))))

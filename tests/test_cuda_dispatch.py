@@ -4,9 +4,11 @@ Every operation is dispatched as on a GPU; one that mixes devices, or that makes
 result where none is expected, is an error. Numbers and times need a GPU.
 """
 
+import mmap
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -14,13 +16,14 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from conftest import IM_SIZE
 from numpy.typing import NDArray
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from sinbad import matrices, scoring
 from sinbad.backbones import Backbone, FeatureExtractor, build_backbone, load_weights
-from sinbad.matrices import load_matrices
+from sinbad.matrices import ImagePool, load_matrices, nearest_source
 from sinbad.scoring import ClassScorer, ScorePlan, ScoreTask
 from sinbad_single_layer import parse_args
 
@@ -101,6 +104,66 @@ def fake_extractor(backbone: Backbone) -> FeatureExtractor:
 def test_devices_cannot_be_mixed_unnoticed() -> None:
     with fake_gpu(0), pytest.raises(RuntimeError, match=r"same device|different devices"):
         torch.ones(2, device=GPU) + torch.ones(2)
+
+
+def slow_crops(data_dir: Path, ids: list[int], corner: tuple[int, int], side: int) -> Tensor:
+    """Return crops of pushpins_loco's images, counted over all splits, pixel by pixel."""
+    folder = data_dir / "pushpins_loco"
+    splits = [np.load(folder / f"{name}_data.npy") for name in ("train", "valid", "test")]
+    images = torch.from_numpy(np.concatenate(splits))
+    crops = torch.zeros(len(ids), 3, 20, 20, dtype=torch.uint8)
+    for crop, index in zip(crops, ids, strict=True):
+        for y in range(20):
+            for x in range(20):
+                at = corner[0] + y * side // 20, corner[1] + x * side // 20
+                crop[:, y, x] = images[index, :, at[0], at[1]]
+    return crops
+
+
+@pytest.mark.parametrize("resident", [False, True], ids=["images stay", "images on the GPU"])
+def test_the_gathered_pixels_are_those_of_the_images(resident: bool, data_dir: Path) -> None:
+    """The GPU's way too: its indexing is the same on a CPU."""
+    pool = ImagePool([load_matrices(data_dir, "pushpins_loco")], torch.device("cpu"))
+    if resident:
+        pool.resident = torch.from_numpy(np.stack([images[row] for images, row in pool.sources]))
+    corner, side = (3, 17), 30
+    found = pool.gather([0, 4, 2, 9, 12], corner, nearest_source(side, 20))
+    assert torch.equal(found, slow_crops(data_dir, [0, 4, 2, 9, 12], corner, side))
+
+
+def move(pool: ImagePool, free_bytes: int) -> Tensor | None:
+    """Let the pool move its images to a GPU of some free memory, which is the CPU's."""
+    empty, pool.device = torch.empty, GPU
+    memory = mock.patch.object(torch.cuda, "mem_get_info", return_value=(free_bytes, free_bytes))
+    on_cpu = mock.patch.object(
+        torch, "empty", lambda shape, dtype, device: empty(shape, dtype=dtype)
+    )
+    with memory, on_cpu:
+        pool.move_to_device(2)
+    return pool.resident
+
+
+def test_images_move_where_they_take_no_more_than_half_of_the_memory(data_dir: Path) -> None:
+    data_set = load_matrices(data_dir, "pushpins_loco")
+    pool = ImagePool([data_set], torch.device("cpu"))
+    pool.move_to_device(2)
+    assert pool.resident is None
+    n_bytes = len(pool) * 3 * IM_SIZE * IM_SIZE
+    assert move(pool, 2 * n_bytes - 1) is None
+    expected = np.concatenate(list(data_set.images.values()))
+    np.testing.assert_array_equal(move(pool, 2 * n_bytes), expected)
+    floats = {split: images.astype(np.float32) for split, images in data_set.images.items()}
+    assert move(ImagePool([replace(data_set, images=floats)], GPU), 1 << 40) is None
+
+
+def test_pages_that_were_read_are_let_go_of(data_dir: Path) -> None:
+    data_set = load_matrices(data_dir, "pushpins_loco")
+    mapped = data_set.images["test"]
+    mapped._mmap = mock.Mock()
+    images = {**data_set.images, "train": np.array(data_set.images["train"]), "test": mapped}
+    pool = ImagePool([replace(data_set, images=images)], torch.device("cpu"))
+    pool.release()  # training images are in memory, nothing is mapped
+    assert mapped._mmap.madvise.mock_calls == [mock.call(mmap.MADV_DONTNEED)]
 
 
 @pytest.mark.parametrize("free_bytes", [0, 1 << 40], ids=["images stay", "images on the GPU"])

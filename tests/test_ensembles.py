@@ -386,6 +386,16 @@ def test_extra_scores_that_the_mean_would_turn_round(
             add_extra_scores(scores, read_extra_scores(path, 1.0, "std"))
 
 
+@pytest.mark.parametrize("lowest", [0.0, 0.001])
+def test_extra_scores_below_one_are_divided_by_their_mean(lowest: float, tmp_path: Path) -> None:
+    scores = load_toy(tmp_path, "pushpins_loco")
+    test = [lowest, 0.1, 0.2, 0.3, 0.9, 0.8, 0.7]
+    path = extra_csv(tmp_path / "other.csv", [lowest, 0.2, 0.4], test)
+    extra = add_extra_scores(scores, read_extra_scores(path, 1.0, "mean")).extra["other"]
+    expected = np.array(test) / ((lowest + 0.6) / 3 + 1e-5) + 1e-5
+    np.testing.assert_allclose(extra, expected, rtol=1e-12)
+
+
 def test_negative_extra_scores_at_a_great_weight_through_the_script(tmp_path: Path) -> None:
     write_data_set(tmp_path, "pushpins_loco")
     test = [-10.2, -10.3, -10.4, -10.5, -5.0, -4.9, -4.8]

@@ -1,14 +1,16 @@
 """The README's pictures: which images and which direction they show, and that they are drawn."""
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
 import data_to_matrices
-import make_demo_dataset
 import sinbad_single_layer
+from demo import make_dataset
 from imgs import make_figures
 
 IM_SIZE = "64"
@@ -16,18 +18,18 @@ IM_SIZE = "64"
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder with a tiny demo: images, matrices, scores of level 14."""
+    """Return what a tiny demo leaves: images, matrices, scores of levels 7 and 14."""
     folder = tmp_path_factory.mktemp("demo")
     few = ["--n_train", "3", "--n_valid", "2", "--n_test", "2", "--scale", "0.06"]
-    make_demo_dataset.main(["--out_dir", str(folder / "dataset"), *few])
+    make_dataset.main(["--out_dir", str(folder / "dataset"), *few])
     where = ["--dataset_dir", str(folder / "dataset"), "--out_dir", str(folder / "matrices")]
     data_to_matrices.main([*where, "--im_size", IM_SIZE])
     sinbad_single_layer.main(
         [
-            *("--mvtype", "juice_bottle", "pushpins", "--pyramid_level", "14"),
+            *("--mvtype", "juice_bottle", "pushpins", "--pyramid_level", "7", "14"),
             *("--crop_size_ratio", ".7", ".99", "--net", "resnet18", "--weights", "random"),
             *("--data_dir", str(folder / "matrices"), "--results_dir", str(folder / "results")),
-            *("--initial_res", IM_SIZE, "--n_projections", "10", "--device", "cpu"),
+            *("--initial_res", IM_SIZE, "--version_name", "demo", "--device", "cpu"),
         ]
     )
     return folder
@@ -35,13 +37,8 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def draw(demo: Path, out: Path) -> dict[str, bytes]:
     """Draw both pictures and return their bytes."""
-    make_figures.main(
-        [
-            *("--dataset_dir", str(demo / "dataset"), "--data_dir", str(demo / "matrices")),
-            *("--version", str(demo / "results" / "ver1_pyramid_lvl_#"), "--rep_num_224", "0"),
-            *("--weights", "random", "--out", str(out)),
-        ]
-    )
+    flags = ["--demo_dir", str(demo), "--rep_num_224", "0", "--weights", "random"]
+    make_figures.main([*flags, "--out", str(out)])
     return {path.name: path.read_bytes() for path in out.iterdir()}
 
 
@@ -57,6 +54,12 @@ def test_both_pictures_are_drawn_and_equal_scores_give_equal_bytes(
         assert picture.shape[1] > 1000
         assert (picture != 255).any(2).mean() > 0.1
     assert draw(demo, tmp_path / "two") == drawn
+
+
+def test_the_images_shown_are_those_of_median_and_of_lowest_score() -> None:
+    scores: Any = SimpleNamespace(labels=np.array([0, 1, 1, 0, 1]), final=np.arange(5)[::-1])
+    shown = [make_figures.image_at(scores, *which) for which in ((0,), (1,), (1, 0))]
+    assert shown == [3, 2, 4]
 
 
 def test_the_direction_shown_is_the_one_furthest_outside_the_training_images() -> None:

@@ -13,6 +13,7 @@ from sinbad.report.metrics import (
     auroc,
     auroc_against,
     bootstrap_interval,
+    columns_of,
     f1_max,
     percent,
     pooled_auroc,
@@ -57,6 +58,18 @@ def test_the_interval_holds_95_of_100_samples() -> None:
     assert np.mean([value > high for value in drawn]) > 0.01
 
 
+def test_the_interval_is_of_the_2_5_and_the_97_5_percentile() -> None:
+    labels, scores = np.repeat([0.0, 1.0], [30, 20]), np.random.default_rng(1).normal(0, 1, 50)
+    rng, sampled = np.random.default_rng(0), []
+    for _ in range(1000):
+        good, bad = rng.choice(scores[:30], 30), rng.choice(scores[30:], 20)
+        wins = (good[:, None] < bad) + (good[:, None] == bad) / 2
+        sampled.append(wins.mean())
+    found = bootstrap_interval(labels, scores)
+    expected = np.interp([0.025 * 999, 0.975 * 999], range(1000), sorted(sampled))
+    assert found == pytest.approx(expected, rel=1e-9)
+
+
 def test_pooled_is_of_both_kinds_and_not_their_mean(tmp_path: Path) -> None:
     sets = [load_toy(tmp_path, f"pushpins_{kind}") for kind in ("loco", "struct")]
     final = [np.array([0.0, 1, 2, 3, 2.5, 9, 9]), np.array([0.0, 1, 2, 3, 0.5, 0.6, 1.5])]
@@ -95,6 +108,20 @@ def test_figures_of_a_data_set(tmp_path: Path) -> None:
     assert [*entry["auroc"]][2:] == ["level 224", "network levels", "ensemble"]
     grid = scores.grids[14, 9].test
     assert entry["auroc_by_grid"]["level 14, 9 crops"] == auroc(scores.labels, grid)
+
+
+def test_network_levels_have_a_column_where_there_are_several(tmp_path: Path) -> None:
+    one = load_toy(tmp_path, "pushpins_loco", levels=(7,))
+    extra = replace(one, extra={"other": np.arange(7.0)}, final=-one.ensemble)
+    columns = columns_of(extra)
+    names = ["level 7", "level 224", "ensemble", "extra other", "ensemble + other"]
+    assert list(columns) == names
+    values = [one.levels[7], one.levels[224], one.ensemble, np.arange(7.0), -one.ensemble]
+    for found, expected in zip(columns.values(), values, strict=True):
+        np.testing.assert_array_equal(found, expected)
+    both = load_toy(tmp_path, "pushpins_loco", rep_num_224=0)
+    assert list(columns_of(both)) == ["level 7", "level 14", "network levels", "ensemble"]
+    np.testing.assert_array_equal(columns_of(both)["network levels"], both.network)
 
 
 def test_another_kind_of_data_set(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -13,7 +13,6 @@ import torch
 from bad_places import ensemble_case, fails, matrices_case, scores_case, write_scores
 from conftest import IM_SIZE, Place, files_below
 
-import make_demo_dataset
 from sinbad.errors import run_script
 
 ROOT = Path(__file__).parents[1]
@@ -87,21 +86,6 @@ def test_scores_of_images_that_have_changed_do_not_count_as_finished(
     assert "1 images have changed" in capsys.readouterr().err
     assert "was made with images_sha256" in fails(score, capsys)
     assert files_below(place.out) == before
-
-
-def test_a_demo_data_set_is_not_replaced_with_what_lies_beside(
-    place: Place, capsys: pytest.CaptureFixture[str]
-) -> None:
-    argv = ["--out_dir", str(place.out), "--scale", ".02", "--n_train", "1", "--n_test", "1"]
-    make_demo_dataset.main(argv)
-    (place.out / "notes.txt").write_text("mine")
-    before = files_below(place.out)
-    again = [*argv, "--seed", "1", "--overwrite"]
-    assert "notes.txt" in fails((make_demo_dataset.main, again), capsys)
-    assert files_below(place.out) == before
-    (place.out / "notes.txt").unlink()
-    make_demo_dataset.main(again)
-    assert files_below(place.out) != before
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,12 +20,25 @@ from torch import Tensor
 import data_to_matrices
 import sinbad_single_layer
 from data_to_matrices import make_matrices
+from sinbad import scoring
 from sinbad.backbones import FeatureExtractor, build_backbone, load_weights, pixel_elements
 from sinbad.datasets import crop_corners, crop_side
 from sinbad.errors import UserError
-from sinbad.matrices import crop_pixels, load_matrices, nearest_source
+from sinbad.matrices import ImagePool, crop_pixels, load_matrices, nearest_source
 from sinbad.results import LevelScores, read_scores
-from sinbad_utils import score_crop
+from sinbad.scoring import (
+    ClassScorer,
+    CropJob,
+    Descriptor,
+    DescriptorBuilder,
+    RangeGroup,
+    ScorePlan,
+    ScoreTask,
+    as_index,
+    full_batches,
+    range_groups,
+)
+from sinbad_utils import cumulative_histogram, fit_ranges, project, score_crop
 
 Array = NDArray[np.float64]
 N_DIRECTIONS = 8
@@ -233,6 +248,139 @@ def test_finished_scores_are_skipped_and_other_settings_are_an_error(
     assert not np.array_equal(other.test, first.test)
 
 
+# ---------------------------------------------------------------- the plan
+
+
+def plan_of(ratio: float, *flags: str) -> ScorePlan:
+    """Return the plan of two grids at level 14."""
+    args = sinbad_single_layer.parse_args(["--mvtype", "pushpins", "--initial_res", "64", *flags])
+    tasks = [ScoreTask("pushpins_loco", 14, r, 0, 0, "ver1") for r in (0.99, ratio)]
+    return ScorePlan.of(args, tasks, Path())
+
+
+def test_settings_are_the_levels_own_or_those_of_the_flags() -> None:
+    plan = plan_of(0.7)
+    assert plan.descriptor(7) == plan.descriptor(14) == Descriptor(1000, 5, 0.1)
+    assert plan.descriptor(224) == Descriptor(10, 5, 1.0)
+    given = plan_of(0.7, "--n_projections", "3", "--n_quantiles", "4", "--shrinkage_factor", ".2")
+    assert given.descriptor(7) == given.descriptor(224) == Descriptor(3, 4, 0.2)
+    sizes = [plan.batch_size_on(torch.device(name)) for name in ("cpu", "cuda")]
+    assert sizes == [32, 256]
+    assert plan_of(0.7, "--batch_size", "6").batch_size_on(torch.device("cpu")) == 6
+
+
+def test_two_grids_of_one_file_are_refused() -> None:
+    with pytest.raises(UserError, match=r"got 0\.99 and 0\.9, which both write 1_crop_anom_maps"):
+        plan_of(0.9)
+
+
+def test_two_training_images_are_enough_and_one_is_not(data_dir: Path) -> None:
+    data_set = load_matrices(data_dir, "pushpins_loco")
+    plan, cpu = plan_of(0.7), torch.device("cpu")
+    for n_train in (2, 1):
+        images = {**data_set.images, "train": data_set.images["train"][:n_train]}
+        paths = {**data_set.paths, "train": data_set.paths["train"][:n_train]}
+        sets = {"pushpins_loco": replace(data_set, images=images, paths=paths, files={})}
+        if n_train == 2:
+            ClassScorer(plan, sets, None, cpu)
+        else:
+            with pytest.raises(UserError, match="must be at least 2, got 1 of pushpins_loco"):
+                ClassScorer(plan, sets, None, cpu)
+
+
+# ---------------------------------------------------------------- the parts of the stream
+
+
+def test_corners_of_a_grid_row_by_row() -> None:
+    assert crop_corners(64, 0.7, 4) == [(0, 0), (0, 16), (16, 0), (16, 16)]
+    places = [(y, x) for y in (0, 256, 512) for x in (0, 256, 512)]
+    assert crop_corners(1024, 0.5, 4) == places
+    assert crop_corners(1024, 0.99, 4) == [(0, 0)]
+    assert len(crop_corners(1024, 0.25, 4)) == 16
+    assert (crop_side(1024, 0.7), crop_side(1024, 0.999)) == (716, 1022)
+
+
+@pytest.mark.parametrize("official", [False, True])
+def test_ranges_are_fitted_on_the_first_32_images(official: bool) -> None:
+    splits = {"train": range(40), "valid": range(40, 75), "test": [3, *range(75, 110)]}
+    ids = {("a_loco", split): list(own) for split, own in splits.items()}
+    pool = ImagePool([], torch.device("cpu"))
+    pool.ids = {**ids, ("a_struct", "train"): list(range(40))}
+    pool.ids |= {("a_struct", split): [110, 111] for split in ("valid", "test")}
+    groups = range_groups(pool, ["a_loco", "a_struct"], official)
+    for split, own in splits.items():
+        group = groups["a_loco", split]
+        assert group.fit_ids == tuple((own if official else splits["train"])[:32])
+        assert set(own) <= set(group.members)
+        assert sorted(group.members.values()) == list(range(len(group.members)))
+        assert len(group.members) == (len(own) if official else 112)
+    assert groups["a_loco", "train"] is groups["a_struct", "train"]
+    assert (groups["a_struct", "test"] is groups["a_struct", "train"]) != official
+
+
+@pytest.mark.parametrize("at_once", [1, 1000, 1 << 20])
+@pytest.mark.parametrize("order", [[0, 1, 2, 3, 4, 5, 6], [6, 5, 4, 3, 2, 1, 0]])
+def test_descriptors_do_not_depend_on_when_images_come(
+    order: list[int], at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(scoring.VALUES_AT_ONCE, "cpu", at_once)
+    generator = torch.Generator().manual_seed(0)
+    elements = torch.randn(7, 3, 50, generator=generator)
+    directions = [torch.randn(6, 3, generator=generator) for _ in range(2)]
+    group = RangeGroup((3, 1, 4), {3: 0, 1: 1, 4: 2, 0: 3, 6: 4, 5: 5})  # 2 is another group's
+    builder = DescriptorBuilder(group, directions, 5)
+    for part in (order[:2], order[2:4], order[4:]):
+        batch = elements[part].clone()
+        builder.add(part, batch)
+        batch.zero_()  # what is kept is a copy
+    assert not builder.waiting
+    for draw, own in enumerate(directions):
+        values = project(own, elements)
+        expected = cumulative_histogram(values, *fit_ranges(values[[3, 1, 4]]), 5)
+        assert torch.equal(builder.descriptors(draw, [0, 5, 4]), expected[[0, 5, 4]])
+        assert torch.equal(
+            builder.descriptors(draw, [3, 1, 4, 0, 6, 5]), expected[[3, 1, 4, 0, 6, 5]]
+        )
+
+
+def test_how_much_is_worked_on_at_a_time() -> None:
+    builder = DescriptorBuilder(RangeGroup((0,), {0: 0}), [torch.ones(2, 3)], 5)
+    assert builder.described.shape == (1, 1, 10)
+    n = scoring.VALUES_AT_ONCE["cpu"]
+    assert [builder._step(k) for k in (n + 1, n, n // 2, n // 3)] == [1, 1, 2, 3]
+
+
+def test_only_consecutive_numbers_are_a_slice() -> None:
+    for numbers in ([], [0], [4], [2, 3, 4]):
+        found = as_index(numbers)
+        assert isinstance(found, slice)
+        assert list(range(9))[found] == numbers
+    for numbers in ([3, 2], [1, 3], [2, 2]):
+        assert as_index(numbers) == numbers
+
+
+def test_batches_are_full_and_may_span_jobs() -> None:
+    jobs = [CropJob([], crop, 3, (0, 0), 9, set()) for crop in range(3)]
+    found = [[(job.crop, ids) for job, ids in batch] for batch in full_batches(jobs, [7, 8, 9], 4)]
+    assert found == [
+        [(0, [7, 8, 9]), (1, [7])],
+        [(1, [8, 9]), (2, [7, 8])],
+        [(2, [9])],
+    ]
+    whole = [[ids for _, ids in batch] for batch in full_batches(jobs[:2], [7, 8], 2)]
+    assert whole == [[[7, 8]], [[7, 8]]]
+
+
+def test_the_precision_asked_for_is_the_networks(
+    together: Path, data_dir: Path, tmp_path: Path
+) -> None:
+    asked = ["--mvtype", "pushpins_loco", "--pyramid_level", "14", "--crop_size_ratio", ".99"]
+    found = single(data_dir, tmp_path, *asked, "--precision", "bf16")
+    path = together / "ver1_pyramid_lvl_14/rep_num_0/pushpins_loco/1_crop_anom_maps.npz"
+    assert not np.allclose(found.test, read_scores(path).test, rtol=1e-3)
+    assert found.run["settings"]["precision"] == "bf16"
+
+
 # ---------------------------------------------------------------- the page
 
 
@@ -412,4 +560,25 @@ def test_run_record_holds_what_determines_the_numbers(together: Path) -> None:
     assert run["settings"]["weights_sha256"] == "random"
     assert run["settings"]["matrices"]["im_size"] == IM_SIZE
     assert run["settings"]["n_images"] == {"train": 5, "valid": 3, "test": 5}
-    assert run["made_with"]["torch"] == torch.__version__
+    assert run["settings"].items() >= {"net": "resnet18", "precision": "fp32"}.items()
+    made_with = run["made_with"]
+    assert made_with["torch"] == torch.__version__
+    assert (made_with["device"], made_with["cuda"], made_with["batch_size"]) == ("cpu", None, 5)
+    pixels = "ver1_pyramid_lvl_224/rep_num_0/pushpins_struct/63.00_lvl_anom_maps.npz"
+    names = run["settings"].keys() - read_scores(together / pixels).run["settings"].keys()
+    assert names == {"net", "weights_sha256", "precision"}
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
+def test_the_commit_is_recorded_where_there_is_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    monkeypatch.setattr(scoring, "__file__", str(tmp_path / "scoring.py"))
+    made_with = scoring.made_with.__wrapped__  # without its cache
+    assert made_with(5, torch.device("cpu"))["commit"] == "unknown"
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    for command in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "first"]):
+        subprocess.run([*git, *command], check=True)
+    expected = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, check=True).stdout
+    assert made_with(5, torch.device("cpu"))["commit"] == expected.decode().strip()

@@ -264,6 +264,17 @@ def test_whitening_equals_the_p_by_p_inverse(
     np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
+@pytest.mark.parametrize("shrinkage", [0.1, 1.0])
+def test_norms_are_distances_to_the_training_mean(shrinkage: float) -> None:
+    train, queries = tensors(5, 12, 7).double(), tensors(6, 5, 7).double()
+    found = fit_whitening(train, shrinkage).squared_norms(queries)
+    covariance = np.cov(train.numpy().T, bias=True)
+    shrunk = (1 - shrinkage) * covariance + shrinkage * np.trace(covariance) / 7 * np.eye(7)
+    difference = queries.numpy() - train.numpy().mean(0)
+    expected = [d @ np.linalg.inv(shrunk) @ d for d in difference]
+    np.testing.assert_allclose(found, expected, rtol=1e-9)
+
+
 def test_full_shrinkage_is_euclidean_up_to_a_constant() -> None:
     train, queries = tensors(7, 9, 20), tensors(8, 4, 20)
     found = nearest_distances(fit_whitening(train, 1.0), queries)

@@ -276,6 +276,18 @@ def sheet_figure(scores: DataSetScores, dataset_dir: Path) -> Figure:
     return picture_rows(f"{legible(scores.mvtype)}: test images by score", rows)
 
 
+def heatmap(
+    path: Path, scores: DataSetScores, index: int, about: str, is_anomalous: bool
+) -> bytes:
+    """Return a PNG of a scored picture beside its map; `about` tells score and threshold."""
+    image = open_image(path)
+    image.thumbnail((2 * THUMBNAIL, 2 * THUMBNAIL))
+    colour = LOOKS["logical" if is_anomalous else GOOD][0]
+    title = f"{legible(path.name)}: {'anomalous' if is_anomalous else 'as the good ones'}"
+    picture = Picture(image, overlay_map(scores, index, image.size), about, colour)
+    return png_of(lambda: picture_rows(title, {"": [picture]}))
+
+
 def overlay_colours() -> ListedColormap:
     """Return the colours of a map over its image: yellow to red, clear where the score is low."""
     colours = colormaps["YlOrRd"](np.linspace(0.1, 0.85, N_COLOURS))  # (colours, RGBA)
@@ -295,10 +307,12 @@ def picture_rows(title: str, rows: dict[str, list[Picture]]) -> Figure:
     highest = max(float(picture.overlay.max()) for picture in pictures)
     scale = LogNorm(1.0, max(2.0, highest), clip=True)
     both = [both_views(picture, scale) for picture in pictures]
-    slot = (WIDTH - 1.0) / N_SHOWN  # inches
+    n_columns = max(len(row) for row in rows.values())
+    slot = (WIDTH - 1.0) / n_columns  # inches
     height = max(min(slot * view.shape[0] / view.shape[1], 6.0) for view in both)
-    figure = Figure((WIDTH, 0.6 + len(rows) * (height + 0.5)))
-    panels = figure.subplots(len(rows), N_SHOWN, squeeze=False)
+    width = max(min(slot, height * view.shape[1] / view.shape[0]) for view in both)
+    figure = Figure((n_columns * width + 1.0, 0.6 + len(rows) * (height + 0.5)))
+    panels = figure.subplots(len(rows), n_columns, squeeze=False)
     for panel in panels.ravel():
         panel.set(xticks=[], yticks=[])
         panel.spines[:].set_visible(False)

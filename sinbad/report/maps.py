@@ -23,6 +23,7 @@ from sinbad.flags import Progress
 from sinbad_utils import Scores
 
 MAP_ENDING = ".tiff"
+VISA_IMAGES = "Data"  # folder of VisA's classes; elsewhere test images lie in `test`
 COMPRESSION = "tiff_adobe_deflate"  # zlib: every TIFF reader has it
 
 Size = tuple[int, int]  # (width, height) in pixels, as Pillow's
@@ -153,13 +154,14 @@ def map_paths(
         class_name = split_mvtype(scores.mvtype)[0]
         for index, image_path in enumerate(scores.image_paths):
             parts = PurePosixPath(image_path).parts
-            if len(parts) != 3 or ".." in parts or parts[0] != "test":
+            is_test = parts[0] == VISA_IMAGES or (parts[0] == "test" and len(parts) == 3)
+            if not is_test or ".." in parts:
                 raise UserError(
                     f"image_paths of {class_name} must be test/<kind>/<image>, got {image_path}; "
                     "run data_to_matrices.py and sinbad_single_layer.py for anomaly maps"
                 )
-            in_folder = images.setdefault(PurePosixPath(class_name, *parts[:2]), {})
-            in_folder.setdefault(parts[2], (scores, index))
+            in_folder = images.setdefault(PurePosixPath(class_name, *parts[:-1]), {})
+            in_folder.setdefault(parts[-1], (scores, index))
     paths = {}
     for folder, in_folder in images.items():
         target = (maps_dir / folder).resolve()

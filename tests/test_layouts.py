@@ -1,0 +1,430 @@
+"""Folder layouts other than LOCO's: recognised, split, and scored to a table of defects."""
+
+import csv
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import IM_SIZE, draw_class, draw_image, files_below
+from PIL import Image
+from sklearn.metrics import roc_auc_score
+
+import calc_anom_ensm
+import data_to_matrices
+import reproduce_paper
+import sinbad_single_layer
+from sinbad.datasets import (
+    LOCO_CLASSES,
+    NETWORK_SETTINGS,
+    choose_mvtypes,
+    expand_mvtypes,
+    split_mvtype,
+)
+from sinbad.errors import UserError
+from sinbad.folders import choose_data_sets, defect_images, find_layouts, plan_data_set
+from sinbad.matrices import load_matrices
+from sinbad.report.tables import is_whole
+
+SIZE = (64, 64)  # pixels
+N_TRAIN, N_GOOD = 12, 3
+DEFECTS = {"dent": "logical_anomalies", "scratch": "structural_anomalies"}  # name -> how drawn
+N_OF_EACH = 2
+
+
+def save(path: Path, drawn_as: str, number: int) -> None:
+    """Draw an image, of a part of LOCO's tree, into a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draw_image(drawn_as, number, SIZE).save(path)
+
+
+def save_mask(path: Path, value: int = 255) -> None:
+    """Write a mask with a defect of four pixels."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.zeros(SIZE, np.uint8)
+    pixels[2:4, 2:4] = value
+    Image.fromarray(pixels).save(path)
+
+
+def draw_tests(class_dir: Path) -> None:
+    """Draw test/good and a folder a defect."""
+    for number in range(N_GOOD):
+        save(class_dir / f"test/good/{number:03d}.png", "test/good", number)
+    for name, drawn_as in DEFECTS.items():
+        for number in range(N_OF_EACH):
+            save(class_dir / f"test/{name}/{number:03d}.png", f"test/{drawn_as}", number)
+
+
+def draw_mvtec(root: Path) -> Path:
+    """Draw class bottle in MVTec AD's layout."""
+    draw_tests(root / "bottle")
+    for number in range(N_TRAIN):
+        save(root / f"bottle/train/good/{number:03d}.png", "train/good", number)
+    for name in DEFECTS:
+        for number in range(N_OF_EACH):
+            save_mask(root / f"bottle/ground_truth/{name}/{number:03d}_mask.png")
+    return root
+
+
+def draw_plain(root: Path) -> Path:
+    """Draw a class with images straight in train and a validation folder."""
+    draw_tests(root / "杯子")
+    for split, count in (("train", N_TRAIN), ("validation", 4)):
+        for number in range(count):
+            save(root / f"杯子/{split}/{number:03d}.png", "validation/good", 100 * count + number)
+    return root
+
+
+def draw_visa(root: Path) -> Path:
+    """Draw class widget in VisA's layout."""
+    rows = ["object,split,label,image,mask"]
+    for number in range(N_TRAIN + N_GOOD):
+        name = f"widget/Data/Images/Normal/{number:04d}.JPG"
+        save(root / name, "train/good", number)
+        rows.append(f"widget,{'train' if number < N_TRAIN else 'test'},normal,{name},")
+    for number in range(2 * N_OF_EACH):
+        name = f"widget/Data/Images/Anomaly/{number:03d}.JPG"
+        mask = f"widget/Data/Masks/Anomaly/{number:03d}.png"
+        save(root / name, "test/logical_anomalies", number)
+        save_mask(root / mask, 1 + number)
+        rows.append(f"widget,test,anomaly,{name},{mask}")
+    (root / "split_csv").mkdir()
+    (root / "split_csv/1cls.csv").write_text("\n".join(rows) + "\n")
+    return root
+
+
+LAYOUTS = {
+    "MVTec AD": (draw_mvtec, "bottle", {"dent": 2, "scratch": 2}),
+    "VisA": (draw_visa, "widget", {"bad": 4}),
+    "plain": (draw_plain, "杯子", {"dent": 2, "scratch": 2}),
+}
+
+
+# ---------------------------------------------------------------- names
+
+
+def test_names_of_data_sets() -> None:
+    assert split_mvtype("metal_nut_all") == ("metal_nut", "all")
+    kinds_of = {"pushpins": ("loco", "struct"), "bottle": ("all",)}
+    assert expand_mvtypes(["all"], kinds_of) == ["pushpins_loco", "pushpins_struct", "bottle_all"]
+    assert expand_mvtypes(["loco"], kinds_of) == ["pushpins_loco"]
+    assert expand_mvtypes(["bottle", "cup_all"], kinds_of) == ["bottle_all", "cup_all"]
+    with pytest.raises(UserError, match="<class>_all"):
+        expand_mvtypes(["cup"], kinds_of)
+
+
+def test_names_stand_for_what_is_there() -> None:
+    present = ["bottle_all", "cup_loco", "pushpins_loco", "pushpins_struct", "notes"]
+    assert choose_mvtypes(["bottle"], present) == ["bottle_all"]
+    assert choose_mvtypes(["cup"], present) == ["cup_loco"]
+    everything = ["pushpins_loco", "pushpins_struct", "bottle_all", "cup_loco"]
+    assert choose_mvtypes(["all"], present) == everything
+    assert choose_mvtypes(["all"], ["bottle_all"]) == ["bottle_all"]
+
+
+# ---------------------------------------------------------------- recognising
+
+
+def test_layouts_are_recognised_and_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    draw_class(tmp_path / "pins")
+    for draw, *_ in LAYOUTS.values():
+        draw(tmp_path)
+    found = {"bottle": "MVTec AD", "pins": "LOCO", "widget": "VisA", "杯子": "plain"}
+    assert find_layouts(tmp_path) == found
+    assert choose_data_sets(tmp_path, ["all"]) == [
+        *("bottle_all", "pins_loco", "pins_struct", "widget_all", "杯子_all")
+    ]
+    lines = capsys.readouterr().err.splitlines()
+    said = "LOCO (pins); MVTec AD (bottle); VisA (widget); plain (杯子)"
+    assert lines == [f"layouts in {tmp_path}: {said}"]
+    assert choose_data_sets(tmp_path, ["bottle"]) == ["bottle_all"]
+    with pytest.raises(UserError, match=r"_all where .* got bottle_loco; found: bottle \(MV"):
+        plan_data_set(tmp_path, "bottle_loco", IM_SIZE)
+
+
+def test_no_layout_shows_what_was_found_and_all_four(tmp_path: Path) -> None:
+    (tmp_path / "bottle/images").mkdir(parents=True)
+    with pytest.raises(UserError) as caught:
+        find_layouts(tmp_path)
+    for part in ("LOCO (<", "MVTec AD (<", "VisA (split_csv/1cls.csv", "plain (<", "bottle/images"):
+        assert part in str(caught.value)
+
+
+def test_classes_without_anomalies_are_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    draw_mvtec(tmp_path)
+    for name in DEFECTS:
+        shutil.rmtree(tmp_path / "bottle/test" / name)
+    with pytest.raises(UserError, match="must hold anomalies of a class, got none"):
+        choose_data_sets(tmp_path, None)
+    assert "bottle_all left out, there is no" in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"bottle must hold test/<any>, got .*test/good"):
+        plan_data_set(tmp_path, "bottle_all", IM_SIZE)
+
+
+def test_what_lies_beside_the_folders_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    draw_mvtec(tmp_path)
+    save(tmp_path / "bottle/test/loose.png", "test/good", 0)
+    save(tmp_path / "bottle/train/bad/000.png", "test/good", 0)
+    plan = plan_data_set(tmp_path, "bottle_all", IM_SIZE)
+    assert len(plan.paths["train"]) == N_TRAIN - 5
+    assert "2 things of" in capsys.readouterr().err
+
+
+def test_all_anomalies_of_a_loco_class(tmp_path: Path) -> None:
+    draw_class(tmp_path / "pushpins")
+    plan = plan_data_set(tmp_path, "pushpins_all", IM_SIZE)
+    folders = [Path(path).parent.name for path in plan.paths["test"]]
+    assert folders == ["good"] * 3 + ["logical_anomalies"] * 2 + ["structural_anomalies"] * 2
+    assert plan.labels.tolist() == [0.0] * 3 + [1.0] * 4
+    assert plan.settings == plan_data_set(tmp_path, "pushpins_loco", IM_SIZE).settings
+
+
+# ---------------------------------------------------------------- VisA's list
+
+
+def test_visa_list_gives_splits_labels_and_masks(tmp_path: Path) -> None:
+    plan = plan_data_set(draw_visa(tmp_path), "widget_all", IM_SIZE)
+    normal = [f"Data/Images/Normal/{number:04d}.JPG" for number in range(N_TRAIN + N_GOOD)]
+    anomalous = [f"Data/Images/Anomaly/{number:03d}.JPG" for number in range(4)]
+    assert sorted(plan.paths["train"] + plan.paths["valid"]) == normal[:N_TRAIN]
+    assert plan.paths["test"] == normal[N_TRAIN:] + anomalous
+    assert plan.labels.tolist() == [0.0] * N_GOOD + [1.0] * 4
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "line"),
+    [
+        ("object,", "class,", "1cls.csv must list object, split"),
+        ("widget,train,normal,widget/", "widget,train,normal,other/", "image other/Data"),
+        ("widget,train,normal", "widget,train,anomaly", "'train', 'anomaly'"),
+        ("0001.JPG", "0000.JPG", "image widget/Data/Images/Normal/0000.JPG"),
+        ("widget,test,anomaly", "widget,test,normal", "must list bad images of .*widget, got none"),
+        ("0000.JPG", "9999.JPG", "9999.JPG"),
+    ],
+)
+def test_a_wrong_visa_list(old: str, new: str, line: str, tmp_path: Path) -> None:
+    path = draw_visa(tmp_path) / "split_csv/1cls.csv"
+    path.write_text(path.read_text().replace(old, new))
+    with pytest.raises((UserError, FileNotFoundError), match=line):
+        data_to_matrices.make_matrices(tmp_path, tmp_path / "out", ["widget_all"], IM_SIZE)
+
+
+def test_missing_objects_of_visa_are_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    draw_visa(tmp_path)
+    with open(tmp_path / "split_csv/1cls.csv", "a") as file:
+        file.write("candle,train,normal,candle/Data/Images/Normal/0000.JPG,\n")
+    assert choose_data_sets(tmp_path, None) == ["widget_all"]
+    assert f"not in {tmp_path}: candle" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- validation images
+
+
+@pytest.mark.parametrize(("share", "n_valid"), [(0.1, 5), (0.3, 6)])
+def test_validation_images_are_taken_from_train(
+    share: float, n_valid: int, tmp_path: Path
+) -> None:
+    root = draw_mvtec(tmp_path)
+    for number in range(N_TRAIN, 20):
+        save(root / f"bottle/train/good/{number:03d}.png", "train/good", number)
+    plans = [plan_data_set(root, "bottle_all", IM_SIZE, share, seed) for seed in (0, 0, 1)]
+    for plan in plans:
+        train, valid = plan.paths["train"], plan.paths["valid"]
+        assert len(valid) == n_valid
+        assert sorted(train + valid) == [f"train/good/{number:03d}.png" for number in range(20)]
+        assert train == sorted(train)
+        assert valid == sorted(valid)
+        assert plan.settings["valid_share"] == share
+    assert plans[0].paths == plans[1].paths
+    assert plans[0].paths["valid"] != plans[2].paths["valid"]
+    assert [plan.settings["valid_seed"] for plan in plans] == [0, 0, 1]
+
+
+def test_too_few_training_images(tmp_path: Path) -> None:
+    draw_mvtec(tmp_path)
+    for number in range(3):
+        (tmp_path / f"bottle/train/good/{number:03d}.png").unlink()
+    with pytest.raises(UserError, match=r"10 training images or more, 5 of them .* got 9"):
+        plan_data_set(tmp_path, "bottle_all", IM_SIZE)
+
+
+def test_a_validation_folder_takes_the_place_of_drawn_images(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = draw_mvtec(tmp_path / "images")
+    data_to_matrices.make_matrices(root, tmp_path / "out", ["bottle_all"], 32)
+    for number in range(2):
+        save(root / f"bottle/validation/good/{number:03d}.png", "validation/good", number)
+    assert find_layouts(root) == {"bottle": "plain"}
+    data_to_matrices.make_matrices(root, tmp_path / "out", ["bottle_all"], 32)
+    assert "made again" in capsys.readouterr().err
+    made = load_matrices(tmp_path / "out", "bottle_all")
+    assert made.paths["valid"] == ["validation/good/000.png", "validation/good/001.png"]
+    assert len(made.paths["train"]) == N_TRAIN
+    assert "valid_share" not in made.settings
+
+
+def test_validation_drawn_in_another_way_makes_the_matrices_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--dataset_dir", str(draw_mvtec(tmp_path)), "--out_dir", str(tmp_path / "out")]
+    flags += ["--im_size", "32"]
+    found = []
+    for own in ([], [], ["--seed", "1"], ["--valid_share", ".5"], []):
+        data_to_matrices.main([*flags, *own])
+        found.append(files_below(tmp_path / "out"))
+    said = capsys.readouterr().err
+    assert said.count("finished already") == 1
+    assert said.count("made again, with another valid_seed\n") == 1
+    assert found[0] == found[1] == found[4]
+    assert found[0] != found[2] != found[3]
+    record = json.loads(found[3]["bottle_all/image_paths.json"])
+    assert (record["settings"]["valid_share"], len(record["valid"])) == (0.5, 6)
+    with pytest.raises(UserError, match="im_size 32, now im_size is 40"):
+        data_to_matrices.main([*flags[:-1], "40", "--seed", "1"])
+
+
+# ---------------------------------------------------------------- masks
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_defects_by_folder(
+    layout: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    draw, class_name, counts = LAYOUTS[layout]
+    plan = plan_data_set(draw(tmp_path), f"{class_name}_all", IM_SIZE)
+    found = defect_images(plan.class_dir, plan.paths["test"])
+    starts = {name: N_GOOD + sum(list(counts.values())[:i]) for i, name in enumerate(counts)}
+    assert found == {n: list(range(starts[n], starts[n] + counts[n])) for n in counts}
+    assert "mask" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("layout", "mask", "image"),
+    [
+        ("MVTec AD", "ground_truth/scratch/001_mask.png", "test/scratch/001.png"),
+        ("VisA", "Data/Masks/Anomaly/002.png", "Data/Images/Anomaly/002.JPG"),
+    ],
+)
+@pytest.mark.parametrize("left", ["nothing", "a black one"])
+def test_images_without_a_mask_are_named(
+    left: str, layout: str, mask: str, image: str, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    draw, class_name, counts = LAYOUTS[layout]
+    plan = plan_data_set(draw(tmp_path), f"{class_name}_all", IM_SIZE)
+    (plan.class_dir / mask).unlink()
+    if left == "a black one":
+        save_mask(plan.class_dir / mask, 0)
+    found = defect_images(plan.class_dir, plan.paths["test"])
+    assert f"1 images of {plan.class_dir} have no mask, as {image}" in capsys.readouterr().err
+    assert {name: len(images) for name, images in found.items()} == counts
+
+
+def test_masks_without_an_ending_of_their_own_are_found(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = plan_data_set(draw_mvtec(tmp_path), "bottle_all", IM_SIZE)
+    for path in (tmp_path / "bottle/ground_truth").rglob("*_mask.png"):
+        path.rename(path.with_name(path.name.replace("_mask", "")))
+    defect_images(plan.class_dir, plan.paths["test"])
+    assert "mask" not in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- to the table
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_settings() -> Iterator[None]:
+    """Take one crop and few directions, to be quick."""
+    few = replace(NETWORK_SETTINGS, crop_ratios=(0.99,), n_projections=10)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sinbad.datasets.NETWORK_SETTINGS", few)
+        yield
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_to_the_table(
+    layout: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    draw, class_name, counts = LAYOUTS[layout]
+    images = draw(tmp_path / "images")
+    matrices, results, out = (tmp_path / name for name in ("matrices", "results", "out"))
+    places = ["--data_dir", str(matrices), "--results_dir", str(results), "--device", "cpu"]
+    net = ["--net", "resnet18", "--weights", "random", "--initial_res", str(IM_SIZE)]
+    of_images = ["--dataset_dir", str(images)]
+    data_to_matrices.main([*of_images, "--out_dir", str(matrices), "--im_size", str(IM_SIZE)])
+    run = [*places, *net, "--mvtype", class_name]
+    resnet = ["--pyramid_level", "7", "--crop_size_ratio", ".99", "--n_projections", "10"]
+    sinbad_single_layer.main([*run, *resnet])
+    sinbad_single_layer.main([*run, "--pyramid_level", "224", "--rep", "0-1"])
+    before = files_below(results)
+    capsys.readouterr()
+    version = str(results / "ver1_pyramid_lvl_#")
+    levels = ["--pyramid_level", "7", "--rep_num_224", "2", "--no-figures"]
+    calc_anom_ensm.main(
+        ["--version", version, "--version_224", version, *levels, "--out", str(out), *of_images]
+    )
+    check_report(out, class_name, counts, capsys.readouterr().out)
+    drawn = layout == "VisA"
+    pictures = ["--maps_dir", str(tmp_path / "maps"), *(["--figures"] if drawn else [])]
+    levels.insert(2, "224")
+    reproduce_paper.main(
+        [*of_images, *places, *net, *levels, *pictures, "--out", str(tmp_path / "paper")]
+    )
+    assert capsys.readouterr().err.count("finished already") == 1 + 1 + 2  # matrices and scores
+    assert files_below(results) == before
+    assert (tmp_path / "paper/scores.csv").read_bytes() == (out / "scores.csv").read_bytes()
+    assert (tmp_path / f"paper/images_{class_name}_all.png").is_file() == drawn
+    n_test = len(load_matrices(matrices, f"{class_name}_all").labels)
+    assert len(list((tmp_path / "maps" / class_name).rglob("*.tiff"))) == n_test
+
+
+def check_report(out: Path, class_name: str, counts: dict[str, int], printed: str) -> None:
+    """Hold AUROC of the data set and of each defect to the per-image scores; no kinds of LOCO."""
+    with open(out / "scores.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    labels = np.array([float(row["label"]) for row in rows])
+    scores = np.array([float(row["score"]) for row in rows])
+    assert labels.sum() == sum(counts.values())
+    entry = json.loads((out / "metrics.json").read_text(encoding="utf-8"))
+    own = entry["data_sets"][f"{class_name}_all"]
+    expected = roc_auc_score(labels, scores)
+    assert own["auroc"]["ensemble"] == pytest.approx(expected)
+    of_class = entry["classes"][class_name]["classification"]["auc_roc"]
+    assert of_class["mean"] == own["auroc"]["ensemble"]
+    start = N_GOOD
+    for name, n_images in counts.items():
+        chosen = np.r_[0:N_GOOD, start : start + n_images]
+        found = own["auroc_by_defect"][name]
+        assert found["auroc"] == pytest.approx(roc_auc_score(labels[chosen], scores[chosen]))
+        assert found["n_images"] == n_images
+        start += n_images
+    with open(out / "table.csv", newline="", encoding="utf-8") as file:
+        table = list(csv.DictReader(file))
+    assert [row["data set"] for row in table] == [f"{class_name}_all", "mean"]
+    assert [row["ensemble"] for row in table] == [f"{100 * expected:.1f}"] * 2
+    assert [row["published"] for row in table] == ["-", "-"]
+    assert f"{class_name}_all" in printed
+    assert (out / "classes.csv").read_text(encoding="utf-8").startswith("class,mean,pooled\n")
+
+
+def test_published_figures_never_stand_beside_all_anomalies() -> None:
+    facts = LOCO_CLASSES["pushpins"]
+    entry = {
+        "n_train": facts.train, "n_validation": facts.validation,
+        "n_good": facts.good, "n_anomalous": facts.structural,
+    }  # fmt: skip
+    assert is_whole("pushpins_struct", entry)
+    assert not is_whole("pushpins_all", entry)

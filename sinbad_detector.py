@@ -84,9 +84,9 @@ def fit(args: argparse.Namespace) -> None:
     options = DetectorOptions(**values)
     detector = Detector.fit(list_pictures(args.train_dir), valid, options, args.device)
     detector.save(args.out)
-    smallest = 1 / (detector.n_calibration + 1)
+    smallest = 1 / (len(detector.calibration) + 1)
     say(f"{args.out}: {detector.about['n_train']} training pictures, verdicts by "
-        f"{detector.n_calibration} good pictures: false alarms from {smallest:.3g}")  # fmt: skip
+        f"{len(detector.calibration)} good pictures: false alarms from {smallest:.3g}")  # fmt: skip
     print(args.out)
 
 

@@ -27,7 +27,7 @@ TESTS = {  # the quickest to fail first
     "sinbad_utils.py": ("sinbad_utils", "ensembles", "cuda_dispatch"),
     "sinbad/scoring.py": ("cuda_dispatch", "scoring"),
     "sinbad/backbones.py": ("backbones",),
-    "sinbad/matrices.py": ("matrices", "bad_inputs", "cuda_dispatch"),
+    "sinbad/matrices.py": ("matrices", "layouts", "bad_inputs", "cuda_dispatch"),
     "sinbad/report/metrics.py": ("metrics", "tables"),
     "sinbad/ensembles.py": ("ensembles",),
 }

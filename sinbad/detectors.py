@@ -1,7 +1,7 @@
-"""A detector for one's own pictures: fit once, save, load, score one image or a thousand.
+"""A detector for one's own pictures: fit once, save, load, score one picture or a thousand.
 
 The scores are the ensemble's of the step-by-step scripts, by the same code. What is kept of the
-training images are their descriptors, as whole numbers: a share is a count of elements over their
+training pictures are their descriptors, as whole numbers: a share is a count of elements over their
 number. The verdict is conformal: of good pictures like the calibration ones at most the share
 `false_alarms` is called anomalous.
 """
@@ -11,8 +11,7 @@ import io
 import json
 import math
 import os
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -50,13 +49,14 @@ from sinbad.files import to_json, write_whole
 from sinbad.folders import fitted_size, open_image
 from sinbad.matrices import MatrixSet, picture_to_matrix
 from sinbad.results import LevelScores
-from sinbad.scoring import ClassScorer, CropJob, ScorePlan, ScoreTask
+from sinbad.scoring import ClassScorer, ScorePlan, ScoreTask
 from sinbad_utils import Scores, Whitening, fit_whitening, nearest_distances
 
 FORMAT = 1  # of the file
 NAME = "pictures"  # stands where a data set's name stands
 IMAGES_AT_ONCE = 32
 Picture = str | os.PathLike[str] | Image.Image | NDArray[np.uint8]
+Grid = tuple[int, int]  # level, number of crops
 Position = tuple[int, int, int]  # level, number of crops, crop
 
 
@@ -64,8 +64,7 @@ Position = tuple[int, int, int]  # level, number of crops, crop
 class DetectorOptions:
     """What is computed; the names and the defaults are those of the flags.
 
-    `rep_num_224` are the repetitions of the raw pixels (level 224); None stands for the level's,
-    the device's or the machine's own value.
+    None stands for the level's, the device's or the machine's own value.
     """
 
     net: str = "wide_resnet50_2"
@@ -88,24 +87,20 @@ class DetectorOptions:
 
     def plan(self) -> ScorePlan:
         """Return the scores to compute: every level and grid, and the raw pixels' repetitions."""
-        tasks = [
-            ScoreTask(NAME, level, ratio, self.seed, 0, "")
-            for level in network_levels(self.pyramid_level)
-            for ratio in self.crop_size_ratio
-        ]
+        levels = network_levels(self.pyramid_level)
+        wanted = [(level, ratio, 0) for level in levels for ratio in self.crop_size_ratio]
         if PIXEL_LEVEL in self.pyramid_level:
             (ratio,) = PIXEL_SETTINGS.crop_ratios
-            reps = range(self.rep_num_224)
-            tasks += [ScoreTask(NAME, PIXEL_LEVEL, ratio, self.seed, rep, "") for rep in reps]
+            wanted += [(PIXEL_LEVEL, ratio, rep) for rep in range(self.rep_num_224)]
+        tasks = tuple(ScoreTask(NAME, *own[:2], self.seed, own[2], "") for own in wanted)
         own = asdict(self) | {"num_workers": self.num_workers or os.cpu_count() or 1}
         used = {name: own[name] for name in ScorePlan.__dataclass_fields__ if name in own}
-        here = Path()
-        return ScorePlan(tuple(tasks), data_dir=here, results_dir=here, overwrite=False, **used)
+        return ScorePlan(tasks, data_dir=Path(), results_dir=Path(), overwrite=False, **used)
 
-    def join_options(self) -> EnsembleOptions:
-        """Return how the levels are joined."""
-        levels = network_levels(self.pyramid_level)
-        return EnsembleOptions("", "", levels, 0, self.rep_num_224, self.lambda_factor)
+    def grid(self, task: ScoreTask) -> Grid:
+        """Return a task's level and number of crops."""
+        corners = crop_corners(self.initial_res, task.ratio, self.crop_num_edge)
+        return task.level, len(corners)
 
 
 @dataclass(frozen=True)
@@ -132,7 +127,7 @@ class Verdict:
 
 @dataclass
 class Fitted:
-    """What is kept of one crop position: of each draw of directions the ranges and descriptors.
+    """What is kept of one crop position, of each draw of directions.
 
     Attributes
     ----------
@@ -158,42 +153,18 @@ class Fitted:
 # ---------------------------------------------------------------- pictures
 
 
-def read_pictures(
-    pictures: Sequence[Picture], settings: dict[str, Any], n_workers: int | None
-) -> Iterator[NDArray[np.uint8] | UserError]:
-    """Yield the matrix of each picture, or the error why there is none.
-
-    Parameters
-    ----------
-    pictures : paths, Pillow images or (height, width, 3) uint8 arrays
-    settings : im_size, width, height in pixels, aspect, as of the training images
-    """
-
-    def read(job: tuple[int, Picture]) -> NDArray[np.uint8] | UserError:
-        number, picture = job
-        try:
-            return picture_to_matrix(as_image(picture), settings, name_of(picture, number))
-        except UserError as error:
-            return error
-        except OSError as error:
-            return UserError(f"{name_of(picture, number)}: {error.strerror or error}")
-
-    with ThreadPoolExecutor(n_workers or os.cpu_count()) as pool:
-        yield from pool.map(read, enumerate(pictures))
-
-
 def as_image(picture: Picture) -> Image.Image:
     """Return a picture as a Pillow image."""
     if isinstance(picture, Image.Image):
         return picture.convert("RGB")
-    if isinstance(picture, np.ndarray):
-        if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
-            raise UserError(
-                "an array must be (height, width, 3) of uint8, got "
-                f"{picture.shape} of {picture.dtype}; convert it"
-            )
-        return Image.fromarray(picture)
-    return open_image(Path(picture))
+    if not isinstance(picture, np.ndarray):
+        return open_image(Path(picture))
+    if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
+        raise UserError(
+            "an array must be (height, width, 3) of uint8, got "
+            f"{picture.shape} of {picture.dtype}; convert it"
+        )
+    return Image.fromarray(picture)
 
 
 def name_of(picture: Picture, number: int) -> str:
@@ -202,11 +173,32 @@ def name_of(picture: Picture, number: int) -> str:
     return os.fspath(picture) if is_path else f"picture {number}"
 
 
-def matrix_set(settings: dict[str, Any], **splits: Iterable[NDArray[np.uint8]]) -> MatrixSet:
+def read_pictures(
+    pictures: Sequence[Picture], settings: dict[str, Any], first: int = 0
+) -> list[NDArray[np.uint8] | UserError]:
+    """Return the matrix of each picture, or why there is none; the first has the number `first`.
+
+    `settings` are im_size, width, height in pixels and aspect, as of the training pictures.
+    """
+
+    def read(number: int) -> NDArray[np.uint8] | UserError:
+        picture = pictures[number]
+        name = name_of(picture, first + number)
+        try:
+            return picture_to_matrix(as_image(picture), settings, name)
+        except UserError as error:
+            return error
+        except OSError as error:
+            return UserError(f"{name}: {error.strerror or error}")
+
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(read, range(len(pictures))))
+
+
+def matrix_set(settings: dict[str, Any], **splits: list[NDArray[np.uint8]]) -> MatrixSet:
     """Return pictures as a data set in memory; equal ones are told apart by their place."""
-    side = settings["im_size"]
-    empty = np.zeros((0, 3, side, side), np.uint8)
-    images = {split: np.stack([*splits.get(split, ())] or [*empty]) if splits.get(split) else empty
+    shape = (0, 3, settings["im_size"], settings["im_size"])
+    images = {split: np.stack(splits[split]) if splits.get(split) else np.zeros(shape, np.uint8)
               for split in ("train", "valid", "test")}  # fmt: skip
     paths = {split: [f"{split} {i}" for i in range(len(own))] for split, own in images.items()}
     return MatrixSet(NAME, images, paths, {}, np.zeros(len(images["test"])), settings)
@@ -221,9 +213,9 @@ class Detector:
     Attributes
     ----------
     options : DetectorOptions
-    about : record of what it was made of: sha256 of the weights, matrices' settings, images
-    positions : (level, number of crops, crop) -> Fitted
-    crops : (level, number of crops) -> (n_draws, n_crops, n), crop scores of calibration images
+    about : what it was made of: the weights' sha256, matrices' settings, numbers of pictures
+    positions : (level, number of crops, crop) -> Fitted; what is padding only is not there
+    crops : (level, number of crops) -> (n_draws, n_crops, n), crop scores of calibration pictures
     calibration : (n,), their ensemble scores
     """
 
@@ -232,7 +224,7 @@ class Detector:
         options: DetectorOptions,
         about: dict[str, Any],
         positions: dict[Position, Fitted],
-        crops: dict[tuple[int, int], Scores],
+        crops: dict[Grid, Scores],
         extractor: FeatureExtractor | None,
         device: torch.device,
     ) -> None:
@@ -270,30 +262,22 @@ class Detector:
         width, height = fitted_size(*size, options.initial_res)
         settings = {"im_size": options.initial_res, "width": width, "height": height,
                     "aspect": list(size), "pillow": PIL.__version__}  # fmt: skip
-        matrices = {}
-        for split, pictures in (("train", train), ("valid", valid)):
-            matrices[split] = []
-            for matrix in read_pictures(pictures, settings, options.num_workers):
-                if isinstance(matrix, UserError):
-                    raise matrix
-                matrices[split].append(matrix)
-        digests = {split: [hashlib.sha256(matrix.data).hexdigest() for matrix in own]
-                   for split, own in matrices.items()}  # fmt: skip
-        n_same = len(set(digests["train"]) & set(digests["valid"]))
+        splits = {"train": read_pictures(train, settings), "valid": read_pictures(valid, settings)}
+        for matrix in [*splits["train"], *splits["valid"]]:
+            if isinstance(matrix, UserError):
+                raise matrix
+        digests = [{hashlib.sha256(m).hexdigest() for m in own} for own in splits.values()]
+        n_same = len(digests[0] & digests[1])
         if n_same:
             say(f"warning: {n_same} validation pictures are training pictures too: they score "
                 "about 0, so others score too high")  # fmt: skip
         extractor, sha256 = _load_network(options, where)
-        about = {
-            "matrices": settings,
-            "weights_sha256": sha256,
-            "n_train": len(train),
-            "n_valid": len(valid),
-            "images_sha256": hashlib.sha256(to_json(digests).encode()).hexdigest(),
-        }
-        data_set = matrix_set(settings, **matrices)
-        scorer = ClassScorer(options.plan(), {NAME: data_set}, extractor, where)
-        positions, crops = _fit_positions(scorer, options, len(train), bool(len(valid)))
+        about = {"matrices": settings, "weights_sha256": sha256, "n_train": len(train),
+                 "n_valid": len(valid)}  # fmt: skip
+        scorer = ClassScorer(
+            options.plan(), {NAME: matrix_set(settings, **splits)}, extractor, where
+        )
+        positions, crops = _fit_positions(scorer, options)
         return cls(options, about, positions, crops, extractor, where)
 
     def score(self, pictures: Sequence[Picture], false_alarms: float = 0.05) -> list[Verdict]:
@@ -311,42 +295,35 @@ class Detector:
     ) -> Iterator[tuple[Verdict, DataSetScores | None, int]]:
         """Yield the verdict on each picture, the scores it is part of, and its place in them."""
         self.threshold(false_alarms)  # an error before long work
-        n_done = 0
-        for start in range(0, len(pictures), IMAGES_AT_ONCE):
-            part = pictures[start : start + IMAGES_AT_ONCE]
-            read = list(read_pictures(part, self.about["matrices"], self.options.num_workers))
+        for first in range(0, len(pictures), IMAGES_AT_ONCE):
+            part = pictures[first : first + IMAGES_AT_ONCE]
+            read = read_pictures(part, self.about["matrices"], first)
             whole = [matrix for matrix in read if not isinstance(matrix, UserError)]
             scores = self._join(self._score_crops(whole)) if whole else None
-            place = 0
-            for number, (picture, matrix) in enumerate(zip(part, read, strict=True), start):
+            places = iter(range(len(whole)))
+            for number, (picture, matrix) in enumerate(zip(part, read, strict=True), first):
                 name = name_of(picture, number)
-                if isinstance(matrix, UserError) or scores is None:
+                if isinstance(matrix, UserError):
                     yield Verdict(name, error=str(matrix)), None, 0
                     continue
+                place = next(places)
                 score = float(scores.final[place])
-                p_value = (1 + int((self.calibration >= score).sum())) / (self.n_calibration + 1)
+                n = len(self.calibration)
+                p_value = (1 + int((self.calibration >= score).sum())) / (n + 1)
                 levels = {level: float(own[place]) for level, own in scores.levels.items()}
-                yield (
-                    Verdict(name, score, p_value, p_value <= false_alarms, levels), scores, place
-                )  # fmt: skip
-                place += 1
-            n_done += len(part)
-            if len(pictures) > len(part):
-                say(f"{n_done} of {len(pictures)} pictures")
-
-    @property
-    def n_calibration(self) -> int:
-        """Number of good pictures that the verdict rests on."""
-        return len(self.calibration)
+                verdict = Verdict(name, score, p_value, p_value <= false_alarms, levels)
+                yield verdict, scores, place
+            if len(pictures) > IMAGES_AT_ONCE:
+                say(f"{first + len(part)} of {len(pictures)} pictures")
 
     def threshold(self, false_alarms: float) -> float:
         """Return the score above which a picture is called anomalous."""
-        n_above = math.floor(false_alarms * (self.n_calibration + 1) + 1e-9)
+        n = len(self.calibration)
+        n_above = math.floor(false_alarms * (n + 1) + 1e-9)
         if n_above < 1:
             raise UserError(
-                f"false_alarms must be at least 1 / ({self.n_calibration} + 1) for "
-                f"{self.n_calibration} good pictures, got {false_alarms:g}; it takes "
-                f"{math.ceil(1 / false_alarms - 1e-9) - 1} good pictures"
+                f"false_alarms must be at least 1 / ({n} + 1) for {n} good pictures, got "
+                f"{false_alarms:g}; it takes {math.ceil(1 / false_alarms - 1e-9) - 1} good pictures"
             )
         return float(np.sort(self.calibration)[-n_above])
 
@@ -354,16 +331,15 @@ class Detector:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the detector, whole or not at all; equal runs give equal bytes."""
-        about = {"format": FORMAT, "options": asdict(self.options), "about": self.about}
-        about["options"]["num_workers"] = None  # of the machine, not of the scores
+        options = asdict(replace(self.options, num_workers=None))  # of the machine, not of scores
+        about = {"format": FORMAT, "options": options, "about": self.about}
         arrays: dict[str, Any] = {"about": np.array(to_json(about))}
         for (level, n_crops), scores in self.crops.items():
             arrays[f"crops_{level}_{n_crops}"] = scores
         for key, own in self.positions.items():
             name = "_".join(map(str, key))
-            arrays[f"ranges_{name}"] = own.ranges.numpy()
-            arrays[f"counts_{name}"] = own.counts
-            arrays[f"elements_{name}"] = np.array(own.n_elements)
+            arrays |= {f"ranges_{name}": own.ranges.numpy(), f"counts_{name}": own.counts,
+                       f"elements_{name}": np.array(own.n_elements)}  # fmt: skip
         buffer = io.BytesIO()
         np.savez(buffer, **arrays)
         write_whole(Path(path), buffer.getvalue())
@@ -383,32 +359,30 @@ class Detector:
         try:
             with np.load(path, allow_pickle=False) as archive:
                 record = json.loads(str(archive["about"]))
-                if record["format"] != FORMAT:
-                    raise UserError(
-                        f"{path} must be a detector of format {FORMAT}, got {record['format']}; "
-                        "fit it again with this version"
-                    )
-                for name in archive.files:
-                    kind, *numbers = name.split("_")
-                    key = tuple(map(int, numbers))
+                arrays = {name: archive[name] for name in archive.files if name != "about"}
+            if record["format"] == FORMAT:
+                for name, array in arrays.items():
+                    kind, _, place = name.partition("_")
+                    key = tuple(map(int, place.split("_")))
                     if kind == "crops":
-                        crops[key] = archive[name]
+                        crops[key] = array
                     elif kind == "counts":
-                        place = name.removeprefix("counts_")
-                        ranges = torch.from_numpy(archive[f"ranges_{place}"])
-                        n_elements = int(archive[f"elements_{place}"])
-                        positions[key] = Fitted(ranges, archive[name], n_elements)
-            options = DetectorOptions(**record["options"])
-            about = record["about"]
-        except (UserError, FileNotFoundError, PermissionError, IsADirectoryError):
+                        ranges = torch.from_numpy(arrays[f"ranges_{place}"])
+                        positions[key] = Fitted(ranges, array, int(arrays[f"elements_{place}"]))
+                options, about = DetectorOptions(**record["options"]), record["about"]
+        except (FileNotFoundError, PermissionError, IsADirectoryError):
             raise
         except Exception as error:  # a cut zip raises BadZipFile, zlib.error, KeyError, ...
             raise UserError(
                 f"{path} must be a whole file of sinbad_detector.py fit, got a damaged one or "
                 f"another ({type(error).__name__}); fit it again"
             ) from error
-        options = replace(options, weights=weights or options.weights)
-        where = choose_device(device)
+        if record["format"] != FORMAT:
+            raise UserError(
+                f"{path} must be a detector of format {FORMAT}, got {record['format']}; fit it "
+                "again with this version"
+            )
+        options, where = replace(options, weights=weights or options.weights), choose_device(device)
         extractor, sha256 = _load_network(options, where)
         if sha256 != about["weights_sha256"]:
             raise UserError(
@@ -419,59 +393,44 @@ class Detector:
 
     # ------------------------------------------------------------ scores
 
-    def _score_crops(self, matrices: list[NDArray[np.uint8]]) -> dict[tuple[int, int], Scores]:
-        """Return the crop scores of pictures, as `crops`."""
+    def _score_crops(self, matrices: list[NDArray[np.uint8]]) -> dict[Grid, Scores]:
+        """Return the crop scores of pictures, as `crops`; where there is only padding 0."""
         data_set = matrix_set(self.about["matrices"], test=matrices)
         known = {
             key: list(own.ranges.to(self.device).unbind(1)) for key, own in self.positions.items()
         }
         plan = self.options.plan()
         scorer = ClassScorer(plan, {NAME: data_set}, self.extractor, self.device, known)
-        crops = _no_crops(plan, len(matrices))
+        crops = {key: np.zeros((*own.shape[:2], len(matrices))) for key, own in self.crops.items()}
         for job in scorer.crop_jobs(list(plan.tasks)):
             for task in job.tasks if not job.is_empty else []:
                 own = self.positions[task.level, job.n_crops, job.crop]
                 if not own.whitenings:
                     shrinkage = plan.descriptor(task.level).shrinkage
+                    described = map(own.descriptors, range(len(own.counts)))
                     own.whitenings = [
-                        fit_whitening(own.descriptors(i).to(self.device), shrinkage)
-                        for i in range(len(own.counts))
+                        fit_whitening(d.to(self.device), shrinkage) for d in described
                     ]
                 descriptors = scorer.descriptors(job, task, "test")
                 scores = nearest_distances(own.whitenings[task.rep], descriptors)
                 crops[task.level, job.n_crops][task.rep, job.crop] = scores
         return crops
 
-    def _join(self, crops: dict[tuple[int, int], Scores]) -> DataSetScores:
-        """Ensemble crop scores by the calibration pictures'; `crops` as the attribute."""
-        files, plan = [], self.options.plan()
-        where_crops_lie = {
-            "matrices": self.about["matrices"],
-            "initial_res": plan.initial_res,
-            "crop_num_edge": plan.crop_num_edge,
-        }
-        for task in plan.tasks:
-            key = task.level, _n_crops(plan, task)
+    def _join(self, crops: dict[Grid, Scores]) -> DataSetScores:
+        """Ensemble crop scores (as `crops`), normalised by the calibration pictures'."""
+        options = self.options
+        where_crops_lie = {"matrices": self.about["matrices"], "initial_res": options.initial_res,
+                           "crop_num_edge": options.crop_num_edge}  # fmt: skip
+        files = []
+        for task in options.plan().tasks:
+            level, n_crops = key = options.grid(task)
             scores, valid = crops[key][task.rep], self.crops[key][task.rep]
             run = {"settings": {**where_crops_lie, "crop_size_ratio": task.ratio}}
             made = LevelScores(scores, valid, np.zeros(scores.shape[1]), [], run)
-            files.append(ScoreFile(Path(), task.level, (key[1],), made))
-        order = (*network_levels(self.options.pyramid_level), PIXEL_LEVEL)
-        files.sort(key=lambda file: (order.index(file.level), -file.grids[0]))
-        return join(NAME, files, self.options.join_options())
-
-
-def _n_crops(plan: ScorePlan, task: ScoreTask) -> int:
-    """Return the number of crops of a task's grid."""
-    return len(crop_corners(plan.initial_res, task.ratio, plan.crop_num_edge))
-
-
-def _no_crops(plan: ScorePlan, n_images: int) -> dict[tuple[int, int], Scores]:
-    """Return crop scores of 0 for all that a plan asks for; what is padding keeps them."""
-    draws: dict[tuple[int, int], int] = defaultdict(int)
-    for task in plan.tasks:
-        draws[task.level, _n_crops(plan, task)] += 1
-    return {key: np.zeros((n, key[1], n_images)) for key, n in draws.items()}
+            files.append(ScoreFile(Path(), level, (n_crops,), made))
+        files.sort(key=lambda file: -file.grids[0])  # as they are read from a folder
+        levels, n_reps = network_levels(options.pyramid_level), options.rep_num_224
+        return join(NAME, files, EnsembleOptions("", "", levels, 0, n_reps, options.lambda_factor))
 
 
 def _load_network(
@@ -487,45 +446,36 @@ def _load_network(
 
 
 def _fit_positions(
-    scorer: ClassScorer, options: DetectorOptions, n_train: int, has_valid: bool
-) -> tuple[dict[Position, Fitted], dict[tuple[int, int], Scores]]:
+    scorer: ClassScorer, options: DetectorOptions
+) -> tuple[dict[Position, Fitted], dict[Grid, Scores]]:
     """Describe the training pictures at every crop position, and score the calibration ones."""
-    plan = scorer.plan
-    n_calibration = len(scorer.pool.ids[NAME, "valid"]) if has_valid else n_train
-    positions: dict[Position, Fitted] = {}
-    crops = _no_crops(plan, n_calibration)
+    plan, group = scorer.plan, scorer.groups[NAME, "train"]
+    train, valid = (scorer.pool.ids[NAME, split] for split in ("train", "valid"))
+    positions, crops = {}, {}
+    for task in plan.tasks:
+        n_crops = options.grid(task)[1]
+        crops[options.grid(task)] = np.zeros((task.rep + 1, n_crops, len(valid or train)))
     for job in scorer.crop_jobs(list(plan.tasks)):
-        if job.is_empty:
-            continue
-        for level in dict.fromkeys(task.level for task in job.tasks):
+        for level in job.builders:
+            shrinkage, key = plan.descriptor(level).shrinkage, (level, job.n_crops)
             own = [task for task in job.tasks if task.level == level]
-            key, shrinkage = (level, job.n_crops, job.crop), plan.descriptor(level).shrinkage
-            of_draws = [scorer.descriptors(job, task, "train") for task in own]
-            ranges = [torch.stack(pair).cpu() for pair in _builder(scorer, job, level).ranges]
+            described = [scorer.descriptors(job, task, "train") for task in own]
+            ranges = next(b.ranges for b in job.builders[level] if b.group is group)
             n_elements = INPUT_SIDE**2 if level == PIXEL_LEVEL else level**2
-            counts = _as_counts(torch.stack(of_draws), n_elements)
-            positions[key] = Fitted(torch.stack(ranges, dim=1), counts, n_elements)
-            for draw, (task, descriptors) in enumerate(zip(own, of_draws, strict=True)):
-                if has_valid:
+            counts = (torch.stack(described).double() * n_elements).round().cpu().numpy()
+            positions[level, job.n_crops, job.crop] = Fitted(
+                torch.stack([torch.stack(pair).cpu() for pair in ranges], dim=1),
+                counts.astype(np.uint8 if n_elements <= 255 else np.uint16),
+                n_elements,
+            )
+            for task, descriptors in zip(own, described, strict=True):
+                if valid:
                     whitening = fit_whitening(descriptors, shrinkage)
-                    valid = scorer.descriptors(job, task, "valid")
-                    scores = nearest_distances(whitening, valid)
+                    scores = nearest_distances(whitening, scorer.descriptors(job, task, "valid"))
                 else:
                     scores = fold_scores(descriptors, shrinkage, options.folds, options.seed)
-                crops[level, job.n_crops][draw, job.crop] = scores
+                crops[key][task.rep, job.crop] = scores
     return positions, crops
-
-
-def _builder(scorer: ClassScorer, job: CropJob, level: int) -> Any:  # noqa: ANN401
-    """Return what described the training pictures."""
-    group = scorer.groups[NAME, "train"]
-    return next(own for own in job.builders[level] if own.group is group)
-
-
-def _as_counts(shares: Tensor, n_elements: int) -> NDArray[Any]:
-    """Return shares as the whole numbers of elements that they are of."""
-    counts = (shares.double() * n_elements).round().cpu().numpy()
-    return counts.astype(np.uint8 if n_elements <= 255 else np.uint16)
 
 
 def fold_scores(descriptors: Tensor, shrinkage: float, n_folds: int, seed: int) -> Scores:
@@ -535,7 +485,6 @@ def fold_scores(descriptors: Tensor, shrinkage: float, n_folds: int, seed: int) 
     scores = np.empty(n_train)
     for fold in range(fold_of.max() + 1):
         own = torch.from_numpy(fold_of == fold).to(descriptors.device)
-        scores[fold_of == fold] = nearest_distances(
-            fit_whitening(descriptors[~own], shrinkage), descriptors[own]
-        )
+        whitening = fit_whitening(descriptors[~own], shrinkage)
+        scores[fold_of == fold] = nearest_distances(whitening, descriptors[own])
     return scores

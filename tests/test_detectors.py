@@ -147,7 +147,7 @@ def test_folds_score_each_picture_by_the_others() -> None:
 def test_without_validation_pictures_the_training_pictures_calibrate(class_dir: Path) -> None:
     train = sorted((class_dir / "train/good").iterdir())
     own = Detector.fit(train, options=DetectorOptions(**SMALL), device="cpu")
-    assert own.n_calibration == len(train)
+    assert len(own.calibration) == len(train)
     assert (own.calibration > 0).all()
     (seen,) = own.score(train[:1], 0.5)
     assert seen.score < own.calibration.min()  # a training picture is its own neighbour

@@ -1,6 +1,6 @@
 """Measure what README and docs state, and write it down: one CSV a table.
 
-Reads   LOCO_DIR/juice_bottle, UEA_DIR/<name>, WEIGHTS_DIR (two files)   (what is missing is skipped)
+Reads   LOCO_DIR/juice_bottle, UEA_DIR/<name>, WEIGHTS_DIR   (what is missing is left out)
 Writes  OUT/{time_series,images,ablation}.csv; a run that was killed goes on where it was
 
     python benchmarks/make_results.py --work ../sinbad_runs/measured
@@ -71,7 +71,7 @@ def save(args: argparse.Namespace, name: str, seeds: list[int], rows: list[list[
     """Write one table, with what it was made by in its first line."""
     made = made_with(32, torch.device("cpu"))
     about = {key: made[key] for key in ("commit", "python", "torch", "torchvision", "numpy")}
-    about |= {"machine": platform.machine(), "cpus": os.cpu_count(), "threads": made["threads"]}
+    about |= {"machine": platform.machine(), "cpus": os.cpu_count()}
     text = io.StringIO()
     text.write(f"# python benchmarks/make_results.py --only {name}; seeds {seeds}; {about}\n")
     csv.writer(text, lineterminator="\n").writerows(rows)

@@ -1,6 +1,7 @@
 # make demo    drawn data, three steps, one table; installs what it needs into .venv first
 # make test    every test
 # make paper DATASET=../dataset_loco    the paper's table
+# make results    what README states, measured again where there is data
 # make bench   scoring timed against the bare network
 
 PYTHON ?= python3
@@ -9,7 +10,7 @@ PAPER_FLAGS ?=
 BENCH_FLAGS ?=
 PY := .venv/bin/python
 
-.PHONY: demo test lint paper bench clean
+.PHONY: demo test lint paper bench results clean
 
 .venv/installed: requirements.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "error: python must be at least 3.10, got " + sys.version.split()[0] + "; pass PYTHON=...")'
@@ -39,6 +40,9 @@ paper: .venv/installed
 
 bench: .venv/installed
 	$(PY) benchmarks/bench_pipeline.py $(BENCH_FLAGS)
+
+results: .venv/installed-demo
+	$(PY) benchmarks/make_results.py
 
 clean:
 	rm -rf demo/out

@@ -41,12 +41,12 @@ def draw_image(part: str, number: int, size: tuple[int, int] = (85, 50)) -> Imag
     return image
 
 
-def draw_class(folder: Path) -> None:
+def draw_class(folder: Path, size: tuple[int, int] = (85, 50)) -> None:
     """Draw all parts of one class."""
     for part, count in COUNTS.items():
         (folder / part).mkdir(parents=True)
         for number in range(count):
-            draw_image(part, number).save(folder / part / f"{number:03d}.png")
+            draw_image(part, number, size).save(folder / part / f"{number:03d}.png")
 
 
 @pytest.fixture(scope="session")

@@ -1,20 +1,41 @@
-"""Every command of the README is understood by the script it names."""
+"""Every command of the README runs, in the order of the page; its figures are those measured."""
 
+import csv
 import importlib.util
 import re
 import shlex
+import statistics
+import subprocess
+from collections import defaultdict
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+from conftest import draw_class, draw_image
+from uea_toy import write_toy
+
+from sinbad_time_series import PUBLISHED
 
 ROOT = Path(__file__).parents[1]
-OTHER_PROGRAMS = ("mkdir", "cd", "sh", "pip", "make")
+NET = ["--net", "resnet18", "--weights", "random", "--initial_res", "64", "--n_projections", "5"]
+SMALL = {  # what is added to the commands, so that they run on small drawings
+    "data_to_matrices.py": ["--im_size", "64"],
+    "sinbad_single_layer.py": [*NET, "--device", "cpu"],
+    "calc_anom_ensm.py": ["--no-figures"],
+    "reproduce_paper.py": [*NET, "--device", "cpu", "--rep_num_224", "2", "--no-figures"],
+    "create_batch_array_sinbad.py": [*NET, "--device", "cpu"],
+    "create_batch_array_sinbad_224.py": [*NET, "--device", "cpu"],
+    "sinbad_time_series.py": ["--n_projections", "5", "--device", "cpu"],
+    "sinbad_detector.py": ["--device", "cpu"],
+    "demo/make_dataset.py": ["--n_train", "1", "--n_valid", "1", "--n_test", "1", "--scale", ".05"],
+    "batch_master.sh": ["--local", "2"],
+}
+NOT_RUN = ("make", "pip")  # they install
 
 
-def commands() -> list[str]:
-    """Return the commands of all shell blocks of README.md."""
-    text = (ROOT / "README.md").read_text()
+def commands(page: str = "README.md") -> list[str]:
+    """Return the commands of all shell blocks of a page."""
+    text = (ROOT / page).read_text(encoding="utf-8")
     blocks = re.findall(r"^```sh\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     lines = "".join(blocks).replace("\\\n", " ").splitlines()
     parts = (part.strip() for line in lines for part in line.split(" # ")[0].split(";"))
@@ -36,20 +57,51 @@ def load(path: Path) -> ModuleType:
     return module
 
 
-def test_there_are_commands_of_every_script() -> None:
-    named = {words[1] for words in map(shlex.split, commands()) if words[0] == "python"}
-    assert {path.name for path in scripts()} <= named
+def test_every_command_runs_in_the_order_of_the_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw_class(tmp_path / "dataset_loco/breakfast_box", (80, 64))
+    for name in PUBLISHED:
+        write_toy(tmp_path / "dataset_uea", (20, 25), name)
+    for folder, n_images in (("normal", 20), ("new", 2)):
+        (tmp_path / "repo" / folder).mkdir(parents=True)
+        for number in range(n_images):
+            image = draw_image("train/good", number + 100 * (folder == "new"))
+            image.save(tmp_path / "repo" / folder / f"{number}.png")
+    monkeypatch.chdir(tmp_path / "repo")
+    run = []
+    for command in commands():
+        program, *words = shlex.split(command)
+        if program in NOT_RUN:
+            continue
+        small = SMALL[words[0] if words[0] in SMALL else Path(words[0]).name]
+        if words[:2] == ["sinbad_detector.py", "fit"]:
+            small = [*small, *NET, "--rep_num_224", "2", "--crop_size_ratio", ".99"]
+        if program == "sh":
+            found = subprocess.run([program, *words, *small], capture_output=True, check=False)
+            assert found.returncode == 0, found.stderr
+        else:
+            assert program == "python"
+            assert not load(ROOT / words[0]).main([*words[1:], *small]), command
+        run.append(Path(words[0]).name)
+    assert {path.name for path in scripts()} <= set(run)
 
 
-@pytest.mark.parametrize("command", dict.fromkeys(commands()))
-def test_command_of_the_readme(command: str) -> None:
-    words = shlex.split(command)
-    if words[0] == "python":
-        load(ROOT / words[1]).parse_args(words[2:])
-        return
-    assert words[0] in OTHER_PROGRAMS
-    if words[0] == "make":
-        assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+@pytest.mark.parametrize("page", ["README.md", *sorted(f"docs/{p.name}" for p in
+                                                       (ROOT / "docs").glob("*.md"))])  # fmt: skip
+def test_commands_of_a_page_are_understood(
+    page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "cluster.txt").write_text("--partition gpu\n")
+    for command in commands(page):
+        program, *words = shlex.split(command)
+        if program == "python":
+            load(ROOT / words[0]).parse_args(words[1:])
+        elif program == "make":
+            assert re.search(rf"^{words[0]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        else:
+            assert program in ("sh", "pip")
 
 
 @pytest.mark.parametrize("path", scripts(), ids=lambda path: path.name)
@@ -64,10 +116,28 @@ def test_command_of_a_docstring(path: Path) -> None:
 
 
 def test_every_file_named_by_the_readme_is_there() -> None:
-    text = (ROOT / "README.md").read_text()
-    names = set(re.findall(r"`([\w/]+\.(?:py|txt|sh))`", text)) | set(
-        re.findall(r"\]\((imgs/[\w.]+)\)", text)
-    )
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    names = set(re.findall(r"`([\w/]+\.(?:py|txt|sh))`", text))
+    names |= set(re.findall(r"\]\(([\w/]+\.\w+)\)", text))
     assert len(names) > 10
     missing = [name for name in names if not (ROOT / name).exists()]
     assert set(missing) <= {"batch_master.sh"}  # written by the generators
+
+
+def measured(name: str) -> list[dict[str, str]]:
+    """Return the rows of a file of results."""
+    head, *lines = (ROOT / "results" / f"{name}.csv").read_text(encoding="utf-8").splitlines()
+    assert head.startswith("# python benchmarks/make_results.py")
+    return list(csv.DictReader(lines))
+
+
+def test_the_table_of_time_series_is_that_measured() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    values = defaultdict(list)
+    for row in measured("time_series"):
+        values[row["data set"], row["published"]].append(float(row["ROC-AUC, %"]))
+    assert {name for name, _ in values} == set(PUBLISHED)
+    for (name, published), own in values.items():
+        assert len(own) == 10
+        ours = rf"{statistics.mean(own):.1f} \+- {statistics.stdev(own):.1f}"
+        assert re.search(rf"^\| {name} +\| +{published} \| +{ours} \|$", text, re.MULTILINE)

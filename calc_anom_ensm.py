@@ -68,13 +68,11 @@ def options_of_runs(args: argparse.Namespace) -> dict[str, EnsembleOptions]:
 def main(argv: list[str] | None = None) -> None:
     """Read, ensemble, report."""
     args = parse_args(argv)
-    report = report_options(
-        args, args.out or Path(args.version.replace("#", "all")).parent / "ensemble"
-    )
+    out = args.out or Path(args.version.replace("#", "all")).parent / "ensemble"
+    report = report_options(args, out)
     options = options_of_runs(args)
     mvtypes = find_mvtypes(options.values(), args.mvtype)
-    runs = {name: [load_data_set(own, mvtype) for mvtype in mvtypes]
-            for name, own in options.items()}  # fmt: skip
+    runs = {name: [load_data_set(o, mvtype) for mvtype in mvtypes] for name, o in options.items()}
     print(write_report(runs, report))
 
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from sinbad.datasets import PIXEL_LEVEL, choose_mvtypes, split_mvtype
 from sinbad.errors import UserError, say
-from sinbad.results import LevelScores, Run, read_scores
+from sinbad.results import LevelScores, Run, first_difference, read_scores
 from sinbad_utils import (
     SCORE_EPSILON,
     Scores,
@@ -29,44 +29,34 @@ from sinbad_utils import (
 )
 
 NETWORK_FILE = re.compile(r"(\d+)_crop_anom_maps\.npz")
-PIXEL_FILE = re.compile(r"\d+\.00_lvl_anom_maps\.npz")
+PIXEL_FILE = re.compile(r"(\d+)\.00_lvl_anom_maps\.npz")
 # Settings by where they must be equal: in all files, those of the network, of a data set, a level.
 OF_ALL = ("official", "initial_res", "crop_num_edge")
 OF_NETWORK = ("net", "weights_sha256", "precision")
 OF_DATA_SET = ("images_sha256", "n_images", "matrices")
 OF_LEVEL = ("n_projections", "n_quantiles", "shrinkage_factor")
 IMAGE_COLUMN, SCORE_COLUMN = "image_path", "score"
-N_PARTS = 4  # class / split / good or kind of anomaly / image
 
 
 @dataclass(frozen=True)
 class EnsembleOptions:
-    """Which saved scores are ensembled, and how.
+    """Which saved scores are ensembled, and how."""
 
-    Attributes
-    ----------
-    version, version_224 : folder of the scores, # stands for the level
-    levels : levels of the network; may be empty
-    rep : repetition of the network's levels
-    rep_num_224 : raw-pixel repetitions, 0 to n - 1; 0 for none
-    lambda_factor : weight of the raw pixels
-    crop_norm : "grid", or (ours) "crop": each crop position is divided by its own validation mean
-    crop_pool : how the crops of an image are joined, see `sinbad_utils.grid_scores`
-    """
+    version: str  # folder of the network's scores, # stands for the level
+    version_224: str  # the same of the raw pixels
+    levels: tuple[int, ...]  # of the network; may be empty
+    rep: int  # repetition of the network's levels
+    rep_num_224: int  # raw-pixel repetitions, 0 to n - 1; 0 for none
+    lambda_factor: float  # weight of the raw pixels
+    crop_norm: str = "grid"  # or (ours) "crop": by each crop position's own validation mean
+    crop_pool: str = "mean"  # how the crops of an image are joined, see `sinbad_utils.grid_scores`
 
-    version: str
-    version_224: str
-    levels: tuple[int, ...]
-    rep: int
-    rep_num_224: int
-    lambda_factor: float
-    crop_norm: str = "grid"
-    crop_pool: str = "mean"
-
-    def folder(self, level: int, rep: int, mvtype: str) -> Path:
-        """Return the folder of one level's scores of a data set."""
-        version = self.version_224 if level == PIXEL_LEVEL else self.version
-        return Path(version.replace("#", str(level))) / f"rep_num_{rep}" / mvtype
+    def folders(self) -> list[tuple[int, Path]]:
+        """Return the levels and, of each, the folder of the data sets; one for each repetition."""
+        places = [(self.version, level, self.rep) for level in self.levels]
+        places += [(self.version_224, PIXEL_LEVEL, rep) for rep in range(self.rep_num_224)]
+        return [(level, Path(version.replace("#", str(level)), f"rep_num_{rep}"))
+                for version, level, rep in places]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -86,52 +76,29 @@ class ScoreFile:
 
 @dataclass(frozen=True)
 class GridScores:
-    """One crop grid of one of the network's levels.
+    """One crop grid of one of the network's levels."""
 
-    Attributes
-    ----------
-    test, valid : (n_test,), (n_valid,), scores of the images: their crops joined
-    crops : (n_crops, n_test), crop scores of the test images divided by the mean of `valid`
-    own : (n_crops, n_test), the same divided by the validation mean of their own position
-    settings : what made them (crop side and so on); empty in the authors' files
-    """
-
-    test: Scores
-    valid: Scores
-    crops: Scores
-    own: Scores
-    settings: Run
+    test: Scores  # (n_test,), of images: their crops joined
+    valid: Scores  # (n_valid,), the same of validation images
+    crops: Scores  # (n_crops, n_test), divided by the mean of `valid`
+    own: Scores  # (n_crops, n_test), divided by the validation mean of their own position
+    settings: Run  # what made them (crop side and so on); empty in the authors' files
 
 
 @dataclass(frozen=True)
 class DataSetScores:
-    """One data set's scores, single and joined; all (n_test,), higher = more anomalous.
+    """One data set's scores, single and joined; all (n_test,), higher = more anomalous."""
 
-    Attributes
-    ----------
-    mvtype : name, such as pushpins_loco
-    labels : 0 good, 1 anomalous
-    image_paths : test images relative to the class folder
-    grids : (level, n_crops) -> one crop grid of one of the network's levels
-    levels : level -> normalised scores of one level; 224 is the median over repetitions
-    network : mean of the network's levels; None if there are none
-    ensemble : SINBAD's, of all levels
-    extra : name of another method -> its normalised scores
-    final : `ensemble`, with other methods added
-    files : what all was read from
-    options : how it was joined
-    """
-
-    mvtype: str
-    labels: Scores
-    image_paths: list[str]
-    grids: dict[tuple[int, int], GridScores]
-    levels: dict[int, Scores]
-    network: Scores | None
-    ensemble: Scores
-    extra: dict[str, Scores]
-    final: Scores
-    files: tuple[ScoreFile, ...]
+    mvtype: str  # such as pushpins_loco
+    labels: Scores  # 0 good, 1 anomalous
+    image_paths: list[str]  # test images relative to the class folder
+    grids: dict[tuple[int, int], GridScores]  # (level, n_crops) -> a grid of the network's
+    levels: dict[int, Scores]  # normalised; 224 is the median over repetitions
+    network: Scores | None  # mean of the network's levels, if there are any
+    ensemble: Scores  # SINBAD's, of all levels
+    extra: dict[str, Scores]  # name of another method -> its normalised scores
+    final: Scores  # `ensemble`, with other methods added
+    files: tuple[ScoreFile, ...]  # what all was read from
     options: EnsembleOptions
 
 
@@ -151,14 +118,9 @@ def add_ensemble_flags(parser: argparse.ArgumentParser) -> None:
 def find_mvtypes(runs: Iterable[EnsembleOptions], names: list[str]) -> list[str]:
     """Return the data sets that names stand for; of a class or a group those with any scores.
 
-    Raises
-    ------
-    UserError
-        If there are scores of none.
+    UserError if there are scores of none.
     """
-    places = [(options, level, options.rep) for options in runs for level in options.levels]
-    places += [(o, PIXEL_LEVEL, rep) for o in runs for rep in range(o.rep_num_224)]
-    roots = dict.fromkeys(options.folder(level, rep, "") for options, level, rep in places)
+    roots = dict.fromkeys(root for options in runs for _, root in options.folders())
     found = {path.parent.name for root in roots for path in root.glob("*/*_anom_maps.npz")}
     chosen = choose_mvtypes(names, found)
     if roots and not found.intersection(chosen):
@@ -172,14 +134,9 @@ def find_mvtypes(runs: Iterable[EnsembleOptions], names: list[str]) -> list[str]
 def load_data_set(options: EnsembleOptions, mvtype: str) -> DataSetScores:
     """Read all levels of a data set and ensemble them.
 
-    Raises
-    ------
-    UserError
-        If a level, a repetition or a crop grid is missing, or files do not belong together.
+    UserError if a level or repetition is missing, or files do not belong together.
     """
-    places = [(level, options.rep) for level in options.levels]
-    places += [(PIXEL_LEVEL, rep) for rep in range(options.rep_num_224)]
-    files = [f for level, rep in places for f in _read(options.folder(level, rep, mvtype), level)]
+    files = [f for level, root in options.folders() for f in _read(root / mvtype, level)]
     if not files:
         raise UserError(
             "pyramid_level must name a level, or rep_num_224 be above 0, got neither; see --help"
@@ -204,11 +161,12 @@ def join(mvtype: str, files: list[ScoreFile], options: EnsembleOptions) -> DataS
     if pixels:
         levels[PIXEL_LEVEL] = np.median(pixels, axis=0)
     labels = files[0].scores.labels
-    paths = next((f.scores.image_paths for f in files if f.scores.image_paths), None)
+    unnamed = [f"test/{i:04d}" for i in range(len(labels))]  # the authors' images
+    paths = next(filter(None, (file.scores.image_paths for file in files)), unnamed)
     by_grid = {(level, len(g.crops)): g for level, g in grids if level != PIXEL_LEVEL}
     return DataSetScores(
-        mvtype, labels, paths or [f"test/{i:04d}" for i in range(len(labels))], by_grid, levels,
-        network, ensemble, {}, ensemble, tuple(files), options,
+        mvtype, labels, paths, by_grid, levels, network, ensemble, {}, ensemble, tuple(files),
+        options,
     )  # fmt: skip
 
 
@@ -226,10 +184,10 @@ def _grid_of(file: ScoreFile, options: EnsembleOptions) -> GridScores:
 
 def _read(folder: Path, level: int) -> list[ScoreFile]:
     """Read a level's crop grids, largest first; of the raw pixels its one file."""
-    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
     is_pixels = level == PIXEL_LEVEL
     form, shown = (PIXEL_FILE, "<crop side>.00_lvl") if is_pixels else (NETWORK_FILE, "<n>_crop")
-    matches = [match for name in names if (match := form.fullmatch(name))]
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    matches = sorted(filter(None, map(form.fullmatch, names)), key=lambda match: int(match[1]))
     if not matches or (is_pixels and len(matches) > 1):
         rep = folder.parent.name.removeprefix("rep_num_")
         cure = f"run `python sinbad_single_layer.py --mvtype {folder.name} --pyramid_level {level} "
@@ -239,11 +197,10 @@ def _read(folder: Path, level: int) -> list[ScoreFile]:
             f"{' and '.join(m[0] for m in matches) or 'none'}; "
             f"{'move all but one away' if matches else cure}"
         )
-    if not is_pixels:
-        matches.sort(key=lambda match: -int(match[1]))
-    read = [(folder / match[0], read_scores(folder / match[0])) for match in matches]
-    grids = tuple(len(scores.test) for _, scores in read)
-    return [ScoreFile(path, level, grids, scores) for path, scores in read]
+    paths = [folder / match[0] for match in reversed(matches)]
+    read = [read_scores(path) for path in paths]
+    grids = tuple(len(scores.test) for scores in read)
+    return [ScoreFile(p, level, grids, scores) for p, scores in zip(paths, read, strict=True)]
 
 
 # ---------------------------------------------------------------- what belongs together
@@ -269,9 +226,8 @@ def _check_alike(files: Iterable[tuple[str, ScoreFile]]) -> None:
     places: dict[Path, tuple[Path, int]] = {}
     seen: dict[tuple[str, Hashable], tuple[Any, Path]] = {}
     for run, file in files:
-        place = file.path, file.level
-        path, level = places.setdefault(file.path.resolve(), place)
-        if (path, level) != place:
+        path, level = places.setdefault(file.path.resolve(), (file.path, file.level))
+        if (path, level) != (file.path, file.level):
             raise UserError(
                 f"every file of scores must be read once, got {path} for level {level} and "
                 f"{file.path} for level {file.level}, which are one; put # in --version where the "
@@ -280,7 +236,10 @@ def _check_alike(files: Iterable[tuple[str, ScoreFile]]) -> None:
         for key, value in _facts(run, file).items():
             other, path = seen.setdefault(key, (value, file.path))
             if value != other:
-                first, second = _shown(other, value)
+                pair = other, value
+                if isinstance(value, list):  # the first place that differs
+                    pair = next(two for two in zip_longest(*pair) if two[0] != two[1])
+                first, second = (textwrap.shorten(str(one), 90) for one in pair)
                 raise UserError(
                     f"scores that are joined must be alike in {key[0]}, got {first} in {path} and "
                     f"{second} in {file.path}; run sinbad_single_layer.py with the same settings "
@@ -300,29 +259,22 @@ def _facts(run: str, file: ScoreFile) -> dict[tuple[str, Hashable], Any]:
     is_network = file.level != PIXEL_LEVEL
     if is_network:
         facts["numbers of crops", ""] = list(file.grids)
-    if settings:
-        own = {"pyramid_level": file.level, "mvtype": mvtype}
-        found = {**settings, "rep": f"rep_num_{settings['rep']}"}
-        for name, wanted in {**own, "rep": file.path.parent.parent.name}.items():
-            if found[name] != wanted:
-                raise UserError(
-                    f"{file.path} must hold scores of {name} {wanted}, got {found[name]}; was the "
-                    "folder renamed, or does --version lack its #?"
-                )
-        facts["seed", run] = settings["seed"]
-        facts["pillow", ""] = settings["matrices"].get("pillow")
-        facts["crop_size_ratio", (file.level, len(scores.test))] = settings["crop_size_ratio"]
-        scopes = [(OF_ALL, ""), (OF_DATA_SET, mvtype), (OF_LEVEL, file.level)]
-        scopes += [(OF_NETWORK, "")] if is_network else []
-        facts.update({(n, scope): settings.get(n) for names, scope in scopes for n in names})
-    return facts
-
-
-def _shown(first: Any, second: Any) -> tuple[str, str]:  # noqa: ANN401  a setting of any kind
-    """Return two values short enough for a line; of two lists the first place that differs."""
-    if isinstance(first, list) and isinstance(second, list):
-        first, second = next(p for p in zip_longest(first, second) if p[0] != p[1])
-    return textwrap.shorten(str(first), 90), textwrap.shorten(str(second), 90)
+    if not settings:
+        return facts
+    where = {"pyramid_level": file.level, "mvtype": mvtype, "rep": file.path.parts[-3]}
+    own = {**settings, "rep": f"rep_num_{settings['rep']}"}
+    difference = first_difference({name: own[name] for name in where}, where)
+    if difference is not None:
+        name, found, wanted = difference
+        raise UserError(
+            f"{file.path} must hold scores of {name} {wanted}, got {found}; was the folder "
+            "renamed, or does --version lack its #?"
+        )
+    facts["pillow", ""] = settings["matrices"].get("pillow")
+    scopes = [(OF_ALL, ""), (OF_DATA_SET, mvtype), (OF_LEVEL, file.level), (("seed",), run),
+              (("crop_size_ratio",), (file.level, len(scores.test)))]  # fmt: skip
+    scopes += [(OF_NETWORK, "")] if is_network else []
+    return facts | {(name, scope): settings.get(name) for names, scope in scopes for name in names}
 
 
 # ---------------------------------------------------------------- another method's scores
@@ -330,7 +282,7 @@ def _shown(first: Any, second: Any) -> tuple[str, str]:  # noqa: ANN401  a setti
 
 @dataclass(frozen=True)
 class ExtraScores:
-    """Another method's scores: its name, image -> score, weight in the ensemble, normalisation."""
+    """Another method's scores: its name, every end of an image's path -> score, weight, norm."""
 
     name: str
     by_image: dict[str, float]
@@ -341,44 +293,41 @@ class ExtraScores:
 def read_extra_scores(path: Path, weight: float, norm: str) -> ExtraScores:
     """Read a CSV file of image paths and scores (higher = more anomalous).
 
-    Of a path the last four parts count: <class>/<split>/<kind>/<image>. With a header line its
-    columns `image_path` and `score` are taken, so our own scores.csv is read too; without one the
-    first two columns.
+    Of a path its end counts: <class>/<path of the image in it>. With a header line its columns
+    `image_path` and `score` are taken, so our own scores.csv is read too; without one the first
+    two columns.
     """
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:  # Excel begins with a mark
-            rows = list(csv.reader(file))
+            rows = [(number, row) for number, row in enumerate(csv.reader(file), 1) if row]
     except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path} must be CSV in UTF-8, got {error}; save it so") from error
-    columns, start = (0, 1), 0
-    if rows and {IMAGE_COLUMN, SCORE_COLUMN} <= set(rows[0]):
-        columns, start = (rows[0].index(IMAGE_COLUMN), rows[0].index(SCORE_COLUMN)), 1
+    columns = [IMAGE_COLUMN, SCORE_COLUMN]
+    if rows and set(columns) <= set(rows[0][1]):
+        columns = rows.pop(0)[1]
+    image, value = columns.index(IMAGE_COLUMN), columns.index(SCORE_COLUMN)
     by_image = {}
-    for number, row in enumerate(rows[start:], start=start + 1):
+    for number, row in rows:
         try:
-            parts, score = Path(row[columns[0]]).parts[-N_PARTS:], float(row[columns[1]])
+            parts, score = Path(row[image]).parts, float(row[value])
         except (IndexError, ValueError):
             parts, score = (), float("nan")
-        if row and (len(parts) < N_PARTS or not np.isfinite(score)):
+        if len(parts) < 2 or not np.isfinite(score):
             raise UserError(
-                f"{path} line {number} must be <class>/<split>/<kind>/<image>,<number>, got "
+                f"{path} line {number} must be <class>/<path of an image>,<number>, got "
                 f"{','.join(row)}; the first line may be {IMAGE_COLUMN},{SCORE_COLUMN}"
             )
-        if row:
-            by_image["/".join(parts)] = score
+        by_image |= {"/".join(parts[i:]): score for i in range(len(parts) - 1)}
     if not by_image:
         raise UserError(f"{path} must hold lines <image path>,<score>, got none")
     return ExtraScores(path.stem, by_image, weight, norm)
 
 
 def add_extra_scores(scores: DataSetScores, extra: ExtraScores) -> DataSetScores:
-    """Add weight * another method's scores, normalised by its validation scores.
+    """Add weight * another method's scores, normalised by its validation scores; ranks stay.
 
-    Raises
-    ------
-    UserError
-        If the file lacks a test image of the data set, or all validation images of its class, or
-        its scores cannot be normalised in the way asked for.
+    UserError if the file lacks a test image of the data set, or all validation images of its class
+    (no file can have those of a layout without such a folder), or cannot be normalised so.
     """
     class_name = split_mvtype(scores.mvtype)[0]
     images = [f"{class_name}/{path}" for path in scores.image_paths]
@@ -393,25 +342,21 @@ def add_extra_scores(scores: DataSetScores, extra: ExtraScores) -> DataSetScores
     if not len(valid):
         raise UserError(
             f"extra_scores must hold the validation images, got none of {before}; scores are "
-            "normalised by theirs"
+            "normalised by theirs, so a class without that folder takes none"
         )
     test = np.array([extra.by_image[image] for image in images])
-    normalised = _normalised_extra(test, valid, extra.norm)
-    final = scores.ensemble + extra.weight * normalised
-    return replace(scores, extra={extra.name: normalised}, final=final)
-
-
-def _normalised_extra(test: Scores, valid: Scores, norm: str) -> Scores:
-    """Normalise another method's scores; their order stays."""
     lowest, mean, spread = min(test.min(), valid.min()), valid.mean(), valid.std()
-    if norm == "mean" and (lowest < 0 or mean <= 0):
+    is_mean = extra.norm == "mean"
+    if is_mean and (lowest < 0 or mean <= 0):
         raise UserError(
             "extra_scores that are divided by their validation mean must not be negative, nor that "
             f"mean 0, got a lowest of {lowest:g} and a mean of {mean:g}; pass --extra_norm std"
         )
-    if norm == "std" and not spread > 0:
+    if not is_mean and not spread > 0:
         raise UserError(
             f"extra_scores must vary over the validation images for --extra_norm std, got "
             f"{len(valid)} equal ones; pass --extra_norm mean"
         )
-    return normalise_scores(test, valid) if norm == "mean" else (test - mean) / spread
+    normalised = normalise_scores(test, valid) if is_mean else (test - mean) / spread
+    final = scores.ensemble + extra.weight * normalised
+    return replace(scores, extra={extra.name: normalised}, final=final)

@@ -62,16 +62,12 @@ class Plan:
 def find_layouts(dataset_dir: Path) -> dict[str, str]:
     """Return class -> layout (a key of TREES) of all classes, LOCO's first.
 
-    Raises
-    ------
-    UserError
-        If there is none; says what was expected, what was found, and where LOCO comes from.
+    UserError if there is none: what was expected, what was found, and where LOCO comes from.
     """
     visa = _read_visa(dataset_dir)
     folders = {path.parent for path in dataset_dir.glob("*/train")}
     folders |= {dataset_dir / name for name in visa if (dataset_dir / name).is_dir()}
-    layouts = {folder.name: _layout_of(folder, visa) for folder in folders}
-    found = {name: layout for name, layout in layouts.items() if layout is not None}
+    found = {own.name: layout for own in folders if (layout := _layout_of(own, visa))}
     if not found:
         there = _names_in(dataset_dir, "*/*") or _names_in(dataset_dir) or "nothing in it"
         what = f"a folder with {there}" if dataset_dir.is_dir() else "no such folder"
@@ -163,7 +159,7 @@ def choose_data_sets(dataset_dir: Path, names: list[str] | None) -> list[str]:
 def _anomaly_folders(class_dir: Path, kind: str) -> list[str]:
     """Return the folders with a kind's anomalies; of `all` every folder of test but good."""
     names = sorted(path.name for path in class_dir.glob("test/*") if path.is_dir())
-    wanted = {KINDS[kind]} if kind in KINDS else {n for n in names if n[0] != "."} - {GOOD}
+    wanted = [KINDS[kind]] if kind in KINDS else [n for n in names if n != GOOD and n[0] != "."]
     return [f"test/{name}" for name in names if name in wanted]
 
 
@@ -178,11 +174,7 @@ def list_images(class_dir: Path, part: str) -> list[str]:
         raise UserError(f"{class_dir} must hold {part}, got {there}; give it {LAYOUTS}")
     endings = {e for e, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     everything = sorted(path.name for path in folder.iterdir())
-    names = [
-        name
-        for name in everything
-        if Path(name).suffix.lower() in endings and not name.startswith(".")
-    ]
+    names = [n for n in everything if Path(n).suffix.lower() in endings and n[0] != "."]
     if not names:
         there = f"{len(everything)} other things" if everything else "an empty folder"
         raise UserError(f"{folder} must hold images that Pillow reads, got {there}; add some")
@@ -196,10 +188,11 @@ def list_images(class_dir: Path, part: str) -> list[str]:
 def _list_parts(class_dir: Path, kind: str, layout: str) -> dict[str, list[str]]:
     """Return the images of "train", "validation" (if any), "good" and "bad", folder by folder."""
     if layout == VISA:
-        images, kinds = _read_visa(class_dir.parent)[class_dir.name], VISA_PARTS.values()
-        parts = {part: sorted(n for n in images if images[n][0] == part) for part in kinds}
-        for part in kinds:
-            if not parts[part]:
+        images = _read_visa(class_dir.parent)[class_dir.name]
+        parts = {part: sorted(n for n in images if images[n][0] == part)
+                 for part in VISA_PARTS.values()}  # fmt: skip
+        for part, own in parts.items():
+            if not own:
                 raise UserError(f"{VISA_FILE} must list {part} images of {class_dir}, got none")
         return parts
     splits = [s for s in ("train", "validation") if layout == LOCO or (class_dir / s).is_dir()]
@@ -257,13 +250,9 @@ def plan_data_set(
     else:
         true_size = open_image(class_dir / parts["train"][0]).size
     width, height = fitted_size(*true_size, im_size)
-    settings = {
-        "im_size": im_size,
-        "width": width,
-        "height": height,
-        "aspect": list(true_size),
-        "pillow": PIL.__version__,  # versions resize differently
-    }
+    # Pillow's versions resize differently.
+    settings = {"im_size": im_size, "width": width, "height": height, "aspect": list(true_size),
+                "pillow": PIL.__version__}  # fmt: skip
     train, valid = parts["train"], parts.get("validation", [])
     if not valid:
         valid = _draw_validation(class_dir, train, valid_share, seed)
@@ -280,28 +269,26 @@ def fitted_size(width: int, height: int, im_size: int) -> tuple[int, int]:
     return max(1, int(im_size * width / longest)), max(1, int(im_size * height / longest))
 
 
+def loco_counts(mvtype: str) -> list[dict[str, int]]:
+    """Return how many images of train, validation, good and its kind LOCO's copies have, if any."""
+    class_name, kind = split_mvtype(mvtype)
+    if class_name not in LOCO_CLASSES or kind not in KINDS:
+        return []
+    facts = LOCO_CLASSES[class_name]
+    counts = {"train": facts.train, "validation": facts.validation, GOOD: facts.good,
+              KINDS[kind]: facts.logical if kind == "loco" else facts.structural}  # fmt: skip
+    return [counts, {**counts, **OTHER_COUNTS.get(class_name, {})}]
+
+
 def warn_about_counts(plan: Plan) -> None:
     """Say where the numbers of images differ from LOCO's."""
-    class_name, kind = split_mvtype(plan.mvtype)
-    if class_name not in LOCO_CLASSES or kind not in KINDS:
-        return
-    facts = LOCO_CLASSES[class_name]
     n_good = int((plan.labels == 0).sum())
-    found = {
-        "train": len(plan.paths["train"]),
-        "validation": len(plan.paths["valid"]),
-        GOOD: n_good,
-        KINDS[kind]: len(plan.labels) - n_good,
-    }
-    expected = {
-        "train": facts.train,
-        "validation": facts.validation,
-        GOOD: facts.good,
-        KINDS[kind]: facts.logical if kind == "loco" else facts.structural,
-    }
-    other = {**expected, **OTHER_COUNTS.get(class_name, {})}
-    if found not in (expected, other):
-        pairs = [f"{n} {found[n]} (LOCO: {expected[n]})" for n in found if found[n] != expected[n]]
+    splits = [len(plan.paths[split]) for split in ("train", "valid")]
+    found = [*splits, n_good, len(plan.labels) - n_good]
+    counts = loco_counts(plan.mvtype)
+    if counts and found not in [list(own.values()) for own in counts]:
+        expected = zip(counts[0].items(), found, strict=True)
+        pairs = [f"{name} {own} (LOCO: {loco})" for (name, loco), own in expected if own != loco]
         say(f"warning: {plan.mvtype} is not the whole data set: {', '.join(pairs)}")
 
 
@@ -311,19 +298,15 @@ def warn_about_counts(plan: Plan) -> None:
 def open_image(path: Path) -> Image.Image:
     """Decode an image as RGB: turned as its EXIF says, 16 bits a channel scaled to 8.
 
-    Raises
-    ------
-    UserError
-        If it is broken, or of numbers without a known range.
+    UserError if it is broken, or of numbers without a known range.
     """
     image = ImageOps.exif_transpose(_decode(path))
-    if image.mode.startswith("I"):  # 16-bit grey
-        values = np.asarray(image).astype(np.int64)  # (height, width)
-        if values.min() < 0 or values.max() > 65535:
-            raise UserError(f"{path} must have 8 or 16 bits a channel, got more; convert it")
-        image = Image.fromarray(np.rint(values / 257.0).astype(np.uint8))
-    if image.mode == "F":
-        raise UserError(f"{path} must have 8 or 16 bits a channel, got floats; convert it")
+    if image.mode[0] in "IF":  # 16-bit grey, or numbers whose range is not known
+        values = np.asarray(image)  # (height, width)
+        if image.mode == "F" or values.min() < 0 or values.max() > 65535:
+            found = "floats" if image.mode == "F" else "more"
+            raise UserError(f"{path} must have 8 or 16 bits a channel, got {found}; convert it")
+        image = Image.fromarray(np.rint(values.astype(np.int64) / 257.0).astype(np.uint8))
     return image.convert("RGB")
 
 
@@ -346,17 +329,13 @@ def _decode(path: Path) -> Image.Image:
 
 
 def defect_images(class_dir: Path, image_paths: list[str]) -> dict[str, list[int]]:
-    """Tell which test images show which kind of defect.
+    """Return defect -> indices of the test images that show it.
 
     In LOCO by CLASS_DIR/defects_config.json (a mask's pixel value -> the defect's name) and the
-    masks CLASS_DIR/ground_truth/<kind>/<image>/*.png, or <kind>/<image>.png as in some copies.
-    Elsewhere by the sub-folder of test, in VisA `bad`; masks are <kind>/<image>_mask.png, or listed
-    by VisA. Anomalous images without a mask are named if there are masks.
-
-    Returns
-    -------
-    defect -> indices into `image_paths`, in the order of the configuration, else of the folders; of
-    LOCO's two folders empty without a configuration, and where the masks are black and white
+    masks CLASS_DIR/ground_truth/<kind>/<image>/*.png, or <kind>/<image>.png as in some copies; none
+    of LOCO's without a configuration, or if masks are black and white. Elsewhere by the sub-folder
+    of test, in VisA `bad`; masks are <kind>/<image>_mask.png, or listed by VisA. Anomalous images
+    without a mask are named if there are masks.
     """
     names = _defect_values(class_dir)
     visa = _read_visa(class_dir.parent).get(class_dir.name, {})
@@ -408,10 +387,9 @@ def _mask_files(class_dir: Path, image_path: str, visa: dict[str, tuple[str, str
         return [mask] if mask.is_file() else []
     path = Path(image_path)
     folder = class_dir / "ground_truth" / path.parent.name
-    found = [*folder.glob("*.*"), *(folder / path.stem).glob("*.*")]
-    found = [mask for mask in found if mask.suffix.lower() == ".png" and mask.name[0] != "."]
-    stems = path.stem, f"{path.stem}_mask"
-    return sorted(mask for mask in found if mask.parent != folder or mask.stem in stems)
+    found = [m for m in folder.glob("*.*") if m.stem in (path.stem, f"{path.stem}_mask")]
+    found += (folder / path.stem).glob("*.*")
+    return [mask for mask in found if mask.suffix.lower() == ".png" and mask.name[0] != "."]
 
 
 def _mask_values(masks: list[Path]) -> set[int]:

@@ -4,6 +4,7 @@ import csv
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -408,6 +409,25 @@ def test_negative_extra_scores_at_a_great_weight_through_the_script(tmp_path: Pa
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text(encoding="utf-8"))
     assert metrics["data_sets"]["pushpins_loco"]["auroc"]["ensemble + other"] == 1.0
     assert metrics["made_from"]["extra scores"]["norm"] == ["std"]
+
+
+@pytest.mark.parametrize("folder", ["validation", "validation/good"])
+@pytest.mark.parametrize("before", ["", "/else/where/", "pushpins/"])
+def test_extra_scores_of_other_layouts(before: str, folder: str, tmp_path: Path) -> None:
+    """Paths of VisA's depth and of validation images without a folder of their own."""
+    paths = [f"Data/Images/{'Normal' if i < 4 else 'Anomaly'}/{i:04d}.JPG" for i in range(7)]
+    scores = replace(load_toy(tmp_path, "pushpins_loco"), image_paths=paths)
+    lines = [f"{before}pushpins/{name},{v}" for name, v in zip(paths, TEST, strict=True)]
+    lines += [f"{before}cable/{folder}/0.png,77", "other/Data/Images/Normal/0000.JPG,88"]
+    path = tmp_path / "other.csv"
+    path.write_text("\n".join(lines), encoding="utf-8")
+    with pytest.raises(UserError, match="so a class without that folder takes none") as caught:
+        add_extra_scores(scores, read_extra_scores(path, 1.0, "mean"))
+    assert "\n" not in str(caught.value)
+    lines += [f"{before}pushpins/{folder}/{i}.png,{v}" for i, v in enumerate(VALID)]
+    path.write_text("\n".join(lines), encoding="utf-8")
+    extra = add_extra_scores(scores, read_extra_scores(path, 1.0, "mean")).extra["other"]
+    np.testing.assert_allclose(extra, np.array(TEST) / (2.5 + 1e-5) + 1e-5, rtol=1e-12)
 
 
 @pytest.mark.parametrize(

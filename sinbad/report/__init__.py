@@ -39,29 +39,19 @@ OWN_FILES = re.compile(
 
 @dataclass(frozen=True)
 class ReportOptions:
-    """What a report holds.
+    """What a report holds."""
 
-    Attributes
-    ----------
-    out : folder of tables and pictures
-    dataset_dir : folder of the classes, for pictures, masks and the size of maps; may be missing
-    extra : another method's scores, or None
-    maps_dir : folder of anomaly maps, or None
-    figures : draw pictures
-    """
-
-    out: Path
-    dataset_dir: Path
-    extra: ExtraScores | None
-    maps_dir: Path | None
-    figures: bool
+    out: Path  # folder of tables and pictures
+    dataset_dir: Path  # classes' images, for pictures, masks and the size of maps; may be missing
+    extra: ExtraScores | None  # another method's scores
+    maps_dir: Path | None  # folder of anomaly maps
+    figures: bool  # draw pictures
 
 
 def report_options(args: argparse.Namespace, out: Path) -> ReportOptions:
     """Collect the flags of a report; what they name is tried now, before long work."""
-    extra = None
-    if args.extra_scores is not None:
-        extra = read_extra_scores(args.extra_scores, args.extra_weight, args.extra_norm)
+    path = args.extra_scores
+    extra = path and read_extra_scores(path, args.extra_weight, args.extra_norm)
     out.mkdir(parents=True, exist_ok=True)
     return ReportOptions(out, args.dataset_dir, extra, args.maps_dir, args.figures)
 
@@ -69,16 +59,10 @@ def report_options(args: argparse.Namespace, out: Path) -> ReportOptions:
 def write_report(runs: dict[str, list[DataSetScores]], options: ReportOptions) -> str:
     """Write everything that is asked for; return the text to print.
 
-    Parameters
-    ----------
-    runs : name of a run, "seed 0" or "rep 0" -> its data sets, the same in all runs
-        Pictures and maps are of the first run.
-    options : ReportOptions
+    `runs` is name of a run ("seed 0", "rep 0") -> its data sets, the same in all runs; pictures and
+    maps are of the first.
 
-    Raises
-    ------
-    UserError
-        If data sets or runs do not belong together, or a file that is named does not fit them.
+    UserError if data sets or runs do not belong together, or the extra scores do not fit them.
     """
     check_runs(runs)
     extra = options.extra
@@ -107,10 +91,10 @@ def _tables(
     runs: dict[str, list[DataSetScores]], options: ReportOptions
 ) -> tuple[str, dict[str, bytes | str]]:
     """Return the score table to print, and file -> content of all tables."""
-    defects = {}
-    for scores in next(iter(runs.values())):
-        class_dir = options.dataset_dir / split_mvtype(scores.mvtype)[0]
-        defects[scores.mvtype] = defect_images(class_dir, scores.image_paths)
+    defects = {
+        s.mvtype: defect_images(options.dataset_dir / split_mvtype(s.mvtype)[0], s.image_paths)
+        for s in next(iter(runs.values()))
+    }
     metrics = {name: all_metrics(sets, defects) for name, sets in runs.items()}
     values = list(metrics.values())
     tables = {"table": score_table(values), **other_tables(values)}

@@ -8,15 +8,14 @@ import io
 import math
 import textwrap
 import warnings
-from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from matplotlib import colormaps, font_manager, style
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import ListedColormap, LogNorm
 from matplotlib.figure import Figure
@@ -30,7 +29,7 @@ from sinbad.ensembles import DataSetScores
 from sinbad.errors import say
 from sinbad.folders import open_image
 from sinbad.report.maps import overlay_map
-from sinbad.report.metrics import NOTHING, auroc, columns_of, percent
+from sinbad.report.metrics import auroc, columns_of, group_by_class, percent
 from sinbad.report.tables import legible
 from sinbad_utils import Scores
 
@@ -46,53 +45,45 @@ CURVE_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9
 CURVE_STYLES = {"loco": "-", "struct": (0, (4, 2))}
 N_SHOWN = 4  # most, and least, anomalous images of a sheet
 THUMBNAIL = 480  # pixels, long side of an image in a sheet
-LOG_FROM = 8.0  # scores that differ by more than this factor get a logarithmic scale
-MOST_OPAQUE = 0.65  # of an overlay, share
-N_COLOURS = 256
+# Of a map over its image: yellow to red, clear where the score is low.
+OVERLAY = ListedColormap(colormaps["YlOrRd"](np.linspace(0.1, 0.85, 256)))
+OVERLAY.colors[:, 3] = np.linspace(0.0, 0.65, 256)  # opacity, share
 ABOUT_COLOURS = "colour: score of the crops at a place over that of validation images there"
 GOLDEN_RATIO = (math.sqrt(5.0) - 1.0) / 2.0
 
 
 def draw_figures(sets: Sequence[DataSetScores], dataset_dir: Path) -> dict[str, bytes]:
-    """Draw every picture; equal scores give equal bytes.
+    """Return file name -> PNG of every picture; equal scores give equal bytes.
 
-    Parameters
-    ----------
-    sets : data sets with their scores
-    dataset_dir : folder of the classes' images; without them the sheets are left out
-
-    Returns
-    -------
-    file name -> PNG
+    Sheets of images are left out where `dataset_dir` lacks the images; a line says so.
     """
-    drawings: dict[str, Callable[[], Figure]] = {
-        "score_distributions": partial(distribution_figure, sets),
-        "roc_curves": partial(roc_figure, sets),
-        "auroc_by_grid": partial(grid_figure, sets),
+    pictures = {
+        "score_distributions.png": png_of(distribution_figure, sets),
+        "roc_curves.png": png_of(roc_figure, sets),
+        "auroc_by_grid.png": png_of(grid_figure, sets),
     }
     without = []
     for scores in sets:
-        if has_images(scores, dataset_dir):
-            drawings[f"images_{scores.mvtype}"] = partial(sheet_figure, scores, dataset_dir)
+        folder = dataset_dir / split_mvtype(scores.mvtype)[0]
+        shown = [i for images in extreme_images(scores.final).values() for i in images]
+        if all((folder / scores.image_paths[i]).is_file() for i in shown):
+            pictures[f"images_{scores.mvtype}.png"] = png_of(sheet_figure, scores, dataset_dir)
         else:
             without.append(scores.mvtype)
     if without:
-        say(
-            f"note: no sheets of images for {', '.join(without)}: their images are not in "
-            f"{dataset_dir}"
-        )
-    return {f"{name}.png": png_of(draw) for name, draw in drawings.items()}
+        names = ", ".join(without)
+        say(f"note: no sheets of images for {names}: their images are not in {dataset_dir}")
+    return pictures
 
 
-def png_of(draw: Callable[[], Figure]) -> bytes:
+def png_of(draw: Callable[..., Figure], *of: object) -> bytes:
     """Draw a figure in our style, whatever the user's, as PNG without the version of what drew it.
 
     Names are drawn as they are ($ is no formula); says if no font here has their characters.
     """
-    there = set(font_manager.get_font_names())
     look = {
         "font.size": 9,
-        "font.family": [font for font in FONTS if font in there],
+        "font.family": [font for font in FONTS if font in font_manager.get_font_names()],
         "text.parse_math": False,
         "axes.spines.top": False,
         "axes.spines.right": False,
@@ -102,7 +93,7 @@ def png_of(draw: Callable[[], Figure]) -> bytes:
     file = io.BytesIO()
     with style.context(["default", look]), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        draw().savefig(file, format="png", dpi=DPI, metadata={"Software": None})
+        draw(*of).savefig(file, format="png", dpi=DPI, metadata={"Software": None})
     if any("missing from font" in str(warning.message) for warning in caught):
         say("note: no font here has all characters of the names; install e.g. fonts-noto-cjk")
     return file.getvalue()
@@ -110,8 +101,14 @@ def png_of(draw: Callable[[], Figure]) -> bytes:
 
 def kind_name(mvtype: str) -> str:
     """Return what the anomalous images of a data set are called."""
-    kind = split_mvtype(mvtype)[1]
-    return KIND_NAMES.get(kind, OTHER)
+    return KIND_NAMES.get(split_mvtype(mvtype)[1], OTHER)
+
+
+def mark_1_2_5(axis: Axis) -> None:
+    """Put the ticks of a logarithmic axis at 1, 2, 5, 10 and so on, written plainly."""
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_locator(NullLocator())
 
 
 # ---------------------------------------------------------------- scores
@@ -119,18 +116,14 @@ def kind_name(mvtype: str) -> str:
 
 def distribution_figure(sets: Sequence[DataSetScores]) -> Figure:
     """Draw every image's final score: a panel a class, a row for good and each kind of anomaly."""
-    classes: dict[str, list[DataSetScores]] = defaultdict(list)
-    for scores in sets:
-        classes[split_mvtype(scores.mvtype)[0]].append(scores)
+    classes = group_by_class(sets)
     n_columns = min(2, len(classes))
     n_rows = math.ceil(len(classes) / n_columns)
     figure = Figure((WIDTH, 0.8 + 2.0 * n_rows))
-    panels = figure.subplots(n_rows, n_columns, squeeze=False).ravel()
-    for axes, (class_name, own) in zip(panels, classes.items(), strict=False):
+    for place, (class_name, own) in enumerate(classes.items(), start=1):
+        axes = figure.add_subplot(n_rows, n_columns, place)
         _draw_distributions(axes, own)
         axes.set_title(legible(class_name), fontweight="bold")
-    for axes in panels[len(classes) :]:
-        axes.remove()
     figure.suptitle("Scores of the test images; a bar is the median", x=0.01, ha="left")
     figure.supxlabel("final anomaly score of an image (no unit, higher = more anomalous)")
     return figure
@@ -147,18 +140,14 @@ def _draw_distributions(axes: Axes, own: list[DataSetScores]) -> None:
         names.append(f"{kind}\nn = {len(groups[kind])}\nAUROC (%) {value}")
     for row, (kind, values) in enumerate(groups.items()):
         colour, marker = LOOKS[kind]
-        heights = np.arange(len(values)) * GOLDEN_RATIO % 1.0 * 0.6 - 0.3  # spread, not random
+        spread = np.arange(len(values)) * GOLDEN_RATIO % 1.0 * 0.6 - 0.3  # not random
         if len(values):
             axes.vlines(np.median(values), row - 0.4, row + 0.4, "0.3", linewidth=2, zorder=1)
-        axes.scatter(
-            np.sort(values), row + heights, 18, colour, marker=marker, alpha=0.7, linewidths=0
-        )
+        axes.scatter(np.sort(values), row + spread, 18, colour, marker, alpha=0.7, linewidths=0)
     everything = np.concatenate(list(groups.values()))
-    if 0.0 < everything.min() < everything.max() / LOG_FROM:
+    if 0.0 < everything.min() < everything.max() / 8.0:
         axes.set_xscale("log")
-        axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-        axes.xaxis.set_major_formatter("{x:g}")
-        axes.xaxis.set_minor_locator(NullLocator())
+        mark_1_2_5(axes.xaxis)
     axes.set_yticks(range(len(groups)), names)
     axes.set_ylim(len(groups) - 0.5, -0.5)
     axes.grid(axis="x", alpha=0.3)
@@ -195,27 +184,24 @@ def _columns(scores: DataSetScores) -> dict[str, Scores]:
         ratio = grid.settings.get("crop_size_ratio")
         name = f"level {level}\n{n_crops} crop{'s' * (n_crops > 1)}"
         grids[name if ratio is None else f"{name}\nratio {ratio:g}"] = grid.test
-    names = {name: textwrap.fill(legible(name), 10) for name in columns_of(scores)}
-    return grids | {names[name]: values for name, values in columns_of(scores).items()}
+    own = columns_of(scores).items()
+    return grids | {textwrap.fill(legible(name), 10): values for name, values in own}
 
 
 def grid_figure(sets: Sequence[DataSetScores]) -> Figure:
     """Draw AUROC in percent as numbers on colours: a row a data set, a column a crop grid."""
     columns = [_columns(scores) for scores in sets]
-    values = np.array([
-        [np.nan if (value := auroc(scores.labels, own)) is None else 100 * value
-         for own in of_set.values()]
-        for scores, of_set in zip(sets, columns, strict=True)
-    ])  # fmt: skip
+    shares = [[auroc(scores.labels, own) for own in of_set.values()]
+              for scores, of_set in zip(sets, columns, strict=True)]  # fmt: skip
+    values = 100 * np.array(shares, dtype=float)  # NaN where there is none
     longest = max(len(scores.mvtype) for scores in sets)
     n_rows, n_columns = values.shape
     figure = Figure((1.5 + 0.09 * longest + 0.66 * n_columns, 1.3 + 0.33 * n_rows))
     axes = figure.subplots()
     image = axes.imshow(values, "cividis", vmin=50, vmax=100, aspect="auto")
     for (row, column), value in np.ndenumerate(values):
-        text = NOTHING if np.isnan(value) else f"{value:.1f}"
-        light = np.isnan(value) or value > 75
-        axes.text(column, row, text, ha="center", va="center", color="k" if light else "w")
+        colour = "w" if value <= 75 else "k"
+        axes.text(column, row, percent([shares[row][column]]), ha="center", va="center", c=colour)
     if sets[0].grids:
         axes.axvline(len(sets[0].grids) - 0.5, color="white", linewidth=5)
     axes.set_xticks(range(n_columns), columns[0], fontsize=7)
@@ -230,8 +216,7 @@ def grid_figure(sets: Sequence[DataSetScores]) -> Figure:
 # ---------------------------------------------------------------- images
 
 
-@dataclass(frozen=True)
-class Picture:
+class Picture(NamedTuple):
     """An image with its map, a caption and the caption's colour."""
 
     image: Image.Image
@@ -247,13 +232,6 @@ def extreme_images(final: Scores) -> dict[str, list[int]]:
     least = order[n_most:][::-1][:N_SHOWN]
     chosen = {"most anomalous": order[:n_most], "least anomalous": least}
     return {name: images for name, images in chosen.items() if images}
-
-
-def has_images(scores: DataSetScores, dataset_dir: Path) -> bool:
-    """Tell whether the files of a sheet's images are there."""
-    folder = dataset_dir / split_mvtype(scores.mvtype)[0]
-    wanted = [i for images in extreme_images(scores.final).values() for i in images]
-    return all((folder / scores.image_paths[i]).is_file() for i in wanted)
 
 
 def load_picture(scores: DataSetScores, index: int, dataset_dir: Path) -> Picture:
@@ -276,9 +254,7 @@ def sheet_figure(scores: DataSetScores, dataset_dir: Path) -> Figure:
     return picture_rows(f"{legible(scores.mvtype)}: test images by score", rows)
 
 
-def heatmap(
-    path: Path, scores: DataSetScores, index: int, about: str, is_anomalous: bool
-) -> bytes:
+def heatmap(path: Path, scores: DataSetScores, index: int, about: str, is_anomalous: bool) -> bytes:
     """Return a PNG of a scored picture beside its map; `about` tells score and threshold."""
     image = open_image(path)
     image.thumbnail((2 * THUMBNAIL, 2 * THUMBNAIL))
@@ -288,48 +264,30 @@ def heatmap(
     return png_of(lambda: picture_rows(title, {"": [picture]}))
 
 
-def overlay_colours() -> ListedColormap:
-    """Return the colours of a map over its image: yellow to red, clear where the score is low."""
-    colours = colormaps["YlOrRd"](np.linspace(0.1, 0.85, N_COLOURS))  # (colours, RGBA)
-    colours[:, 3] = np.linspace(0.0, MOST_OPAQUE, N_COLOURS)
-    return ListedColormap(colours)
-
-
 def picture_rows(title: str, rows: dict[str, list[Picture]]) -> Figure:
-    """Draw rows of images, each beside (wide ones above) itself with its map, and a colour bar.
-
-    Parameters
-    ----------
-    title : one line above all
-    rows : name of a row -> its pictures, of about the same aspect
-    """
-    pictures = [picture for row in rows.values() for picture in row]
-    highest = max(float(picture.overlay.max()) for picture in pictures)
+    """Draw named rows of images, each beside (wide ones above) itself under its map."""
+    highest = max(float(picture.overlay.max()) for row in rows.values() for picture in row)
     scale = LogNorm(1.0, max(2.0, highest), clip=True)
-    both = [both_views(picture, scale) for picture in pictures]
-    n_columns = max(len(row) for row in rows.values())
+    views = [[both_views(picture, scale) for picture in row] for row in rows.values()]
+    aspects = np.array([len(view) / view.shape[1] for row in views for view in row])
+    n_columns = max(map(len, views))
     slot = (WIDTH - 1.0) / n_columns  # inches
-    height = max(min(slot * view.shape[0] / view.shape[1], 6.0) for view in both)
-    width = max(min(slot, height * view.shape[1] / view.shape[0]) for view in both)
+    height = np.minimum(slot * aspects, 6.0).max()
+    width = np.minimum(slot, height / aspects).max()
     figure = Figure((n_columns * width + 1.0, 0.6 + len(rows) * (height + 0.5)))
     panels = figure.subplots(len(rows), n_columns, squeeze=False)
     for panel in panels.ravel():
         panel.set(xticks=[], yticks=[])
         panel.spines[:].set_visible(False)
-    views = iter(both)
-    for of_row, (name, row) in zip(panels, rows.items(), strict=True):
+    for of_row, (name, row), own in zip(panels, rows.items(), views, strict=True):
         of_row[0].set_ylabel(name, fontweight="bold")
-        for panel, picture in zip(of_row, row, strict=False):
-            panel.imshow(next(views))
+        for panel, picture, view in zip(of_row, row, own, strict=False):
+            panel.imshow(view)
             panel.set_title(picture.caption, fontsize=8, color=picture.colour)
     figure.suptitle(f"{title}\n{ABOUT_COLOURS}", x=0.01, ha="left", fontsize=10)
-    bar = figure.colorbar(
-        ScalarMappable(scale, overlay_colours()), ax=panels, fraction=0.02, pad=0.01
-    )
+    bar = figure.colorbar(ScalarMappable(scale, OVERLAY), ax=panels, fraction=0.02, pad=0.01)
     bar.set_label("crop score (1: as validation images)")
-    bar.ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-    bar.ax.yaxis.set_major_formatter("{x:g}")
-    bar.ax.yaxis.set_minor_locator(NullLocator())
+    mark_1_2_5(bar.ax.yaxis)
     return figure
 
 
@@ -337,7 +295,7 @@ def both_views(picture: Picture, scale: LogNorm) -> NDArray[np.uint8]:
     """Return an image, and it in grey under its map, as one (height, width, 3)."""
     plain = np.asarray(picture.image)
     grey = np.asarray(picture.image.convert("L"))[:, :, None]
-    colours = overlay_colours()(scale(picture.overlay))  # (height, width, RGBA), shares
+    colours = OVERLAY(scale(picture.overlay))  # (height, width, RGBA), shares
     opacity = colours[:, :, 3:]
     covered = (grey * (1.0 - opacity) + 255.0 * colours[:, :, :3] * opacity).astype(np.uint8)
     axis = 1 if len(plain) > plain.shape[1] else 0

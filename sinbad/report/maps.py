@@ -6,6 +6,7 @@ look, not where the defect ends. The files have the official evaluation's format
 
 import io
 import os
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
@@ -30,25 +31,12 @@ Size = tuple[int, int]  # (width, height) in pixels, as Pillow's
 
 
 def image_map(scores: DataSetScores, index: int, size: Size) -> NDArray[np.float32]:
-    """Return the anomaly map of one test image.
+    """Return the map (height, width) of the test image `index`, higher = more anomalous.
 
     A pixel's value is the mean over the crops that cover it, scaled so that the maximum is the
-    image's final score (moved there where that is not positive).
+    image's final score (moved there where that is not positive); constant without crop grids.
 
-    Parameters
-    ----------
-    scores : DataSetScores
-    index : position among the test images
-    size : (width, height) in pixels
-
-    Returns
-    -------
-    (height, width), float32, higher = more anomalous; constant without levels of the network
-
-    Raises
-    ------
-    UserError
-        If the scores hold no settings (the authors' files): where the crops lie is not known then.
+    UserError if the scores hold no settings (the authors' files): where crops lie is not known.
     """
     final = scores.final[index]
     grids = [(grid, grid.crops[:, index], 1.0) for grid in scores.grids.values()]
@@ -65,10 +53,8 @@ def overlay_map(scores: DataSetScores, index: int, size: Size) -> NDArray[np.flo
     their own position: about 1 is like the validation images, there. Small crops, which tell the
     place better, weigh more: by 1 / area.
     """
-    grids = [
-        (grid, grid.own[:, index], grid.settings.get("crop_size_ratio", 1.0) ** -2)
-        for grid in scores.grids.values()
-    ]
+    grids = [(grid, grid.own[:, index], grid.settings.get("crop_size_ratio", 1.0) ** -2)
+             for grid in scores.grids.values()]  # fmt: skip
     return _mean_over_crops(grids, size, scores.mvtype)
 
 
@@ -96,12 +82,8 @@ def _mean_over_crops(
 def crop_boxes(grid: GridScores, size: Size, mvtype: str) -> NDArray[np.int64]:
     """Return the pixels that each crop of a grid covers in an image of another size.
 
-    A pixel belongs to a crop if the matrix' pixel under its centre does.
-
-    Returns
-    -------
-    (n_crops, 4)
-        Left, top, right, bottom in pixels, the last two exclusive; empty where the crop is padding.
+    A pixel belongs to a crop if the matrix' pixel under its centre does. (n_crops, 4): left, top,
+    right, bottom in pixels, the last two exclusive; empty where the crop is padding.
     """
     settings = grid.settings
     if not settings.get("matrices"):
@@ -149,7 +131,7 @@ def map_paths(
     "test/good/000.png" -> MAPS_DIR/<class>/test/good/000.tiff; in a folder where two images would
     share a map, the image's ending stays: 000.png.tiff.
     """
-    images: dict[PurePosixPath, dict[str, tuple[DataSetScores, int]]] = {}
+    images: dict[PurePosixPath, tuple[DataSetScores, int]] = {}
     for scores in sets:
         class_name = split_mvtype(scores.mvtype)[0]
         for index, image_path in enumerate(scores.image_paths):
@@ -160,10 +142,8 @@ def map_paths(
                     f"image_paths of {class_name} must be test/<kind>/<image>, got {image_path}; "
                     "run data_to_matrices.py and sinbad_single_layer.py for anomaly maps"
                 )
-            in_folder = images.setdefault(PurePosixPath(class_name, *parts[:-1]), {})
-            in_folder.setdefault(parts[-1], (scores, index))
-    paths = {}
-    for folder, in_folder in images.items():
+            images.setdefault(PurePosixPath(class_name, image_path), (scores, index))
+    for folder in dict.fromkeys(path.parent for path in images):
         target = (maps_dir / folder).resolve()
         for own in (dataset_dir, dataset_dir / folder.parts[0], dataset_dir / folder):
             if target.is_relative_to(own.resolve()):
@@ -171,11 +151,12 @@ def map_paths(
                     f"maps_dir must lie outside the images, got {maps_dir}, whose maps would lie "
                     f"among those of {own}; choose another"
                 )
-        alone = len({PurePosixPath(name).stem for name in in_folder}) == len(in_folder)
-        for name, image in in_folder.items():
-            kept = PurePosixPath(name).stem if alone else name
-            paths[maps_dir / folder / f"{kept}{MAP_ENDING}"] = image
-    return paths
+    counts = Counter(path.with_suffix("") for path in images)
+    shared = {path.parent for path, count in counts.items() if count > 1}
+    return {
+        maps_dir / path.parent / f"{path.name if path.parent in shared else path.stem}{MAP_ENDING}":
+        image for path, image in images.items()
+    }  # fmt: skip
 
 
 def write_maps(
@@ -184,29 +165,22 @@ def write_maps(
     """Write the maps of all test images, float32 (see `map_paths`); return the files.
 
     A map has the size of the image's file in `dataset_dir`, else LOCO's. Maps that are there
-    already are replaced.
-
-    Parameters
-    ----------
-    maps_dir : folder, made if missing
-    sets : data sets with their scores
-    dataset_dir : folder of the classes' images; may be missing
-    n_threads : by default one per processor
+    already are replaced. `n_threads` is by default one per processor.
     """
     paths = map_paths(maps_dir, sets, dataset_dir)
     sizes = {
         path: image_size(dataset_dir, split_mvtype(own.mvtype)[0], own.image_paths[index])
         for path, (own, index) in paths.items()
     }
-    with Progress(len(paths), "anomaly maps", "maps") as bar:
 
-        def write(path: Path) -> None:
-            file = io.BytesIO()
-            pixels = Image.fromarray(image_map(*paths[path], sizes[path]))
-            pixels.save(file, "TIFF", compression=COMPRESSION)
-            write_whole(path, file.getvalue(), maps_dir)
+    def write(path: Path) -> None:
+        file = io.BytesIO()
+        pixels = Image.fromarray(image_map(*paths[path], sizes[path]))
+        pixels.save(file, "TIFF", compression=COMPRESSION)
+        write_whole(path, file.getvalue(), maps_dir)
+
+    bar = Progress(len(paths), "anomaly maps", "maps")
+    with bar, ThreadPoolExecutor(n_threads or os.cpu_count()) as pool:
+        for _ in pool.map(write, paths):
             bar.update()
-
-        with ThreadPoolExecutor(n_threads or os.cpu_count()) as pool:
-            list(pool.map(write, paths))
     return list(paths)

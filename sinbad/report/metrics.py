@@ -13,8 +13,7 @@ from sinbad_utils import Scores
 
 BOOTSTRAP_SAMPLES = 1000
 BOOTSTRAP_SEED = 0
-CONFIDENCE = 95.0  # percent
-LOCO_KINDS = ("loco", "struct")  # the mean of LOCO is half the sum of these two
+INTERVAL = [2.5, 97.5]  # percentiles
 NETWORK = "network levels"
 ENSEMBLE = "ensemble"
 NOTHING = "-"
@@ -26,10 +25,8 @@ Defects = dict[str, dict[str, list[int]]]  # data set -> defect -> test images t
 def percent(values: Sequence[float | None]) -> str:
     """Return a share as percent with one decimal; of several runs mean and standard deviation."""
     numbers = [100 * value for value in values if value is not None]
-    if not numbers:
-        return NOTHING
-    text = f"{np.mean(numbers):.1f}"
-    return f"{text} +- {np.std(numbers, ddof=1):.1f}" if len(numbers) > 1 else text
+    spread = f" +- {np.std(numbers, ddof=1):.1f}" if len(numbers) > 1 else ""
+    return f"{np.mean(numbers):.1f}{spread}" if numbers else NOTHING
 
 
 def auroc(labels: Scores, scores: Scores) -> float | None:
@@ -62,8 +59,7 @@ def bootstrap_interval(labels: Scores, scores: Scores) -> list[float]:
         ordered, drawn = np.sort(rng.choice(good, len(good))), rng.choice(bad, len(bad))
         wins = np.searchsorted(ordered, drawn, "left") + np.searchsorted(ordered, drawn, "right")
         sampled.append(wins.mean() / (2 * len(good)))  # pairs in order; ties count half
-    tail = (100.0 - CONFIDENCE) / 2.0
-    return [float(value) for value in np.percentile(sampled, [tail, 100.0 - tail])]
+    return np.percentile(sampled, INTERVAL).tolist()
 
 
 def columns_of(scores: DataSetScores) -> dict[str, Scores]:
@@ -109,11 +105,19 @@ def pooled_auroc(sets: Iterable[DataSetScores]) -> float | None:
 
     The good images are those of the first of the two sets.
     """
-    pair = [scores for scores in sets if split_mvtype(scores.mvtype)[1] in LOCO_KINDS]
-    if len(pair) < len(LOCO_KINDS):
+    pair = [scores for scores in sets if split_mvtype(scores.mvtype)[1] in KINDS]
+    if len(pair) < len(KINDS):
         return None
     bad = np.concatenate([scores.final[scores.labels == 1] for scores in pair])
     return auroc_against(pair[0].final[pair[0].labels == 0], bad)
+
+
+def group_by_class(sets: Iterable[DataSetScores]) -> dict[str, list[DataSetScores]]:
+    """Return class -> its data sets."""
+    classes: dict[str, list[DataSetScores]] = defaultdict(list)
+    for scores in sets:
+        classes[split_mvtype(scores.mvtype)[0]].append(scores)
+    return classes
 
 
 def all_metrics(sets: Sequence[DataSetScores], defects: Defects) -> Metrics:
@@ -124,26 +128,20 @@ def all_metrics(sets: Sequence[DataSetScores], defects: Defects) -> Metrics:
     """
     data_sets = {s.mvtype: data_set_metrics(s, defects.get(s.mvtype, {})) for s in sets}
     columns = list(columns_of(sets[0]))
-    by_class: dict[str, list[DataSetScores]] = defaultdict(list)
-    for scores in sets:
-        by_class[split_mvtype(scores.mvtype)[0]].append(scores)
     classes = {
         class_name: {
             "classification": {"auc_roc": _kind_means(own, data_sets, columns[-1])},
             "pooled_auroc": pooled_auroc(own),
         }
-        for class_name, own in by_class.items()
+        for class_name, own in group_by_class(sets).items()
     }
     means = {column: _kind_means(sets, data_sets, column) for column in columns}
-    return {
-        "data_sets": data_sets,
-        "classes": classes,
-        "mean": {
-            "classification": {"auc_roc": means[columns[-1]]},
-            "auc_roc_by_column": means,
-            "pooled_auroc": _mean([entry["pooled_auroc"] for entry in classes.values()]),
-        },
+    mean = {
+        "classification": {"auc_roc": means[columns[-1]]},
+        "auc_roc_by_column": means,
+        "pooled_auroc": _mean([entry["pooled_auroc"] for entry in classes.values()]),
     }
+    return {"data_sets": data_sets, "classes": classes, "mean": mean}
 
 
 def _kind_means(
@@ -154,14 +152,14 @@ def _kind_means(
     for scores in sets:
         kind = split_mvtype(scores.mvtype)[1]
         by_kind[kind].append(data_sets[scores.mvtype]["auroc"][column])
-    is_loco = set(by_kind) <= set(LOCO_KINDS)
-    kinds = LOCO_KINDS if is_loco else tuple(by_kind)
+    is_loco = by_kind.keys() <= KINDS.keys()
+    kinds = KINDS if is_loco else by_kind
     means = {KINDS.get(kind, kind): _mean(by_kind[kind]) for kind in kinds}
     are_like = None not in means.values() and (is_loco or len(kinds) == 1)
-    return {**means, "mean": _mean(list(means.values())) if are_like else None}
+    return {**means, "mean": _mean(means.values()) if are_like else None}
 
 
-def _mean(values: Sequence[float | None]) -> float | None:
+def _mean(values: Iterable[float | None]) -> float | None:
     """Return the mean of the values that are there, None if none is."""
     there = [value for value in values if value is not None]
     return float(np.mean(there)) if there else None

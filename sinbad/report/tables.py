@@ -12,85 +12,65 @@ from sinbad.datasets import (
     KIND_NAMES,
     KINDS,
     LOCO_CLASSES,
-    OTHER_COUNTS,
     PUBLISHED_ENSEMBLE_MEAN,
     PUBLISHED_LOCO,
     split_mvtype,
 )
 from sinbad.ensembles import DataSetScores
-from sinbad.report.metrics import ENSEMBLE, LOCO_KINDS, NOTHING, Metrics, percent
+from sinbad.folders import loco_counts
+from sinbad.report.metrics import ENSEMBLE, NOTHING, Metrics, percent
 
 JOINED_BY = ("lambda_factor", "crop_norm", "crop_pool")
-OF_IMAGES = ("mvtype", "n_images", "images_sha256", "matrices", "pyramid_level")
+OF_IMAGES = ("n_images", "images_sha256", "matrices")
+OF_PLACE = ("mvtype", "pyramid_level")
+SHOWN = {KINDS[kind]: name for kind, name in KIND_NAMES.items()}  # of the keys of means
 
 Row = list[str]
 
 
 def is_whole(mvtype: str, entry: Metrics) -> bool:
     """Tell whether all splits of a data set are recorded to be of LOCO's size."""
-    class_name, kind = split_mvtype(mvtype)
-    facts = LOCO_CLASSES.get(class_name)
-    if facts is None or kind not in LOCO_KINDS:
-        return False
-    n_anomalous = facts.logical if kind == "loco" else facts.structural
-    n_normal = {"train": facts.train, "validation": facts.validation}
-    found = {"train": entry["n_train"], "validation": entry["n_validation"]}
-    return (
-        found in (n_normal, OTHER_COUNTS.get(class_name))
-        and (entry["n_good"], entry["n_anomalous"]) == (facts.good, n_anomalous)
-    )  # fmt: skip
+    keys = ("n_train", "n_validation", "n_good", "n_anomalous")
+    counts = [list(own.values()) for own in loco_counts(mvtype)]
+    return [entry[key] for key in keys] in counts
 
 
 def score_table(runs: Sequence[Metrics]) -> list[Row]:
     """Return the paper's table: header, a row a data set, the means; AUROC in percent.
 
-    Parameters
-    ----------
-    runs : `all_metrics` of each seed or repetition, of the same data sets
-        The interval is of the first run. Published figures (of SINBAD's ensemble) stand beside
-        whole data sets only.
+    `runs` are `all_metrics` of each seed or repetition, of the same data sets; the interval is of
+    the first. Published figures (of SINBAD's ensemble) stand beside whole data sets only.
     """
     columns = list(runs[0]["mean"]["auc_roc_by_column"])
     rows = [["data set", *columns, "95 % interval", "published", "difference"]]
-    whole = set()
+
+    def add_row(name: str, entries: list[dict[str, float | None]], interval: list[float] | None,
+                published: float | None) -> None:  # fmt: skip
+        last = [NOTHING] * 3
+        if interval:
+            last[0] = f"{100 * interval[0]:.1f} to {100 * interval[1]:.1f}"
+        ours = [100 * entry[ENSEMBLE] for entry in entries if entry[ENSEMBLE] is not None]
+        if published is not None and ours:
+            last[1:] = f"{published:.1f}", f"{np.mean(ours) - published:+.1f}"
+        rows.append([name, *(percent([e[column] for e in entries]) for column in columns), *last])
+
+    whole = {mvtype for mvtype, first in runs[0]["data_sets"].items() if is_whole(mvtype, first)}
     for mvtype, first in runs[0]["data_sets"].items():
         class_name, kind = split_mvtype(mvtype)
-        published = None
-        if is_whole(mvtype, first):
-            whole.add(mvtype)
-            published = PUBLISHED_LOCO[kind][class_name]
+        published = PUBLISHED_LOCO[kind][class_name] if mvtype in whole else None
         entries = [run["data_sets"][mvtype]["auroc"] for run in runs]
-        row = _score_row(mvtype, entries, columns, published)
-        interval = first["auroc_interval_95"]
-        if interval:
-            row[-3] = f"{100 * interval[0]:.1f} to {100 * interval[1]:.1f}"
-        rows.append(row)
-    published_means = {KINDS[k]: (PUBLISHED_LOCO[k]["mean"], {k}) for k in LOCO_KINDS}
-    published_means["mean"] = PUBLISHED_ENSEMBLE_MEAN, set(LOCO_KINDS)
+        add_row(mvtype, entries, first["auroc_interval_95"], published)
+    published_means = {KINDS[kind]: own["mean"] for kind, own in PUBLISHED_LOCO.items()}
+    published_means["mean"] = PUBLISHED_ENSEMBLE_MEAN
     for key in _means_shown(runs[0]["mean"]["auc_roc_by_column"][ENSEMBLE]):
+        kinds = [kind for kind in KINDS if key in (KINDS[kind], "mean")]
+        complete = whole >= {f"{name}_{kind}" for name in LOCO_CLASSES for kind in kinds}
         by_column = [run["mean"]["auc_roc_by_column"] for run in runs]
-        entries = [{column: kinds[key] for column, kinds in run.items()} for run in by_column]
-        known, kinds = published_means.get(key, (None, set()))
-        complete = whole >= {f"{c}_{kind}" for c in LOCO_CLASSES for kind in kinds}
-        names = {folder: f"mean {KIND_NAMES.get(kind, kind)}" for kind, folder in KINDS.items()}
+        entries = [{column: own[key] for column, own in run.items()} for run in by_column]
         if any(value is not None for entry in entries for value in entry.values()):
-            name = names.get(key, key)
-            rows.append(_score_row(name, entries, columns, known if complete else None))
+            name = f"mean {SHOWN[key]}" if key in SHOWN else key
+            add_row(name, entries, None, published_means.get(key) if complete else None)
     return rows
-
-
-def _score_row(
-    name: str,
-    entries: Sequence[dict[str, float | None]],
-    columns: list[str],
-    published: float | None,
-) -> Row:
-    """Return one row of the score table; `entries` is column -> AUROC of each run."""
-    cells = [percent([entry[column] for entry in entries]) for column in columns]
-    ours = [100 * entry[ENSEMBLE] for entry in entries if entry[ENSEMBLE] is not None]
-    if published is None or not ours:
-        return [name, *cells, NOTHING, NOTHING, NOTHING]
-    return [name, *cells, NOTHING, f"{published:.1f}", f"{np.mean(ours) - published:+.1f}"]
 
 
 def other_tables(runs: Sequence[Metrics]) -> dict[str, list[Row]]:
@@ -100,8 +80,7 @@ def other_tables(runs: Sequence[Metrics]) -> dict[str, list[Row]]:
     publications report it; it is not the mean of the two.
     """
     kinds = _means_shown(k for c in runs[0]["classes"].values() for k in _by_kind(c))
-    shown = {folder: KIND_NAMES.get(kind, kind) for kind, folder in KINDS.items()}
-    classes = [["class", *(shown.get(kind, kind) for kind in kinds), "pooled"]]
+    classes = [["class", *(SHOWN.get(kind, kind) for kind in kinds), "pooled"]]
     details = [["data set", "images good", "anomalous", "average precision", "F1-max"]]
     defects = [["data set", "defect", "images", "AUROC"]]
     groups = {name: [run["classes"][name] for run in runs] for name in runs[0]["classes"]}
@@ -131,16 +110,14 @@ def _by_kind(entry: Metrics) -> dict[str, float | None]:
 
 def image_rows(sets: Sequence[DataSetScores]) -> list[list[object]]:
     """Return per-image scores: data set, image, label, final score, each level's normalised."""
-    levels = list(dict.fromkeys(level for scores in sets for level in scores.levels))
-    extra = list(dict.fromkeys(name for scores in sets for name in scores.extra))
-    names = [*(f"level_{level}" for level in levels), *(f"extra_{name}" for name in extra)]
+    names = [f"level_{level}" for level in sets[0].levels]
+    names += [f"extra_{name}" for name in sets[0].extra]
     rows: list[list[object]] = [["data_set", "image_path", "label", "score", *names]]
     for scores in sets:
         class_name = split_mvtype(scores.mvtype)[0]
-        columns = [scores.levels[level] for level in levels] + [scores.extra[n] for n in extra]
-        for i, path in enumerate(scores.image_paths):
-            row = [scores.mvtype, f"{class_name}/{path}", int(scores.labels[i]), scores.final[i]]
-            rows.append([*row, *(values[i] for values in columns)])
+        columns = scores.final, *scores.levels.values(), *scores.extra.values()
+        for path, label, *values in zip(scores.image_paths, scores.labels, *columns, strict=True):
+            rows.append([scores.mvtype, f"{class_name}/{path}", int(label), *values])
     return rows
 
 
@@ -158,17 +135,15 @@ def made_from(runs: dict[str, list[DataSetScores]]) -> dict[str, dict[str, list[
     joined = {name: [getattr(sets[0].options, name)] for name in JOINED_BY}
     found = {"report": {"runs": list(runs), **joined, "files_without_record": [n_without]}}
     for level in dict.fromkeys(file.level for file in files):
-        records = [
+        found[f"level {level}"] = _distinct(
             {"n_crops": len(file.scores.test), "rep": int(file.path.parts[-3].split("_")[-1])}
-            | {name: file.settings[name] for name in file.settings if name not in OF_IMAGES}
+            | {n: value for n, value in file.settings.items() if n not in (*OF_IMAGES, *OF_PLACE)}
             for file in files
             if file.level == level
-        ]
-        found[f"level {level}"] = _distinct(records)
+        )
     for scores in sets:
-        records = [file.settings for file in scores.files]
-        own = [{k: r[k] for k in ("n_images", "images_sha256", "matrices") if r} for r in records]
-        found[scores.mvtype] = _distinct(own)
+        records = [file.settings for file in scores.files if file.settings]
+        found[scores.mvtype] = _distinct({name: r[name] for name in OF_IMAGES} for r in records)
     found["made with"] = _distinct([file.scores.run.get("made_with", {}) for file in files])
     return found
 
@@ -187,8 +162,8 @@ def made_from_text(found: dict[str, dict[str, list[Any]]]) -> str:
     """Return `made_from` as a list in Markdown, a line a part."""
     lines = []
     for part, settings in found.items():
-        values = [f"{name} {', '.join(map(str, own))}" for name, own in settings.items()]
-        lines.append(f"- {cell(part)}: {cell('; '.join(values)) or 'no record'}")
+        text = "; ".join(f"{name} {', '.join(map(str, own))}" for name, own in settings.items())
+        lines.append(f"- {cell(part)}: {cell(text) or 'no record'}")
     return "\n".join(lines)
 
 
@@ -197,8 +172,7 @@ def made_from_text(found: dict[str, dict[str, list[Any]]]) -> str:
 
 def legible(text: str) -> str:
     """Return text with what cannot be written or drawn (not UTF-8, line ends) as escapes."""
-    shown = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-    return "".join(shown)
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def cell(text: str) -> str:
@@ -211,11 +185,8 @@ def markdown(rows: Iterable[Sequence[str]]) -> str:
     rows = [[cell(text) for text in row] for row in rows]
     widths = [max(3, *map(len, column)) for column in zip(*rows, strict=True)]
     rows.insert(1, ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])
-    lines = []
-    for first, *others in rows:
-        padded = [text.rjust(width) for text, width in zip(others, widths[1:], strict=True)]
-        lines.append(f"| {' | '.join([first.ljust(widths[0]), *padded])} |")
-    return "\n".join(lines)
+    form = " | ".join(f"{{:{'>' if i else '<'}{width}}}" for i, width in enumerate(widths))
+    return "\n".join(f"| {form.format(*row)} |" for row in rows)
 
 
 def csv_text(rows: Iterable[Sequence[object]]) -> str:

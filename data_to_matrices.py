@@ -60,7 +60,7 @@ def make_matrices(
         warn_about_counts(plan)
         # With --overwrite only what this run has made is linked.
         link = not overwrite or plan.class_dir in made
-        make_data_set(plan, out_dir, n_workers, link, overwrite)
+        make_data_set(plan, out_dir, n_workers, link)
         made.add(plan.class_dir)
         counts = " / ".join(str(len(plan.paths[split])) for split in SPLITS)
         say(f"{plan.mvtype}: {counts} train / valid / test images")

@@ -17,11 +17,11 @@ taken for it, the same for all seeds: those of data_to_matrices.py with its defa
 import argparse
 import multiprocessing
 from collections import defaultdict
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
+from itertools import cycle
 from pathlib import Path
-from queue import SimpleQueue
 
 import torch
 
@@ -36,12 +36,7 @@ from sinbad.datasets import (
     network_levels,
     split_mvtype,
 )
-from sinbad.ensembles import (
-    DataSetScores,
-    EnsembleOptions,
-    add_ensemble_flags,
-    load_data_set,
-)
+from sinbad.ensembles import DataSetScores, EnsembleOptions, add_ensemble_flags, load_data_set
 from sinbad.errors import UserError, run_script
 from sinbad.flags import (
     ScriptParser,
@@ -99,7 +94,7 @@ def paper_tasks(
 
 
 def score_on_devices(plan: ScorePlan, devices: list[torch.device]) -> None:
-    """Score a plan's tasks; several devices take class after class, each in its own process."""
+    """Score a plan's tasks; several devices take turns by class, each in its own process."""
     if len(devices) == 1:
         score_and_save(plan, devices[0])
         return
@@ -108,20 +103,16 @@ def score_on_devices(plan: ScorePlan, devices: list[torch.device]) -> None:
         by_class[split_mvtype(task.mvtype)[0]].append(task)
     context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
     with ExitStack() as stack:
-        free: SimpleQueue[tuple[torch.device, ProcessPoolExecutor]] = SimpleQueue()
-        for device in devices:
-            free.put((device, stack.enter_context(ProcessPoolExecutor(1, mp_context=context))))
-
-        def score_one_class(tasks: list[ScoreTask]) -> None:
-            device, process = free.get()
-            try:
-                own = replace(plan, tasks=tuple(tasks))
-                process.submit(score_and_save, own, device).result()
-            finally:
-                free.put((device, process))
-
-        with ThreadPoolExecutor(len(devices)) as threads:
-            list(threads.map(score_one_class, by_class.values()))
+        workers = [
+            (device, stack.enter_context(ProcessPoolExecutor(1, mp_context=context)))
+            for device in devices
+        ]
+        runs = [
+            process.submit(score_and_save, replace(plan, tasks=tuple(tasks)), device)
+            for tasks, (device, process) in zip(by_class.values(), cycle(workers), strict=False)
+        ]
+        for run in runs:
+            run.result()
 
 
 def load_runs(args: argparse.Namespace, mvtypes: list[str]) -> dict[str, list[DataSetScores]]:

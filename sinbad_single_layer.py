@@ -13,14 +13,13 @@ command.
 """
 
 import argparse
-from collections import defaultdict, deque
-from collections.abc import Iterator
+from collections import defaultdict
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 
-from sinbad.backbones import FeatureExtractor, Weights, build_backbone, choose_device, load_weights
+from sinbad.backbones import FeatureExtractor, build_backbone, choose_device, load_weights
 from sinbad.datasets import (
     DEFAULT_CROP_RATIO,
     DEFAULT_DATA_DIR,
@@ -28,7 +27,7 @@ from sinbad.datasets import (
     network_levels,
     split_mvtype,
 )
-from sinbad.errors import run_script, say
+from sinbad.errors import UserError, run_script, say
 from sinbad.files import folder_beside, remove_left_overs
 from sinbad.flags import (
     ScriptParser,
@@ -42,7 +41,7 @@ from sinbad.flags import (
     results_flags,
     scoring_flags,
 )
-from sinbad.matrices import MatrixSet, check_im_size, load_matrices
+from sinbad.matrices import MatrixSet, load_matrices
 from sinbad.results import LevelScores, Run, is_finished, save_scores
 from sinbad.scoring import ClassScorer, ScorePlan, ScoreTask, run_record
 
@@ -81,14 +80,16 @@ def load_data_sets(plan: ScorePlan) -> dict[str, MatrixSet]:
     """Map the matrices of every data set of a plan."""
     data_sets = {}
     for mvtype in dict.fromkeys(task.mvtype for task in plan.tasks):
-        data_sets[mvtype] = load_matrices(plan.data_dir, mvtype)
-        check_im_size(data_sets[mvtype], plan.initial_res)
-        train, valid = (set(data_sets[mvtype].sha256(split)) for split in ("train", "valid"))
-        if train & valid:
-            say(
-                f"warning: {len(train & valid)} validation images of {mvtype} are training images "
-                "too: they score about 0, what is divided by their mean is too high"
+        own = data_sets[mvtype] = load_matrices(plan.data_dir, mvtype)
+        if own.im_size != plan.initial_res:
+            raise UserError(
+                f"initial_res must be the side of the matrices of {mvtype}, {own.im_size}, got "
+                f"{plan.initial_res}; pass --initial_res {own.im_size}"
             )
+        n_same = len(set(own.sha256("train")) & set(own.sha256("valid")))
+        if n_same:
+            say(f"warning: {n_same} validation images of {mvtype} are training images too: they "
+                "score about 0, what is divided by their mean is too high")  # fmt: skip
     return data_sets
 
 
@@ -106,21 +107,6 @@ def unfinished(plan: ScorePlan, runs: dict[ScoreTask, Run]) -> dict[str, list[Sc
     return todo
 
 
-def score_class(
-    plan: ScorePlan,
-    tasks: list[ScoreTask],
-    data_sets: dict[str, MatrixSet],
-    extractor: FeatureExtractor | None,
-    device: torch.device,
-) -> Iterator[tuple[ScoreTask, LevelScores]]:
-    """Yield the scores of every task of one class as soon as they are complete, without record."""
-    own = {task.mvtype: data_sets[task.mvtype] for task in tasks}
-    for task, test, valid in ClassScorer(plan, own, extractor, device).score(tasks):
-        data_set = own[task.mvtype]
-        names = data_set.paths["test"] if data_set.settings else []
-        yield task, LevelScores(test, valid, data_set.labels, names, {})
-
-
 def score_and_save(plan: ScorePlan, device: torch.device) -> list[Path]:
     """Score every task of a plan that is not finished yet; save each as soon as it is complete.
 
@@ -128,38 +114,30 @@ def score_and_save(plan: ScorePlan, device: torch.device) -> list[Path]:
     -------
     The file of every task
     """
-    levels = network_levels(task.level for task in plan.tasks)
     data_sets = load_data_sets(plan)
-    weights = load_weights(plan.net, plan.weights) if levels else None
+    needs_network = network_levels(task.level for task in plan.tasks)
+    weights = load_weights(plan.net, plan.weights) if needs_network else None
     runs = {t: run_record(plan, t, data_sets[t.mvtype], weights, device) for t in plan.tasks}
     todo = unfinished(plan, runs)
-    extractor = make_extractor(plan, todo, weights, device)
+    levels = network_levels(sorted(task.level for tasks in todo.values() for task in tasks))
+    extractor = None
+    if weights is not None and levels:
+        backbone = build_backbone(plan.net, weights, levels)
+        extractor = FeatureExtractor(backbone, device, plan.precision)
     for tasks in todo.values():
+        own = {task.mvtype: data_sets[task.mvtype] for task in tasks}
         with ThreadPoolExecutor(1) as writer:  # writing stays off the critical path
-            writes: deque[Future[None]] = deque()
-            for task, made in score_class(plan, tasks, data_sets, extractor, device):
-                scores = LevelScores(
-                    made.test, made.valid, made.labels, made.image_paths, runs[task]
-                )
+            writes: list[Future[None]] = []
+            for task, test, valid in ClassScorer(plan, own, extractor, device).score(tasks):
+                of = own[task.mvtype]
+                names = of.paths["test"] if of.settings else []
+                scores = LevelScores(test, valid, of.labels, names, runs[task])
                 writes.append(writer.submit(save_scores, plan.output(task), scores))
-                while writes and writes[0].done():
-                    writes.popleft().result()  # a full disk stops the run at once
+                for write in filter(Future.done, writes):
+                    write.result()  # a full disk stops the run at once
             for write in writes:
                 write.result()
     return [plan.output(task) for task in plan.tasks]
-
-
-def make_extractor(
-    plan: ScorePlan,
-    todo: dict[str, list[ScoreTask]],
-    weights: Weights | None,
-    device: torch.device,
-) -> FeatureExtractor | None:
-    """Return the network down to the deepest level that is still to do, None if none is."""
-    levels = network_levels(sorted({task.level for tasks in todo.values() for task in tasks}))
-    if not levels or weights is None:
-        return None
-    return FeatureExtractor(build_backbone(plan.net, weights, levels), device, plan.precision)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -9,17 +9,15 @@ import hashlib
 import re
 import sys
 from contextlib import redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
-from urllib.error import URLError
 
 import torch
 import torchvision
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
-from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
+from torch.fx.experimental.optimization import fuse
 
 from sinbad.errors import UserError, say
 
@@ -31,6 +29,8 @@ PIXEL_STD = (0.229, 0.224, 0.225)
 RANDOM_WEIGHTS_SEED = 0
 WRAPPERS = ("state_dict", "model", "model_state_dict")  # where trainers put a state dict
 PREFIXES = ("module.", "backbone.", "model.")
+# What timm's models are asked for: (n, channels, side, side), nothing behind the last map wanted.
+MAPS = {"output_fmt": "NCHW", "intermediates_only": True, "stop_early": True}
 
 
 def choose_device(name: str) -> torch.device:
@@ -105,8 +105,7 @@ def _read_state(path: Path) -> dict[str, Tensor]:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except ImportError as error:
         raise UserError(
-            f"reading {path} needs safetensors, got {error}; "
-            "pip install -r requirements-timm.txt"
+            f"reading {path} needs safetensors, got {error}; pip install -r requirements-timm.txt"
         ) from error
     except Exception as error:  # both raise half a dozen kinds for a file that is not theirs
         raise UserError(
@@ -137,7 +136,7 @@ def _download(net: str) -> Path:
         try:
             with redirect_stdout(sys.stderr):  # torch prints there
                 torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True)
-        except (URLError, HTTPException, OSError, RuntimeError, ValueError) as error:
+        except (HTTPException, OSError, RuntimeError, ValueError) as error:
             reason = getattr(error, "reason", error)
             raise UserError(
                 f"weights must be reachable, got {reason} for {url}; download that file on another "
@@ -147,43 +146,37 @@ def _download(net: str) -> Path:
 
 
 def _load_state(model: nn.Module, all_names: set[str], weights: Weights) -> None:
-    """Load what is left of a model; parameters of stages that were cut off count for nothing.
-
-    Parameters
-    ----------
-    all_names : parameters of the whole model, before stages were cut off
-    """
+    """Load what is left of a model that had parameters of all names before it was cut."""
     own, given = model.state_dict(), weights.state or {}
     state = {name: value for name, value in given.items() if name in own}
-    missing = [n for n in own if n not in given and not n.endswith("num_batches_tracked")]
-    extra = [name for name in given if name not in all_names]
-    wrong = [n for n, v in state.items() if (v.shape, v.layout) != (own[n].shape, own[n].layout)]
-    odd = [n for n, v in state.items() if own[n].is_floating_point() and not _is_number(v)]
-    found = (
-        ("lacks", missing),
-        ("also holds", extra),
-        ("has another shape or layout of", wrong),
-        ("holds no finite floating point numbers in", odd),
-    )
-    what = next((f"{verb} {names[0]}" for verb, names in found if names), None)
-    if what is not None:
-        raise UserError(
-            f"weights must be of the net and levels asked for, got {weights.name}, which {what}; "
-            "choose the --net these weights are of, or other --weights"
-        )
+    found = {
+        "lacks": [n for n in own if n not in given and not n.endswith("num_batches_tracked")],
+        "also holds": [name for name in given if name not in all_names],
+        "has another shape or layout of": [
+            n for n, v in state.items() if (v.shape, v.layout) != (own[n].shape, own[n].layout)
+        ],
+        "holds no finite floating point numbers in": [
+            n
+            for n, v in state.items()
+            if own[n].is_floating_point() and not (v.is_floating_point() and v.isfinite().all())
+        ],
+    }
+    for verb, names in found.items():
+        if names:
+            raise UserError(
+                f"weights must be of the net and levels asked for, got {weights.name}, which "
+                f"{verb} {names[0]}; choose the --net these weights are of, or other --weights"
+            )
     model.load_state_dict(state, strict=False)
-
-
-def _is_number(value: Tensor) -> bool:
-    """Tell whether a parameter can be meant: real floating point, finite."""
-    return value.is_floating_point() and bool(torch.isfinite(value).all())
 
 
 # ---------------------------------------------------------------- networks
 
 
 class Backbone(nn.Module):
-    """A network that ends at the deepest level wanted and returns the elements of every level.
+    """A network that ends at the deepest level wanted.
+
+    `forward` turns normalised pixels (n, 3, 224, 224) into level -> (n, channels, elements).
 
     Attributes
     ----------
@@ -197,16 +190,6 @@ class Backbone(nn.Module):
         self.register_buffer("mean", torch.tensor(tuple(mean))[:, None, None])
         self.register_buffer("std", torch.tensor(tuple(std))[:, None, None])
 
-    def finish(self) -> None:
-        """Set what all networks have in common once their layers are in place."""
-        self.to(memory_format=torch.channels_last)
-        self.requires_grad_(False)
-        self.eval()
-
-    def forward(self, pixels: Tensor) -> dict[int, Tensor]:
-        """Return level -> (n, channels, elements) of normalised pixels (n, 3, 224, 224)."""
-        raise NotImplementedError
-
 
 def build_backbone(net: str, weights: Weights, levels: tuple[int, ...]) -> Backbone:
     """Build a network with its weights.
@@ -219,17 +202,18 @@ def build_backbone(net: str, weights: Weights, levels: tuple[int, ...]) -> Backb
     kind = TorchvisionBackbone if net in torchvision_names() else TimmBackbone
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(RANDOM_WEIGHTS_SEED)
-        return kind(net, weights, levels)
+        backbone = kind(net, weights, levels)
+    return backbone.to(memory_format=torch.channels_last).requires_grad_(False).eval()
 
 
-def _check_levels(net: str, levels: tuple[int, ...], there: "dict[int, int]") -> None:
+def _check_levels(net: str, levels: tuple[int, ...], there: dict[int, int]) -> None:
     """Stop if a net has no map of a level's side."""
-    missing = [level for level in levels if level not in there]
-    if missing:
-        raise UserError(
-            f"pyramid_level must be the side of a feature map of {net} ("
-            f"{', '.join(map(str, sorted(there)))}), or 224 for raw pixels, got {missing[0]}"
-        )
+    for level in levels:
+        if level not in there:
+            raise UserError(
+                f"pyramid_level must be the side of a feature map of {net} ("
+                f"{', '.join(map(str, sorted(there)))}), or 224 for raw pixels, got {level}"
+            )
 
 
 class TorchvisionBackbone(Backbone):
@@ -241,45 +225,26 @@ class TorchvisionBackbone(Backbone):
     def __init__(self, net: str, weights: Weights, levels: tuple[int, ...]) -> None:
         super().__init__(levels, PIXEL_MEAN, PIXEL_STD)
         _check_levels(net, levels, STAGE_OF_LEVEL)
-        model: ResNet = getattr(torchvision.models, net)(weights=None)
+        model = getattr(torchvision.models, net)(weights=None).eval()
         all_names = set(model.state_dict())
         n_stages = max(STAGE_OF_LEVEL[level] for level in levels)
-        for stage in range(n_stages + 1, 5):
-            delattr(model, f"layer{stage}")
-        del model.fc
+        for part in ("fc", *(f"layer{stage}" for stage in range(n_stages + 1, 5))):
+            delattr(model, part)
         if weights.state is not None:
             _load_state(model, all_names, weights)
-        model.eval()
-        _fold_batch_norms(model)
-        self.stem = nn.Sequential(model.conv1, model.relu, model.maxpool)
-        self.stages = nn.ModuleList(getattr(model, f"layer{i}") for i in range(1, n_stages + 1))
-        self.finish()
+        stem = nn.Sequential(model.conv1, model.bn1, model.relu, model.maxpool)
+        self.stem = fuse(stem, inplace=True)
+        stages = (getattr(model, f"layer{stage}") for stage in range(1, n_stages + 1))
+        self.stages = nn.ModuleList(fuse(stage, inplace=True) for stage in stages)
 
     def forward(self, pixels: Tensor) -> dict[int, Tensor]:
         """See `Backbone`."""
-        wanted = {STAGE_OF_LEVEL[level]: level for level in self.levels}
-        elements = {}
-        features = self.stem(pixels)
-        for number, stage in enumerate(self.stages, start=1):
+        features, elements = self.stem(pixels), {}
+        for level, stage in zip(STAGE_OF_LEVEL, self.stages, strict=False):
             features = stage(features)
-            if number in wanted:
-                elements[wanted[number]] = features.flatten(2)  # (crops, channels, elements)
+            if level in self.levels:
+                elements[level] = features.flatten(2)  # (crops, channels, elements)
         return elements
-
-
-def _fold_batch_norms(model: ResNet) -> None:
-    """Fold every batch norm into the convolution before it."""
-    model.conv1 = fuse_conv_bn_eval(model.conv1, model.bn1)
-    for block in model.modules():
-        if not isinstance(block, (BasicBlock, Bottleneck)):
-            continue
-        for i in (1, 2, 3):
-            if hasattr(block, f"conv{i}"):
-                fused = fuse_conv_bn_eval(getattr(block, f"conv{i}"), getattr(block, f"bn{i}"))
-                setattr(block, f"conv{i}", fused)
-                setattr(block, f"bn{i}", nn.Identity())
-        if block.downsample is not None:
-            block.downsample = fuse_conv_bn_eval(block.downsample[0], block.downsample[1])
 
 
 class TimmBackbone(Backbone):
@@ -290,33 +255,25 @@ class TimmBackbone(Backbone):
         config = model.pretrained_cfg
         super().__init__(levels, config["mean"], config["std"])
         with torch.inference_mode():
-            maps = self._maps(model, torch.zeros(1, 3, INPUT_SIDE, INPUT_SIDE), None)
+            maps = model.forward_intermediates(torch.zeros(1, 3, INPUT_SIDE, INPUT_SIDE), **MAPS)
         self.indices = {features.shape[-1]: index for index, features in enumerate(maps)}
         _check_levels(net, levels, self.indices)
         self.wanted = sorted(self.indices[level] for level in levels)
         all_names = set(model.state_dict())
-        state = weights.state
-        # Position embeddings of another image size and other makers' names, as timm reads them.
+        # Position embeddings of another size and other makers' names, as timm reads them.
         as_timm_reads = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
-        if state is not None and as_timm_reads is not None:
-            state = as_timm_reads(state, model)
+        if weights.state is not None and as_timm_reads is not None:
+            weights = replace(weights, state=as_timm_reads(weights.state, model))
         model.prune_intermediate_layers(self.wanted, prune_norm=True, prune_head=True)
-        if state is not None:
-            _load_state(model, all_names, Weights(weights.name, state, weights.sha256))
+        if weights.state is not None:
+            _load_state(model, all_names, weights)
         self.model = model
-        self.finish()
-
-    @staticmethod
-    def _maps(model: nn.Module, pixels: Tensor, wanted: list[int] | None) -> list[Tensor]:
-        """Return the feature maps (n, channels, side, side), however the model lays them out."""
-        return model.forward_intermediates(
-            pixels, indices=wanted, output_fmt="NCHW", intermediates_only=True, stop_early=True
-        )
 
     def forward(self, pixels: Tensor) -> dict[int, Tensor]:
         """See `Backbone`."""
-        maps = dict(zip(self.wanted, self._maps(self.model, pixels, self.wanted), strict=True))
-        return {level: maps[self.indices[level]].flatten(2) for level in self.levels}
+        maps = self.model.forward_intermediates(pixels, indices=self.wanted, **MAPS)
+        by_index = dict(zip(self.wanted, maps, strict=True))
+        return {level: by_index[self.indices[level]].flatten(2) for level in self.levels}
 
 
 def _import_timm(net: str) -> Any:  # noqa: ANN401  a module
@@ -376,8 +333,7 @@ def normalise_pixels(crops: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 
 def pixel_elements(crops: Tensor) -> Tensor:
     """Return the raw pixels of crops (n, 3, h, w), uint8, as elements (n, 3, h * w)."""
-    mean = torch.tensor(PIXEL_MEAN, device=crops.device)[:, None, None]
-    std = torch.tensor(PIXEL_STD, device=crops.device)[:, None, None]
+    mean, std = torch.tensor([PIXEL_MEAN, PIXEL_STD], device=crops.device)[:, :, None, None]
     return normalise_pixels(crops, mean, std).flatten(2)
 
 

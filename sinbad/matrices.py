@@ -2,9 +2,10 @@
 
 import hashlib
 import json
+import math
 import mmap
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
-from sinbad.datasets import ALL, DEFAULT_DATA_DIR, IM_SIZE, KINDS, split_mvtype
+from sinbad.datasets import DEFAULT_DATA_DIR, KINDS, split_mvtype
 from sinbad.errors import UserError, say
 from sinbad.files import to_json, written_whole
 from sinbad.flags import Progress
@@ -29,7 +30,7 @@ SHARED_SPLITS = ("train", "valid")  # of a class' data sets
 LABELS_FILE = "image_level_label.npy"
 DRAWN_BY = ("valid_share", "valid_seed")  # settings, where validation images are training images
 PATHS_FILE = "image_paths.json"  # names, what tells the images apart, settings; the authors: none
-IMAGES_AT_ONCE = 32  # decoded before they are written; mapped before their pages are let go of
+IMAGES_AT_ONCE = 32  # decoded before they are written
 
 Stamp = list[Any]  # of an image's file: size in bytes, time of its last change in ns, sha256
 
@@ -144,57 +145,47 @@ def write_matrix(
                 bar.update()
 
 
-def make_data_set(plan: Plan, out_dir: Path, n_workers: int, link: bool, overwrite: bool) -> None:
+def make_data_set(plan: Plan, out_dir: Path, n_workers: int, link: bool) -> None:
     """Write the matrices of one data set and put the finished folder into place.
 
     With `link`, train and validation matrices of another data set of the class are linked (copied
     where the file system has no links) if they are of the same images and settings.
     """
-    stamps = {
-        split: [stamp_of(plan.class_dir / path) for path in plan.paths[split]] for split in SPLITS
-    }
+    images = {split: [plan.class_dir / path for path in plan.paths[split]] for split in SPLITS}
+    stamps = {split: [stamp_of(path) for path in own] for split, own in images.items()}
     twin = find_twin(plan, stamps, out_dir) if link else None
-    todo = [split for split in SPLITS if twin is None or split not in SHARED_SPLITS]
-    total = sum(len(plan.paths[split]) for split in todo)
+    linked = SHARED_SPLITS if twin else ()
+    total = sum(len(own) for split, own in images.items() if split not in linked)
     target = out_dir / plan.mvtype
     is_new = not target.exists()
     with written_whole(target) as made, Progress(total, plan.mvtype, "images") as bar:
         made.mkdir()
         for split, name in SPLITS.items():
-            if split in todo:
-                images = [plan.class_dir / path for path in plan.paths[split]]
-                write_matrix(made / name, images, plan.settings, n_workers, bar)
-            else:
-                link_or_copy(out_dir / twin / name, made / name)
+            if split not in linked:
+                write_matrix(made / name, images[split], plan.settings, n_workers, bar)
+                continue
+            try:
+                (made / name).hardlink_to(twin / name)
+            except (OSError, NotImplementedError):
+                shutil.copyfile(twin / name, made / name)
         np.save(made / LABELS_FILE, plan.labels)
         record = {**plan.paths, "files": stamps, "settings": plan.settings}
         (made / PATHS_FILE).write_text(to_json(record), encoding="utf-8")
-        if is_new and not overwrite and target.exists():
-            is_current(target, plan)  # another process was faster: its settings must be the same
+        if is_new:
+            is_current(target, plan)  # another process may have been faster: with the same settings
 
 
-def find_twin(plan: Plan, stamps: dict[str, list[Stamp]], out_dir: Path) -> str | None:
-    """Return the name of a data set of the class that has the same train and validation images."""
+def find_twin(plan: Plan, stamps: dict[str, list[Stamp]], out_dir: Path) -> Path | None:
+    """Return the folder of another data set of the class with the same train and valid images."""
     class_name, own_kind = split_mvtype(plan.mvtype)
-    for name in (f"{class_name}_{kind}" for kind in (*KINDS, ALL) if kind != own_kind):
-        if not (out_dir / name / PATHS_FILE).exists():
-            continue
-        twin = load_matrices(out_dir, name)
-        same = all(
-            twin.paths[split] == plan.paths[split] and twin.files.get(split) == stamps[split]
-            for split in SHARED_SPLITS
-        )
-        if same and twin.settings == plan.settings:
-            return name
+    for kind in KINDS:
+        folder = out_dir / f"{class_name}_{kind}"
+        if kind != own_kind and (folder / PATHS_FILE).exists():
+            twin = load_matrices(out_dir, folder.name)
+            same = all(twin.files[split] == stamps[split] for split in SHARED_SPLITS)
+            if same and twin.settings == plan.settings:
+                return folder
     return None
-
-
-def link_or_copy(source: Path, target: Path) -> None:
-    """Make a second name of a file, or a copy where the file system has no hard links."""
-    try:
-        target.hardlink_to(source)
-    except (OSError, NotImplementedError):
-        shutil.copyfile(source, target)
 
 
 def is_current(folder: Path, plan: Plan) -> bool:
@@ -208,7 +199,7 @@ def is_current(folder: Path, plan: Plan) -> bool:
     UserError
         If they are there with other settings or another list of images, or are the authors'.
     """
-    if not folder.exists() or not any(folder.iterdir()):
+    if not any(folder.glob("*")):
         return False
     cure = "choose another --out_dir, or pass --overwrite to replace it"
     if not (folder / PATHS_FILE).exists():
@@ -217,7 +208,7 @@ def is_current(folder: Path, plan: Plan) -> bool:
             f"(the authors' own?); {cure}"
         )
     matrices = load_matrices(folder.parent, folder.name)
-    made_by, now = matrices.settings.get("pillow"), plan.settings["pillow"]
+    made_by, now = matrices.settings["pillow"], plan.settings["pillow"]
     found = {**matrices.paths, **matrices.settings, "pillow": now}
     wanted = {**plan.paths, **plan.settings}
     redrawn = [name for name in DRAWN_BY if found.get(name) != wanted.get(name)]
@@ -236,8 +227,8 @@ def is_current(folder: Path, plan: Plan) -> bool:
     if changed:
         say(f"{plan.mvtype}: made again, {len(changed)} images have changed, as {changed[0]}")
     elif made_by != now:
-        say(f"warning: {folder} was made by Pillow {made_by or 'of an unknown version'}, now it is "
-            f"{now}: single pixels may differ by 1; --overwrite makes it again")  # fmt: skip
+        say(f"warning: {folder} was made by Pillow {made_by}, now it is {now}: single pixels may "
+            "differ by 1; --overwrite makes it again")  # fmt: skip
     return not changed
 
 
@@ -245,8 +236,7 @@ def _changed_images(matrices: MatrixSet, plan: Plan) -> list[Path]:
     """Return the images that are not those that the matrices were made of."""
     changed = []
     for split, names in plan.paths.items():
-        recorded = matrices.files.get(split) or [[None, None, None]] * len(names)
-        for name, (size, time, sha256) in zip(names, recorded, strict=True):
+        for name, (size, time, sha256) in zip(names, matrices.files[split], strict=True):
             path = plan.class_dir / name
             facts = path.stat()
             same = (facts.st_size, facts.st_mtime_ns) == (size, time)
@@ -279,83 +269,54 @@ def load_matrices(data_dir: Path, mvtype: str) -> MatrixSet:
     redo = f"`{command} --overwrite` makes it again"
     images = {split: _map(folder / name, redo) for split, name in SPLITS.items()}
     labels = _map(folder / LABELS_FILE, redo)
-    record = _read_record(folder / PATHS_FILE, redo)
     # The authors' matrices have no paths: such names are never shared between data sets.
-    paths = {
-        split: record.get(split) or [f"{mvtype}/{split}/{i:04d}" for i in range(len(images[split]))]
-        for split in SPLITS
-    }
-    files = record.get("files", {})
+    paths = {s: [f"{mvtype}/{s}/{i:04d}" for i in range(len(own))] for s, own in images.items()}
+    record = {"paths": paths, "files": {}, "settings": {}}
+    if (folder / PATHS_FILE).exists():
+        record = _read_record(folder / PATHS_FILE, redo)
+    side = images["train"].shape[-1]
     for split, array in images.items():
-        _check_split(folder / SPLITS[split], array, images["train"].shape[-1], redo)
-        if any(len(of[split]) != len(array) for of in (paths, files) if of):
+        path, shape = folder / SPLITS[split], array.shape
+        if shape[1:] != (3, side, side) or not len(array):
+            raise UserError(f"{path} must be (n, 3, {side}, {side}), got {shape}; {redo}")
+        if array.dtype not in (np.uint8, np.float32):
+            raise UserError(
+                f"{path} must be uint8 (or float32 of k/255), got {array.dtype}; {redo}"
+            )
+        if len(record["paths"][split]) != len(array):
             raise UserError(
                 f"{folder / PATHS_FILE} must name {len(array)} {split} images, got "
-                f"{len(paths[split])}; {redo}"
+                f"{len(record['paths'][split])}; {redo}"
             )
     if labels.shape != (len(images["test"]),) or not np.isin(labels, (0, 1)).all():
         raise UserError(
             f"{folder / LABELS_FILE} must hold {len(images['test'])} labels, 0 or 1, got "
             f"{labels.size} of type {labels.dtype}; {redo}"
         )
-    labels = np.asarray(labels, np.float64)
-    return MatrixSet(mvtype, images, paths, files, labels, record.get("settings", {}))
-
-
-def _check_split(path: Path, array: NDArray[Any], side: int, redo: str) -> None:
-    """Refuse an array that does not hold images of the side that all splits have."""
-    if array.shape[1:] != (3, side, side) or not len(array):
-        raise UserError(f"{path} must be (n, 3, {side}, {side}), got {array.shape}; {redo}")
-    if array.dtype not in (np.uint8, np.float32):
-        raise UserError(f"{path} must be uint8 (or float32 of k/255), got {array.dtype}; {redo}")
+    return MatrixSet(mvtype, images, labels=labels.astype(np.float64), **record)
 
 
 def _map(path: Path, redo: str) -> NDArray[Any]:
     """Map a .npy file into memory; a damaged one is an error that names it."""
     try:
-        array = np.lib.format.open_memmap(path, mode="r")
-        if array.ndim == 0:
-            raise ValueError("no array")
+        return np.lib.format.open_memmap(path, mode="r")
     except OSError:
         raise
     except Exception as error:  # a damaged header raises whatever Python's own parser does
         raise UserError(f"{path} must be a whole .npy file, got a damaged one; {redo}") from error
-    return array
 
 
 def _read_record(path: Path, redo: str) -> dict[str, Any]:
-    """Read image_paths.json; {} where there is none, as in the authors' folders."""
-    if not path.exists():
-        return {}
+    """Read image_paths.json: paths, files and settings as in a MatrixSet."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        for split in SPLITS:
-            if not all(isinstance(name, str) for name in record[split]):
-                raise TypeError("names must be text")
-        # Earlier versions kept a sha256 of the pixels alone: still names images apart.
-        files = record.get("files") or {
-            split: [[0, 0, sha256] for sha256 in record["sha256"][split]] for split in SPLITS
-        }
-        for size, time, sha256 in (stamp for split in SPLITS for stamp in files[split]):
-            if not (isinstance(size, int) and isinstance(time, int) and isinstance(sha256, str)):
-                raise TypeError("files must be [size, time, sha256]")
-        return {**record, "files": files, "settings": dict(record["settings"])}
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        paths, files = ({s: list(of[s]) for s in SPLITS} for of in (record, record["files"]))
+        return {"paths": paths, "files": files, "settings": dict(record["settings"])}
+    except (ValueError, TypeError, KeyError) as error:
         raise UserError(
             f"{path} must be JSON with train, valid, test, files and settings, got another "
             f"({type(error).__name__}: {error}); {redo}"
         ) from error
-
-
-def check_im_size(matrices: MatrixSet, initial_res: int) -> None:
-    """Stop if the matrices are of another size than the run asks for."""
-    if matrices.im_size != initial_res:
-        default = "" if matrices.im_size != IM_SIZE else " (the default)"
-        raise UserError(
-            f"initial_res must be the side of the matrices of {matrices.mvtype}, "
-            f"{matrices.im_size}{default}, got {initial_res}; pass --initial_res "
-            f"{matrices.im_size}"
-        )
 
 
 # ---------------------------------------------------------------- crops
@@ -406,46 +367,32 @@ class ImagePool:
         for data_set in data_sets:
             made_by = to_json(data_set.settings)
             for split, images in data_set.images.items():
-                names, keys = data_set.paths[split], data_set.sha256(split)
-                ids = self.ids.setdefault((data_set.mvtype, split), [])
-                for row, (key, name) in enumerate(zip(keys, names, strict=True)):
-                    index = known.setdefault((key, made_by), len(self.sources))
+                ids = self.ids[data_set.mvtype, split] = []
+                for row, sha256 in enumerate(data_set.sha256(split)):
+                    index = known.setdefault((sha256, made_by), len(known))
                     if index == len(self.sources):
                         self.sources.append((images, row))
-                        self.names.append(name)
+                        self.names.append(data_set.paths[split][row])
                     ids.append(index)
 
     def __len__(self) -> int:
         return len(self.sources)
 
-    def ids_of(self, mvtype: str) -> list[int]:
-        """Return the images of a data set, all splits."""
-        return [i for (name, _), ids in self.ids.items() if name == mvtype for i in ids]
-
-    def empty_in(self, mvtype: str, corner: tuple[int, int], side: int) -> bool:
-        """Tell whether a crop is padding (zeros) only in every image of a data set."""
+    def is_empty(self, corner: tuple[int, int], side: int) -> bool:
+        """Tell whether a crop is padding (zeros) only in every image."""
         rows, columns = (slice(start, start + side) for start in corner)
-        return not any(
-            images[row, :, rows, columns].any() for images, row in self._images(self.ids_of(mvtype))
-        )
-
-    def _images(self, ids: list[int]) -> Iterator[tuple[NDArray[Any], int]]:
-        """Yield the matrices and rows of images, letting go of what was read."""
-        for start in range(0, len(ids), IMAGES_AT_ONCE):
-            yield from (self.sources[index] for index in ids[start : start + IMAGES_AT_ONCE])
-            self.release()
+        is_empty = not any(images[row, :, rows, columns].any() for images, row in self.sources)
+        self.release()
+        return is_empty
 
     def move_to_device(self, num_workers: int) -> None:
         """Copy the images into the GPU's memory where they take less than half of what is free."""
-        if self.device.type != "cuda":
+        if self.device.type != "cuda" or any(own.dtype != np.uint8 for own, _ in self.sources):
             return
-        images, row = self.sources[0]
-        shape = images[row].shape
-        free, _ = torch.cuda.mem_get_info(self.device)
-        all_bytes = all(images.dtype == np.uint8 for images, _ in self.sources)
-        if len(self) * int(np.prod(shape)) > free // 2 or not all_bytes:
+        shape = (len(self), *self.sources[0][0].shape[1:])
+        if math.prod(shape) > torch.cuda.mem_get_info(self.device)[0] // 2:
             return
-        self.resident = torch.empty((len(self), *shape), dtype=torch.uint8, device=self.device)
+        self.resident = torch.empty(shape, dtype=torch.uint8, device=self.device)
 
         def copy(index: int) -> None:
             images, row = self.sources[index]

@@ -11,11 +11,12 @@ import argparse
 import functools
 import platform
 import subprocess
-from collections import defaultdict, deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
-from itertools import islice
+from itertools import groupby, islice
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,6 @@ VALUES_AT_ONCE = {"cpu": 1 << 20, "cuda": 1 << 27}
 
 Ranges = Sequence[tuple[Tensor, Tensor]]  # (low, high) of every draw
 Extract = Callable[[Tensor], dict[int, Tensor]]
-Draw = tuple[int, int]  # (seed, rep): one draw of random directions
 Batch = list[tuple["CropJob", list[int]]]  # crops of several positions: position, images
 
 
@@ -116,12 +116,10 @@ class ScorePlan:
     ) -> "ScorePlan":
         """Make the plan of parsed flags; stop if two tasks would write the same file."""
         own = {"tasks": tuple(tasks), "data_dir": data_dir}
-        flags = {f.name: getattr(args, f.name, None) for f in fields(cls) if f.name not in own}
-        plan = cls(**own, **flags)
-        ratios = {level: dict.fromkeys(t.ratio for t in plan.tasks if t.level == level)
-                  for level in {task.level for task in plan.tasks}}  # fmt: skip
-        for level, of_level in ratios.items():
-            ratios_by_file(level, plan.initial_res, of_level, plan.crop_num_edge)
+        plan = cls(**{f.name: getattr(args, f.name, None) for f in fields(cls)} | own)
+        for level in {task.level for task in plan.tasks}:
+            ratios = [task.ratio for task in plan.tasks if task.level == level]
+            ratios_by_file(level, plan.initial_res, ratios, plan.crop_num_edge)
         return plan
 
     def descriptor(self, level: int) -> Descriptor:
@@ -202,7 +200,7 @@ def made_with(batch_size: int, device: torch.device) -> dict[str, object]:
 # ---------------------------------------------------------------- descriptors, batch by batch
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class RangeGroup:
     """Images that are described with the same ranges, and the images these are fitted on."""
 
@@ -252,60 +250,46 @@ class DescriptorBuilder:
         self, group: RangeGroup, directions: list[Tensor], n_bins: int, ranges: Ranges = ()
     ) -> None:
         self.group, self.directions, self.n_bins = group, directions, n_bins
-        first = directions[0]
-        length = len(first) * n_bins
-        self.described = torch.empty(
-            len(directions), len(group.members), length, device=first.device
-        )
-        self.waiting: dict[int, Tensor] = {}
-        self.ranges = list(ranges)  # of each draw; fitted where none are given
+        shape = len(directions), len(group.members), len(directions[0]) * n_bins
+        self.described = torch.empty(shape, device=directions[0].device)
+        self.waiting: list[tuple[list[int], Tensor]] = []
+        self.ranges = ranges  # of each draw; fitted where none are given
 
     def add(self, ids: list[int], elements: Tensor) -> None:
         """Describe those of some images that belong to the group; (n, channels, n_elements)."""
         own = [i for i, index in enumerate(ids) if index in self.group.members]
-        if not own:
-            return
         ids, elements = [ids[i] for i in own], elements[as_index(own)]
         if not self.ranges:
-            self.waiting.update(zip(ids, elements.clone(), strict=True))
-            if any(index not in self.waiting for index in self.group.fit_ids):
+            self.waiting.append((ids, elements.clone()))
+            ids = [index for part, _ in self.waiting for index in part]
+            if not set(ids).issuperset(self.group.fit_ids):
                 return
-            self._fit_ranges()
-            ids = [index for index in self.waiting if index not in self.group.fit_ids]
-            elements = torch.stack([self.waiting[index] for index in ids]) if ids else elements[:0]
+            elements = torch.cat([part for _, part in self.waiting])
             self.waiting.clear()
+            first = elements[as_index([ids.index(index) for index in self.group.fit_ids])]
+            self.ranges = [fit_ranges(project(own, first)) for own in self.directions]
         step = self._step(len(self.directions[0]) * elements.shape[2])
         for start in range(0, len(ids), step):
+            rows = self._rows(ids[start : start + step])
             for draw, directions in enumerate(self.directions):
                 values = project(directions, elements[start : start + step])
-                self._describe(draw, ids[start : start + step], values)
-
-    def _fit_ranges(self) -> None:
-        """Fit the ranges of every draw on the group's first images, and describe these."""
-        ids = list(self.group.fit_ids)
-        first = torch.stack([self.waiting[index] for index in ids])
-        for draw, directions in enumerate(self.directions):
-            values = project(directions, first)
-            self.ranges.append(fit_ranges(values))
-            step = self._step(values[0].numel())
-            for start in range(0, len(ids), step):
-                self._describe(draw, ids[start : start + step], values[start : start + step])
+                shares = cumulative_histogram(values, *self.ranges[draw], self.n_bins)
+                self.described[draw, rows] = shares
 
     def _step(self, n_values: int) -> int:
         """Return how many images of `n_values` projected values are worked on at a time."""
         return max(1, VALUES_AT_ONCE[self.described.device.type] // n_values)
 
-    def _describe(self, draw: int, ids: list[int], values: Tensor) -> None:
-        """Write the descriptors of projected images into their rows."""
-        rows = as_index([self.group.members[index] for index in ids])
-        self.described[draw, rows] = cumulative_histogram(values, *self.ranges[draw], self.n_bins)
+    def _rows(self, ids: list[int]) -> slice | list[int]:
+        """Return the rows of images of the group."""
+        return as_index([self.group.members[index] for index in ids])
 
     def descriptors(self, draw: int, ids: list[int]) -> Tensor:
         """Return the descriptors (n, n_directions * n_bins) of images of the group."""
-        return self.described[draw, as_index([self.group.members[index] for index in ids])]
+        return self.described[draw, self._rows(ids)]
 
 
-@dataclass
+@dataclass(eq=False)
 class CropJob:
     """One crop position of a grid: where it is, and the builders of every level that wants it.
 
@@ -314,9 +298,9 @@ class CropJob:
     tasks : the tasks of this grid
     crop, n_crops : number of the position, row by row, and how many the grid has
     corner, side : (y, x) and side in pixels
-    empty_for : data sets where this position is padding only in every image
+    is_empty : whether there is only padding in every image
     builders : level -> a builder for each range group
-    finite : level -> images, and whether the elements of each are finite
+    finite : level -> whether the elements of each image so far are finite, batch by batch
     """
 
     tasks: list[ScoreTask]
@@ -324,30 +308,23 @@ class CropJob:
     n_crops: int
     corner: tuple[int, int]
     side: int
-    empty_for: set[str]
+    is_empty: bool
     builders: dict[int, list[DescriptorBuilder]] = field(default_factory=dict)
-    finite: dict[int, list[tuple[list[int], Tensor]]] = field(default_factory=dict)
+    finite: dict[int, list[Tensor]] = field(default_factory=dict)
 
-    @property
-    def is_empty(self) -> bool:
-        """Tell whether no data set has anything but padding here."""
-        return self.empty_for >= {task.mvtype for task in self.tasks}
-
-    def draws(self, level: int) -> list[Draw]:
-        """Return the draws of directions that a level wants."""
+    def draws(self, level: int) -> list[tuple[int, int]]:
+        """Return the draws of directions, (seed, rep), that a level wants."""
         return list(dict.fromkeys((t.seed, t.rep) for t in self.tasks if t.level == level))
 
     def check_finite(self, names: list[str]) -> None:
-        """Stop if the network gave NaN or infinity for an image."""
+        """Stop if the network gave NaN or infinity for an image; `names` of all images."""
         for level, parts in self.finite.items():
-            ids = [index for own, _ in parts for index in own]
-            flags = torch.cat([flags for _, flags in parts]).tolist()  # one wait for the GPU
-            bad = [index for index, is_finite in zip(ids, flags, strict=True) if not is_finite]
+            flags = torch.cat(parts).tolist()  # one wait for the GPU
+            bad = [name for name, is_finite in zip(names, flags, strict=True) if not is_finite]
             if bad:
                 raise UserError(
-                    f"features must be finite, got NaN or infinity for image {names[bad[0]]} at "
-                    f"level {level} ({len(bad)} images in all); check the weights and the "
-                    "--precision"
+                    f"features must be finite, got NaN or infinity for image {bad[0]} at level "
+                    f"{level} ({len(bad)} images in all); check the weights and the --precision"
                 )
 
 
@@ -396,14 +373,26 @@ class ClassScorer:
         ------
         task, (n_crops, n_test) and (n_crops, n_valid) scores, float64, higher = more anomalous
         """
-        crops: dict[ScoreTask, dict[int, tuple[Scores, Scores]]] = defaultdict(dict)
+        splits, n_done = ("test", "valid"), Counter[ScoreTask]()
+        scores: dict[ScoreTask, list[Scores]] = {}
         for job in self.crop_jobs(tasks):
-            for task, scores in self._score_job(job).items():
-                crops[task][job.crop] = scores
-                if len(crops[task]) == job.n_crops:
-                    done = crops.pop(task)
-                    test, valid = zip(*(done[i] for i in range(job.n_crops)), strict=True)
-                    yield task, np.stack(test), np.stack(valid)
+            fitted: dict[tuple[int, ...], Whitening] = {}  # shared by a class' data sets
+            for task in job.tasks:
+                ids = {split: self.pool.ids[task.mvtype, split] for split in ("train", *splits)}
+                shapes = [(job.n_crops, len(ids[split])) for split in splits]
+                own = scores.setdefault(task, [np.zeros(shape) for shape in shapes])
+                if not job.is_empty:
+                    key = (task.level, task.seed, task.rep, *ids["train"])
+                    if key not in fitted:
+                        shrinkage = self.plan.descriptor(task.level).shrinkage
+                        train = self.descriptors(job, task, "train")
+                        fitted[key] = fit_whitening(train, shrinkage, squared=self.plan.official)
+                    for split, rows in zip(splits, own, strict=True):
+                        described = self.descriptors(job, task, split)
+                        rows[job.crop] = nearest_distances(fitted[key], described)
+                n_done[task] += 1
+                if n_done[task] == job.n_crops:
+                    yield task, *scores.pop(task)
 
     def crop_jobs(self, tasks: list[ScoreTask]) -> Iterator[CropJob]:
         """Yield every crop position with all images described; it is emptied afterwards."""
@@ -417,65 +406,42 @@ class ClassScorer:
 
     def _stream(self, tasks: list[ScoreTask], extract: Extract) -> Iterator[CropJob]:
         """Describe the crops of tasks whose elements come from the same `extract`."""
-        mvtypes = list(dict.fromkeys(task.mvtype for task in tasks))
-        images = sorted({index for mvtype in mvtypes for index in self.pool.ids_of(mvtype)})
+        images = list(range(len(self.pool)))
         ratios = dict.fromkeys(task.ratio for task in tasks)
         jobs = [job for ratio in ratios for job in self._grid(ratio, tasks)]
-        levels = ",".join(str(level) for level in dict.fromkeys(task.level for task in tasks))
-        n_crops = sum(len(images) for job in jobs if not job.is_empty)
-        with Progress(n_crops, f"{'+'.join(mvtypes)} level {levels}", "crops") as bar:
-            for job in self._complete(jobs, images, mvtypes, extract, bar):
-                job.check_finite(self.pool.names)
-                yield job
-                job.builders.clear()
+        yield from (job for job in jobs if job.is_empty)
+        jobs = [job for job in jobs if not job.is_empty]
+        mvtypes = "+".join(dict.fromkeys(task.mvtype for task in tasks))
+        levels = ",".join(dict.fromkeys(str(task.level) for task in tasks))
+        with Progress(len(images) * len(jobs), f"{mvtypes} level {levels}", "crops") as bar:
+            for batch, crops in self._gathered(full_batches(jobs, images, self.batch_size)):
+                elements = extract(crops.to(self.device, non_blocking=True))
+                start = 0
+                for job, ids in batch:
+                    for level, values in elements.items():
+                        self._add(job, level, ids, values[start : start + len(ids)])
+                    start += len(ids)
+                    bar.update(len(ids))
+                    if ids[-1] == images[-1]:
+                        job.check_finite(self.pool.names)
+                        yield job
+                        job.builders.clear()
 
     def _grid(self, ratio: float, tasks: list[ScoreTask]) -> list[CropJob]:
         """Return the crop positions of one ratio."""
         own = [task for task in tasks if task.ratio == ratio]
         side = crop_side(self.im_size, ratio)
         corners = crop_corners(self.im_size, ratio, self.plan.crop_num_edge)
-        mvtypes = {task.mvtype for task in own}
         jobs = []
         for crop, corner in enumerate(corners):
             if self.known is None:
-                empty_for = {name for name in mvtypes if self.pool.empty_in(name, corner, side)}
+                is_empty = self.pool.is_empty(corner, side)
             else:
-                there = (own[0].level, len(corners), crop) in self.known
-                empty_for = set() if there else mvtypes
-            jobs.append(CropJob(own, crop, len(corners), corner, side, empty_for))
+                is_empty = (own[0].level, len(corners), crop) not in self.known
+            jobs.append(CropJob(own, crop, len(corners), corner, side, is_empty))
         return jobs
 
-    def _complete(
-        self,
-        jobs: list[CropJob],
-        images: list[int],
-        mvtypes: list[str],
-        extract: Extract,
-        bar: Progress,
-    ) -> Iterator[CropJob]:
-        """Run the crops of all jobs through `extract` in full batches; yield each filled job."""
-        yield from (job for job in jobs if job.is_empty)
-        groups = [self.groups[mvtype, split] for mvtype, split in self.groups if mvtype in mvtypes]
-        batches = full_batches([job for job in jobs if not job.is_empty], images, self.batch_size)
-        for batch, crops in self._gathered(batches):
-            elements = extract(crops.to(self.device, non_blocking=True))
-            start = 0
-            for job, ids in batch:
-                for level, values in elements.items():
-                    self._add(job, level, groups, ids, values[start : start + len(ids)])
-                start += len(ids)
-                bar.update(len(ids))
-                if ids[-1] == images[-1]:
-                    yield job
-
-    def _add(
-        self,
-        job: CropJob,
-        level: int,
-        groups: list[RangeGroup],
-        ids: list[int],
-        elements: Tensor,
-    ) -> None:
+    def _add(self, job: CropJob, level: int, ids: list[int], elements: Tensor) -> None:
         """Describe images at a crop position; the level's builders are made on first use."""
         if level not in job.builders:
             own = self.plan.descriptor(level)
@@ -483,31 +449,25 @@ class ClassScorer:
             keys = [(*draw, level, job.n_crops, job.crop) for draw in job.draws(level)]
             directions = [random_directions(*shape, key).to(self.device) for key in keys]
             ranges = (self.known or {}).get((level, job.n_crops, job.crop), ())
-            each_once = {id(group): group for group in groups}.values()
             job.builders[level] = [
                 DescriptorBuilder(group, directions, own.n_quantiles, ranges)
-                for group in each_once
+                for group in dict.fromkeys(self.groups.values())
             ]
         # One NaN or infinity spoils the sum.
-        job.finite.setdefault(level, []).append((ids, torch.isfinite(elements.sum((1, 2)))))
+        job.finite.setdefault(level, []).append(torch.isfinite(elements.sum((1, 2))))
         for builder in job.builders[level]:
             builder.add(ids, elements)
 
     def _gathered(self, batches: Iterator[Batch]) -> Iterator[tuple[Batch, Tensor]]:
         """Yield batches with their pixels (batch_size, 3, 224, 224), gathered ahead in threads."""
-        if self.pool.resident is not None:
-            yield from ((batch, self._gather(batch)) for batch in batches)
-            return
         with ThreadPoolExecutor(self.plan.num_workers) as threads:
-            ahead = deque(
-                (batch, threads.submit(self._gather, batch))
-                for batch in islice(batches, BATCHES_AHEAD)
-            )
+            made = ((batch, threads.submit(self._gather, batch)) for batch in batches)
+            ahead = deque(islice(made, BATCHES_AHEAD))
             while ahead:
                 batch, crops = ahead.popleft()
                 yield batch, crops.result()
                 self.pool.release()
-                ahead.extend((b, threads.submit(self._gather, b)) for b in islice(batches, 1))
+                ahead.extend(islice(made, 1))
 
     def _gather(self, batch: Batch) -> Tensor:
         """Return the pixels of a batch; the last one is padded, so every batch is full."""
@@ -516,33 +476,8 @@ class ClassScorer:
             for job, ids in batch
         ]
         n_padding = self.batch_size - sum(len(part) for part in parts)
-        if n_padding:
-            parts.append(parts[0].new_zeros(n_padding, *parts[0].shape[1:]))
-        crops = torch.cat(parts) if len(parts) > 1 else parts[0]
+        crops = torch.cat([*parts, parts[0].new_zeros(n_padding, *parts[0].shape[1:])])
         return crops.pin_memory() if self.device.type == "cuda" and not crops.is_cuda else crops
-
-    def _score_job(self, job: CropJob) -> dict[ScoreTask, tuple[Scores, Scores]]:
-        """Return (test, valid) scores of one crop position for every task of its grid."""
-        scores = {}
-        fitted: dict[tuple[object, ...], Whitening] = {}
-        for task in job.tasks:
-            if task.mvtype in job.empty_for:
-                test, valid = (self.pool.ids[task.mvtype, split] for split in ("test", "valid"))
-                scores[task] = np.zeros(len(test)), np.zeros(len(valid))
-                continue
-            train = self.pool.ids[task.mvtype, "train"]
-            group = self.groups[task.mvtype, "train"]
-            key = (task.level, task.seed, task.rep, id(group), tuple(train))
-            if key not in fitted:  # a class' data sets share it
-                descriptors = self.descriptors(job, task, "train")
-                shrinkage = self.plan.descriptor(task.level).shrinkage
-                fitted[key] = fit_whitening(descriptors, shrinkage, squared=self.plan.official)
-            test, valid = (
-                nearest_distances(fitted[key], self.descriptors(job, task, split))
-                for split in ("test", "valid")
-            )
-            scores[task] = test, valid
-        return scores
 
     def descriptors(self, job: CropJob, task: ScoreTask, split: str) -> Tensor:
         """Return the descriptors of a split's images at one crop position."""
@@ -554,16 +489,7 @@ class ClassScorer:
 
 def full_batches(jobs: list[CropJob], images: list[int], batch_size: int) -> Iterator[Batch]:
     """Cut the crops of all jobs, job by job, into batches that may span several jobs."""
-    batch: Batch = []
-    room = batch_size
-    for job in jobs:
-        start = 0
-        while start < len(images):
-            ids = images[start : start + room]
-            batch.append((job, ids))
-            start, room = start + len(ids), room - len(ids)
-            if room == 0:
-                yield batch
-                batch, room = [], batch_size
-    if batch:
-        yield batch
+    crops = ((job, index) for job in jobs for index in images)
+    while batch := list(islice(crops, batch_size)):
+        by_job = groupby(batch, key=itemgetter(0))
+        yield [(job, [index for _, index in own]) for job, own in by_job]

@@ -6,6 +6,7 @@ import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import PIL
@@ -16,6 +17,7 @@ from PIL import Image
 
 import data_to_matrices
 from data_to_matrices import make_matrices
+from sinbad import matrices
 from sinbad.errors import UserError
 from sinbad.folders import plan_data_set
 from sinbad.matrices import crop_pixels, image_to_matrix, load_matrices, nearest_source
@@ -229,3 +231,20 @@ def test_matrices_of_real_images_equal_the_authors() -> None:
                 for matrix in pool.map(lambda f: image_to_matrix(f, plan.settings), files):
                     digest.update(matrix.tobytes())
             assert digest.hexdigest() == str(golden[f"sha256_{split}"])
+
+
+def test_another_process_was_faster_with_other_settings(
+    dataset_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = matrices.write_matrix
+
+    def slow(*args: Any, **kwargs: Any) -> None:  # noqa: ANN401  stands in for any call
+        monkeypatch.setattr(matrices, "write_matrix", real)
+        make_matrices(dataset_dir, tmp_path, ["pushpins_loco"], 32)  # meanwhile
+        real(*args, **kwargs)
+
+    monkeypatch.setattr(matrices, "write_matrix", slow)
+    with pytest.raises(UserError, match="was made with im_size 32, now im_size is 64"):
+        make_matrices(dataset_dir, tmp_path, ["pushpins_loco"], 64)
+    assert load_matrices(tmp_path, "pushpins_loco").im_size == 32
+    assert [path.name for path in tmp_path.iterdir()] == ["pushpins_loco"]

@@ -373,7 +373,7 @@ def test_only_consecutive_numbers_are_a_slice() -> None:
 
 
 def test_batches_are_full_and_may_span_jobs() -> None:
-    jobs = [CropJob([], crop, 3, (0, 0), 9, set()) for crop in range(3)]
+    jobs = [CropJob([], crop, 3, (0, 0), 9, False) for crop in range(3)]
     found = [[(job.crop, ids) for job, ids in batch] for batch in full_batches(jobs, [7, 8, 9], 4)]
     assert found == [
         [(0, [7, 8, 9]), (1, [7])],

@@ -2,32 +2,28 @@
 
 Reads   nothing (the tasks read DATA_DIR, from data_to_matrices.py)
 Writes  OUT_DIR/{tasks.tsv,array.sbatch,batch_master.sh}
-        tasks.tsv, a line a task: index, outputs (bash braces), command (to paste into a shell)
 
     python create_batch_array_sinbad.py --partition gpu --time 02:00:00
     sh ../sinbad_runs/sbatches/batch_master.sh
 
-`sh batch_master.sh` again submits only what is missing or failed; `sh batch_master.sh --local 2`
-runs the tasks without Slurm, 2 at a time.
+`sh batch_master.sh` again submits only what is missing or failed.
 """
 
 import argparse
 
-from sinbad.datasets import DEFAULT_RUNS_DIR, NETWORK_SETTINGS, PAPER_LEVELS, network_levels
+from sinbad.datasets import DEFAULT_RUNS_DIR, NETWORK_SETTINGS, PAPER_LEVELS, PIXEL_LEVEL
 from sinbad.errors import UserError, run_script
 from sinbad.flags import add_level_flag
 from sinbad.slurm import array_parser, run_array
 
-OUT_DIR = DEFAULT_RUNS_DIR / "sbatches"
-SIBLING = "sbatches_224"
-
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
-    parser = array_parser(__doc__, NETWORK_SETTINGS, OUT_DIR, SIBLING)
+    out_dir = DEFAULT_RUNS_DIR / "sbatches"
+    parser = array_parser(__doc__, NETWORK_SETTINGS, out_dir, sibling="sbatches_224")
     add_level_flag(parser, PAPER_LEVELS)
     args = parser.parse_args(argv)
-    if set(args.pyramid_level) != set(network_levels(args.pyramid_level)):
+    if PIXEL_LEVEL in args.pyramid_level:
         raise UserError(
             "pyramid_level must be of the network, got 224; the raw pixels have their own "
             "generator, create_batch_array_sinbad_224.py"
@@ -38,7 +34,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """Write the folder, or submit, run or report its tasks."""
     args = parse_args(argv)
-    return run_array(args, list(network_levels(args.pyramid_level)), __file__)
+    return run_array(args, list(dict.fromkeys(args.pyramid_level)), __file__)
 
 
 if __name__ == "__main__":

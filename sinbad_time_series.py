@@ -13,8 +13,8 @@ What OUT holds already is kept and not computed again; --overwrite does.
 """
 
 import argparse
+import hashlib
 import json
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from sinbad.errors import UserError, run_script, say
 from sinbad.files import to_json, write_whole
 from sinbad.flags import ScriptParser, flatten, integer_from, integer_ranges, progress
 from sinbad.report.tables import csv_text, markdown
-from sinbad.series import FORMATS, DataSet, file_digests, find_files, load_data_set
+from sinbad.series import FORMATS, DataSet, find_files, load_data_set
 from sinbad_utils import (
     Scores,
     cumulative_histogram,
@@ -54,18 +54,7 @@ SERIES_A_BATCH = 64  # bounds the memory of the windows; changes no number
 # Ledoit and Wolf's shrinkage is 0 for two training series, where no covariance can be inverted.
 MIN_SHRINKAGE = 1e-6
 
-
-@dataclass
-class Result:
-    """ROC-AUC of one data set."""
-
-    files: dict[str, str]  # name -> sha256
-    classes: list[str]  # sorted
-    roc_auc: dict[int, list[float]] = field(default_factory=dict)  # seed -> percent of each class
-
-    def of(self, seeds: list[int]) -> Scores:
-        """Return (n_seeds, n_classes), percent."""
-        return np.array([self.roc_auc[seed] for seed in seeds])
+Result = dict[str, Any]  # of a data set in the .json: files, classes, seeds: ROC-AUC of each class
 
 
 # ---------------------------------------------------------------- method
@@ -110,8 +99,6 @@ def score_class(normal_values: Tensor, test_values: Tensor, n_quantiles: int) ->
     normal_values : (n_normal, n_directions, steps)
         Projected training series of one class; ranges, mean and covariance see nothing else.
     test_values : (n_test, n_directions, steps)
-    n_quantiles : int
-        Thresholds a direction.
 
     Returns
     -------
@@ -128,16 +115,7 @@ def score_class(normal_values: Tensor, test_values: Tensor, n_quantiles: int) ->
 def score_seed(
     data: DataSet, seed: int, n_projections: int, n_quantiles: int, device: torch.device
 ) -> list[float]:
-    """Return the ROC-AUC of every class (sorted by name), in percent, for one draw of directions.
-
-    Parameters
-    ----------
-    seed : int
-        Key of the directions.
-    n_projections, n_quantiles : int
-        Directions, thresholds a direction.
-    device : torch.device
-    """
+    """Return the ROC-AUC in percent of every class, sorted by name, for one draw of directions."""
     _, channels, n_steps = data.train.shape
     n_dilations = count_dilations(n_steps)
     n_features = n_dilations * channels * WINDOW
@@ -166,33 +144,30 @@ def read_results(
 
     Parameters
     ----------
-    settings : name -> value
     files : data set of this run -> name of a file -> its sha256
-    overwrite : bool
-        Leave out the data sets of this run, and all where the settings differ.
+    overwrite : leave out the data sets of this run, and all where the settings differ
     """
     path = out / "time_series.json"
+    if not path.exists():
+        return {}
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        found = {name: Result(own["files"], list(own["classes"]),
-                              {int(seed): values for seed, values in own["seeds"].items()})
-                 for name, own in record["datasets"].items()}  # fmt: skip
-        other = [name for name in settings if record["settings"][name] != settings[name]]
-    except FileNotFoundError:
-        return {}
-    except (ValueError, KeyError, TypeError, AttributeError):
+        found, there = record["datasets"], {name: record["settings"][name] for name in settings}
+    except (ValueError, KeyError, TypeError):
+        if overwrite:
+            return {}
         rule = f"{path} must be a file of this version, got another"
-        if not overwrite:
-            raise UserError(f"{rule}; pass --overwrite or another --out") from None
-        return {}
+        raise UserError(f"{rule}; pass --overwrite or another --out") from None
     if overwrite:
-        return {} if other else {name: own for name, own in found.items() if name not in files}
+        kept = found.keys() - files if there == settings else ()
+        return {name: found[name] for name in kept}
     cure = "pass another --out, or --overwrite to lose those"
-    for name in other:
-        rule = f"{name} must be {record['settings'][name]}, that of the results in {path}"
-        raise UserError(f"{rule}, got {settings[name]}; {cure}")
+    for name, value in settings.items():
+        if there[name] != value:
+            rule = f"{name} must be {there[name]}, that of the results in {path}"
+            raise UserError(f"{rule}, got {value}; {cure}")
     for name in files.keys() & found.keys():
-        if found[name].files != files[name]:
+        if found[name]["files"] != files[name]:
             rule = f"files must be those of the results of {name} in {path}"
             raise UserError(f"{rule}, got another {' and '.join(files[name])}; {cure}")
     return found
@@ -201,22 +176,22 @@ def read_results(
 def save_results(out: Path, results: dict[str, Result], settings: dict[str, int]) -> None:
     """Write time_series.csv and time_series.json, each whole or not at all."""
     rows: list[list[object]] = [["dataset", "class", "seed", "roc_auc_percent"]]
-    summary: dict[str, Any] = {}
+    summary: dict[str, Result] = {}
     for name, result in sorted(results.items()):
-        seeds = sorted(result.roc_auc)
-        for seed in seeds:
-            named = zip(result.classes, result.roc_auc[seed], strict=True)
+        seeds = sorted(map(int, result["seeds"]))
+        values = _percents(result, seeds)
+        for seed, of_seed in zip(seeds, values.tolist(), strict=True):
+            named = zip(result["classes"], of_seed, strict=True)
             rows.extend([name, one, seed, value] for one, value in named)
-        values = result.of(seeds)
         means = values.mean(1)
         summary[name] = {
             "published": PUBLISHED.get(name),
             "mean": float(means.mean()),
             "std": float(means.std(ddof=1)) if len(seeds) > 1 else None,
             "mean_of_each_seed": means.tolist(),
-            "classes": dict(zip(result.classes, values.T.tolist(), strict=True)),
-            "seeds": {str(seed): result.roc_auc[seed] for seed in seeds},
-            "files": result.files,
+            "classes": dict(zip(result["classes"], values.T.tolist(), strict=True)),
+            "seeds": result["seeds"],
+            "files": result["files"],
         }
     record = {"settings": settings, "unit": "ROC-AUC, percent", "datasets": summary}
     write_whole(out / "time_series.csv", csv_text(rows))
@@ -227,22 +202,21 @@ def format_table(results: dict[str, Result], seeds: list[int]) -> str:
     """Return the Markdown table: classes and mean of every data set, published numbers beside."""
     rows = [["data set", "class", "ours", "std", "published", "difference"]]
     for data_set, result in results.items():
-        roc_auc = result.of(seeds)
-        for name, values in zip(result.classes, roc_auc.T, strict=True):
-            rows.append([data_set, name, f"{values.mean():.1f}", _std(values), "", ""])
-        means = roc_auc.mean(1)
-        published = PUBLISHED.get(data_set)
-        against = ["-", "-"]
+        values = _percents(result, seeds)
+        means, published = values.mean(1), PUBLISHED.get(data_set)
+        for name, own in [*zip(result["classes"], values.T, strict=True), ("**mean**", means)]:
+            std = f"{own.std(ddof=1):.2f}" if len(seeds) > 1 else "-"
+            rows.append([data_set, name, f"{own.mean():.1f}", std, "", ""])
+        rows[-1][4:] = ["-", "-"]
         if published is not None:
-            against = [f"{published:.1f}", f"{means.mean() - published:+.1f}"]
-        rows.append([data_set, "**mean**", f"{means.mean():.1f}", _std(means), *against])
+            rows[-1][4:] = [f"{published:.1f}", f"{means.mean() - published:+.1f}"]
     counted = f"{len(seeds)} seeds; std over seeds, n - 1" if len(seeds) > 1 else "1 seed"
     return f"{markdown(rows)}\n\nROC-AUC in percent, {counted}."
 
 
-def _std(values: Scores) -> str:
-    """Format the standard deviation over seeds; one seed has none."""
-    return f"{values.std(ddof=1):.2f}" if len(values) > 1 else "-"
+def _percents(result: Result, seeds: list[int]) -> Scores:
+    """Return (n_seeds, n_classes)."""
+    return np.array([result["seeds"][str(seed)] for seed in seeds])
 
 
 # ---------------------------------------------------------------- command line
@@ -277,25 +251,27 @@ def main(argv: list[str] | None = None) -> None:
     seeds = flatten(args.seeds)
     wanted = list(PUBLISHED) if "all" in args.dataset else list(dict.fromkeys(args.dataset))
     paths = {name: find_files(args.dataset_dir, name, args.format) for name in wanted}
-    files = {name: file_digests(paths[name]) for name in wanted}
+    files = {
+        name: {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths[name]}
+        for name in wanted
+    }
     results = read_results(args.out, settings, files, args.overwrite)
     for name in wanted:
-        data = load_data_set(paths[name], KEPT_LENGTHS.get(name), min_steps=WINDOW)
+        data = load_data_set(paths[name], KEPT_LENGTHS.get(name, (0, np.inf)), min_steps=WINDOW)
         classes = np.unique(data.train_labels).tolist()
         say(
             f"{name}: {len(data.train)} training and {len(data.test)} test series of "
             f"{len(classes)} classes, {data.train.shape[1]} channels, {data.train.shape[2]} steps"
         )
-        result = results.setdefault(name, Result(files[name], classes))
-        missing = [seed for seed in seeds if seed not in result.roc_auc]
+        result = results.setdefault(name, {"files": files[name], "classes": classes, "seeds": {}})
+        missing = [seed for seed in seeds if str(seed) not in result["seeds"]]
         if len(missing) < len(seeds):
             say(f"{name}: {len(seeds) - len(missing)} seeds are in {args.out} already")
         for seed in progress(missing, desc=name, unit="seed"):
-            result.roc_auc[seed] = score_seed(
+            result["seeds"][str(seed)] = score_seed(
                 data, seed, args.n_projections, args.n_quantiles, device
             )
             save_results(args.out, results, settings)
-    save_results(args.out, results, settings)  # where nothing was missing, a lost CSV comes back
     print(format_table({name: results[name] for name in wanted}, seeds))
 
 

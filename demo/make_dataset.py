@@ -21,19 +21,6 @@ from sinbad.flags import ScriptParser, integer_from, number_between, progress
 SETTINGS_FILE = "demo_settings.json"
 
 
-def is_finished(out_dir: Path, settings: str) -> bool:
-    """Tell whether the data set is there with these settings; anything else there is an error."""
-    if not out_dir.exists() or not any(out_dir.iterdir()):
-        return False
-    path = out_dir / SETTINGS_FILE
-    if path.exists() and path.read_text("utf-8") == settings:
-        return True
-    raise UserError(
-        f"--out_dir must be a new folder or hold this data set with the same settings, got "
-        f"{out_dir} with others; remove it, or choose another"
-    )
-
-
 def write_data_set(root: Path, settings: argparse.Namespace) -> None:
     """Draw all images and masks of both classes."""
     places = {("train", "good"): settings.n_train, ("validation", "good"): settings.n_valid}
@@ -71,12 +58,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     """Draw the data set unless it is there."""
     args = parse_args(argv)
-    names = ("n_train", "n_valid", "n_test", "seed", "scale")
-    own = {name: getattr(args, name) for name in names}
+    own = {name: value for name, value in vars(args).items() if name not in ("out_dir", "debug")}
     settings = to_json(own | {"drawing_version": DRAWING_VERSION})
-    if is_finished(args.out_dir, settings):
+    path = args.out_dir / SETTINGS_FILE
+    if path.exists() and path.read_text("utf-8") == settings:
         say(f"{args.out_dir} is there already")
         return
+    if args.out_dir.exists() and any(args.out_dir.iterdir()):
+        raise UserError(
+            f"--out_dir must be a new folder or hold this data set with the same settings, got "
+            f"{args.out_dir} with others; remove it, or choose another"
+        )
     with written_whole(args.out_dir) as root:
         write_data_set(root, args)
         (root / SETTINGS_FILE).write_text(settings, "utf-8")

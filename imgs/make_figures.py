@@ -97,22 +97,14 @@ def histograms_figure(scores: DataSetScores, data_dir: Path, weights: str) -> Fi
         scores.image_paths[index]: matrices.images["test"][index][:, :height, :width]
         for index in shown
     }
-    last = slice(len(train_ids), None)
-    return draw_sets(images, side, values[last, chosen].numpy(), thresholds, shares[:, chosen])
+    own_values = values[len(train_ids) :, chosen].numpy()  # (images shown, elements)
+    return _draw_sets(images, side, own_values, thresholds, shares[:, chosen])
 
 
-def draw_sets(images: dict[str, Pixels], side: int, values: Numbers, thresholds: Numbers,
-              shares: Numbers) -> Figure:  # fmt: skip
-    """Draw a row an image: pixels, elements coloured by value, histogram, cumulative shares.
-
-    Parameters
-    ----------
-    images : path below the class folder -> (3, height, width), without padding; good, then logical
-    side : of the crop in pixels
-    values : (n_images, n_elements), projected on one direction
-    thresholds : (n_quantiles,)
-    shares : (n_train + n_images, n_quantiles), shares of the elements below the thresholds
-    """
+def _draw_sets(
+    images: dict[str, Pixels], side: int, values: Numbers, thresholds: Numbers, shares: Numbers
+) -> Figure:
+    """Draw a row an image: pixels, elements coloured by value, histogram, cumulative shares."""
     height, width = next(iter(images.values())).shape[1:]
     widths = np.array([HEIGHT * width / height] * 2 + [HISTOGRAM_WIDTH, SHARES_WIDTH])
     figure = Figure((widths.sum() + 1.5, len(images) * (HEIGHT + 0.8) + 0.7))
@@ -122,8 +114,7 @@ def draw_sets(images: dict[str, Pixels], side: int, values: Numbers, thresholds:
     train, edge = shares[: -len(images)], math.isqrt(values.shape[1])
     rows = figure.subplots(len(images), 4, width_ratios=widths)
     for number, (path, pixels) in enumerate(images.items()):
-        picture, cells, histogram, cumulative = rows[number]
-        kind = ("good", "logical")[number]
+        (picture, cells, histogram, cumulative), kind = rows[number], ("good", "logical")[number]
         colour, marker = LOOKS[kind]
         picture.imshow(pixels.transpose(1, 2, 0))
         at = {"xycoords": "axes fraction", "textcoords": "offset points"}

@@ -28,6 +28,7 @@ PIXEL_MEAN = (0.485, 0.456, 0.406)
 PIXEL_STD = (0.229, 0.224, 0.225)
 RANDOM_WEIGHTS_SEED = 0
 WRAPPERS = ("state_dict", "model", "model_state_dict")  # where trainers put a state dict
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # of weights
 PREFIXES = ("module.", "backbone.", "model.")
 # What timm's models are asked for: (n, channels, side, side), nothing behind the last map wanted.
 MAPS = {"output_fmt": "NCHW", "intermediates_only": True, "stop_early": True}
@@ -145,6 +146,12 @@ def _download(net: str) -> Path:
     return path
 
 
+def _is_finite(value: Tensor) -> bool:
+    """Tell whether all is finite, of a type that holds weights; of sparse ones the layout tells."""
+    whole = value.dtype in FLOATS and value.device.type != "meta"
+    return whole and (value.layout != torch.strided or bool(value.isfinite().all()))
+
+
 def _load_state(model: nn.Module, all_names: set[str], weights: Weights) -> None:
     """Load what is left of a model that had parameters of all names before it was cut."""
     own, given = model.state_dict(), weights.state or {}
@@ -156,9 +163,7 @@ def _load_state(model: nn.Module, all_names: set[str], weights: Weights) -> None
             n for n, v in state.items() if (v.shape, v.layout) != (own[n].shape, own[n].layout)
         ],
         "holds no finite floating point numbers in": [
-            n
-            for n, v in state.items()
-            if own[n].is_floating_point() and not (v.is_floating_point() and v.isfinite().all())
+            n for n, v in state.items() if own[n].is_floating_point() and not _is_finite(v)
         ],
     }
     for verb, names in found.items():

@@ -135,21 +135,18 @@ def expand_mvtypes(names: Iterable[str], kinds_of: Mapping[str, Sequence[str]]) 
 def choose_mvtypes(names: Iterable[str], present: Iterable[str]) -> list[str]:
     """Return the data sets that names stand for; of a class or a group only what is there.
 
+    If nothing is there, all that the names stand for: the caller says what is missing.
+
     Parameters
     ----------
     names : what `--mvtype` takes
     present : data sets there are; their classes belong to `loco`, `struct` and `all`
-
-    Returns
-    -------
-    If nothing is there, all that the names stand for: the caller says what is missing.
     """
     names = list(names)
     found = {n for n in present if n.endswith(tuple(f"_{kind}" for kind in (*KINDS, ALL)))}
-    kinds_of = dict.fromkeys(LOCO_CLASSES, tuple(KINDS))
-    for class_name in sorted({split_mvtype(name)[0] for name in found}):
-        of_loco = found & {f"{class_name}_{kind}" for kind in KINDS}
-        kinds_of[class_name] = tuple(KINDS) if of_loco else (ALL,)
+    kinds_of: dict[str, Sequence[str]] = dict.fromkeys(LOCO_CLASSES, tuple(KINDS))
+    for class_name, kind in sorted(map(split_mvtype, found)):  # all comes first
+        kinds_of[class_name] = (ALL,) if kind == ALL else tuple(KINDS)
     wanted = expand_mvtypes(names, kinds_of)
     chosen = [name for name in wanted if name in found or name in names]
     missing = [name for name in wanted if name not in chosen]

@@ -44,8 +44,7 @@ def run_script(main: Callable[..., Any], argv: list[str] | None = None) -> NoRet
     _prepare_streams()
     try:
         status = main(argv)
-        if sys.stdout is not None:
-            sys.stdout.flush()  # here its errors are still caught
+        sys.stdout.flush()  # here its errors are still caught
     except UserError as error:
         if debug:
             raise
@@ -66,19 +65,18 @@ def run_script(main: Callable[..., Any], argv: list[str] | None = None) -> NoRet
 
 
 def _prepare_streams() -> None:
-    """Let stdout and stderr take names in any script, whatever the locale."""
-    if sys.stderr is None:  # closed by the caller
-        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  lives as the process
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
+    """Let stdout and stderr take names in any script, whatever the locale, nothing if closed."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115  stays open
+        elif hasattr(getattr(sys, name), "reconfigure"):  # not what a notebook puts there
+            getattr(sys, name).reconfigure(encoding="utf-8", errors="backslashreplace")
 
 
 def _give_up_stdout() -> None:
     """If nobody takes what is left to print, let the interpreter end without a second error."""
     try:
-        if sys.stdout is not None:
-            sys.stdout.flush()
+        sys.stdout.flush()
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 

@@ -42,7 +42,8 @@ def written_whole(path: Path, hidden_in: Path | None = None) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
     remove_left_overs(folder)
-    partial = _hidden(folder, path.name)
+    own = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+    partial = folder / f".{path.name}.{own}.partial"
     try:
         yield partial
         for written in [*sorted(partial.rglob("*")), partial]:
@@ -76,11 +77,10 @@ def folder_beside(folder: Path) -> Path:
 
 def remove_left_overs(folder: Path) -> None:
     """Remove what killed processes left in a folder; what a living one writes stays."""
-    with suppress(FileNotFoundError):
-        for path in list(folder.iterdir()):
-            form = PARTIAL.fullmatch(path.name)
-            if form and _is_left_over(path, form["host"], int(form["process"])):
-                _remove(path)
+    for path in list(folder.glob(".*.partial")):
+        form = PARTIAL.fullmatch(path.name)
+        if form and _is_left_over(path, form["host"], int(form["process"])):
+            _remove(path)
 
 
 def _is_left_over(path: Path, host: str, process: int) -> bool:
@@ -97,12 +97,6 @@ def _is_left_over(path: Path, host: str, process: int) -> bool:
     return False
 
 
-def _hidden(folder: Path, name: str) -> Path:
-    """Return a hidden path that no other process has."""
-    own = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
-    return folder / f".{name}.{own}.partial"
-
-
 def _rename(partial: Path, path: Path) -> None:
     """Rename to `path`; a folder that is there is moved aside first."""
     while True:
@@ -112,7 +106,7 @@ def _rename(partial: Path, path: Path) -> None:
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST) or not partial.is_dir():
                 raise
-        aside = _hidden(partial.parent, path.name)
+        aside = partial.with_name(f".old{partial.name}")
         with suppress(FileNotFoundError):  # another process has just moved it
             os.replace(path, aside)
         _remove(aside)

@@ -37,8 +37,8 @@ class _DefaultsShown(argparse.RawDescriptionHelpFormatter):
 
     def _get_help_string(self, action: argparse.Action) -> str:
         text, default = action.help or "", action.default
-        shown = default is not None and default is not False and default is not argparse.SUPPRESS
-        if not shown or "default" in text:
+        hidden = any(default is value for value in (None, False, argparse.SUPPRESS))
+        if hidden or "default" in text:
             return text
         values = default if isinstance(default, list) else [default]
         return f"{text} (default: {' '.join(map(str, values))})".strip()
@@ -69,27 +69,19 @@ class ScriptParser(argparse.ArgumentParser):
         try:
             return shlex.split(arg_line, comments=True)
         except ValueError as error:
-            raise UserError(
-                f"a line of an @FILE must be a flag as in a shell, got {arg_line} ({error}); close "
-                "the quotes"
-            ) from None
+            rule = f"a line of an @FILE must be a flag as in a shell, got {arg_line} ({error})"
+            raise UserError(f"{rule}; close the quotes") from None
 
     def error(self, message: str) -> NoReturn:
         """Raise what argparse would print with its usage."""
         raise UserError(f"{message}; see --help")
 
 
-def flag_group() -> argparse.ArgumentParser:
-    """Return an empty group of flags, to be a parent of parsers."""
-    return argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-
-
 def integer_from(low: int) -> Callable[[str], int]:
     """Make an argparse type: a whole number not below `low`."""
 
     def parse(text: str) -> int:
-        form = re.fullmatch(r"[+]?[0-9]{1,18}", text)
-        if form is None or int(text) < low:
+        if not re.fullmatch(r"[+]?[0-9]{1,18}", text) or int(text) < low:
             raise argparse.ArgumentTypeError(f"must be a whole number from {low}, got {text}")
         return int(text)
 
@@ -136,7 +128,7 @@ def flatten(lists: Iterable[Iterable[int]]) -> list[int]:
 
 def workers_flag() -> argparse.ArgumentParser:
     """Return --num_workers."""
-    group = flag_group()
+    group = argparse.ArgumentParser(add_help=False)
     group.add_argument(
         "--num_workers", type=integer_from(1), default=os.cpu_count() or 1,
         help="threads that read images (default: one a processor)",
@@ -153,7 +145,7 @@ def device_flags() -> argparse.ArgumentParser:
 
 def network_flags() -> argparse.ArgumentParser:
     """Return the flags of the network and its input."""
-    group = flag_group()
+    group = argparse.ArgumentParser(add_help=False)
     add = group.add_argument
     about = "a ResNet or ResNeXt of torchvision, or a model of timm with feature maps"
     add("--net", default="wide_resnet50_2", help=about)
@@ -167,7 +159,7 @@ def network_flags() -> argparse.ArgumentParser:
 
 def scoring_flags() -> argparse.ArgumentParser:
     """Return the flags that say how crops are described and scored."""
-    group = flag_group()
+    group = argparse.ArgumentParser(add_help=False)
     add = group.add_argument
     add("--n_projections", type=integer_from(1), help="directions; default 1000, level 224: 10")
     add("--n_quantiles", type=integer_from(1), default=N_QUANTILES,
@@ -184,7 +176,7 @@ def scoring_flags() -> argparse.ArgumentParser:
 
 def results_flags() -> argparse.ArgumentParser:
     """Return the flags of where scores lie."""
-    group = flag_group()
+    group = argparse.ArgumentParser(add_help=False)
     add = group.add_argument
     add("--results_dir", type=Path, default=DEFAULT_RESULTS_DIR, help="folder of the scores")
     add("--version_name", default=DEFAULT_VERSION, help="start of the folder names")
@@ -193,7 +185,7 @@ def results_flags() -> argparse.ArgumentParser:
 
 def report_flags() -> argparse.ArgumentParser:
     """Return the flags of a report, but --out, whose default differs."""
-    group = flag_group()
+    group = argparse.ArgumentParser(add_help=False)
     add = group.add_argument
     add("--lambda_factor", type=number_between(0, 1e6), default=LAMBDA_FACTOR,
         help="weight of level 224")  # fmt: skip
@@ -240,9 +232,10 @@ class Progress:
             self.bar.update(n)
         elif now - self.last_line >= SECONDS_BETWEEN_LOG_LINES:
             self.last_line = now
-            rate = self.done / max(now - self.started, 1e-9)
-            left = f"{(self.total - self.done) / rate:.0f} s left" if self.done else "just begun"
-            say(f"{self.desc}: {self.done}/{self.total} {self.unit}, {rate:.1f} a second, {left}")
+            rate = self.done / (now - self.started)
+            left = (self.total - self.done) / rate
+            done = f"{self.desc}: {self.done}/{self.total} {self.unit}"
+            say(f"{done}, {rate:.1f} a second, {left:.0f} s left")
 
     def __enter__(self) -> "Progress":
         return self

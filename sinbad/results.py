@@ -48,16 +48,15 @@ def save_scores(path: Path, scores: LevelScores) -> None:
     """
     hidden_in = folder_beside(path.parent)
     theirs = path.with_name(UPSTREAM_LABELS_FILE)
-    if not (theirs.exists() and np.array_equal(read_array(theirs), scores.labels)):
-        if theirs.exists():
-            raise UserError(
-                f"{theirs} must hold the labels of these images, got others; choose another "
-                "--version_name or --results_dir"
-            )
-        labels = _npy_bytes(scores.labels)
-        path_of_ours = path.with_name(LABELS_FILE)
-        if not path_of_ours.exists() or path_of_ours.read_bytes() != labels:
-            write_whole(path_of_ours, labels, hidden_in)
+    if not theirs.exists():
+        labels = io.BytesIO()
+        np.save(labels, scores.labels)
+        write_whole(path.with_name(LABELS_FILE), labels.getvalue(), hidden_in)
+    elif not np.array_equal(_read_labels(theirs), scores.labels):
+        raise UserError(
+            f"{theirs} must hold the labels of these images, got others; choose another "
+            "--version_name or --results_dir"
+        )
     buffer = io.BytesIO()
     np.savez(
         buffer,
@@ -69,18 +68,10 @@ def save_scores(path: Path, scores: LevelScores) -> None:
     write_whole(path, buffer.getvalue(), hidden_in)
 
 
-def _npy_bytes(array: NDArray[Any]) -> bytes:
-    """Return an array as the bytes of a .npy file."""
-    buffer = io.BytesIO()
-    np.save(buffer, array)
-    return buffer.getvalue()
-
-
-def read_array(path: Path) -> NDArray[Any]:
-    """Read a .npy file whole; a damaged one is an error that names it."""
+def _read_labels(path: Path) -> NDArray[np.float64]:
+    """Read a .npy file; a damaged one is an error that names it."""
     try:
-        with open(path, "rb") as file:
-            return np.lib.format.read_array(file, allow_pickle=False)
+        return np.load(path, allow_pickle=False)
     except OSError:
         raise
     except Exception as error:  # a damaged header raises whatever Python's own parser does
@@ -105,25 +96,20 @@ def read_scores(path: Path) -> LevelScores:
             f"{path} must be a whole file of scores, got a damaged one ({error}); delete it and "
             "run sinbad_single_layer.py again"
         ) from error
-    labels_path = _labels_beside(path)
+    places = (path.with_name(name) for name in (LABELS_FILE, UPSTREAM_LABELS_FILE))
+    labels_path = next((place for place in places if place.exists()), None)
     if labels_path is None:
         raise UserError(
             f"{path.parent} must hold {LABELS_FILE} (or {UPSTREAM_LABELS_FILE}), got neither; run "
             "sinbad_single_layer.py with --overwrite"
         )
-    labels = read_array(labels_path)
+    labels = _read_labels(labels_path)
     if labels.shape != test.shape[1:]:
         raise UserError(
             f"{labels_path} must hold {test.shape[1]} labels as {path.name} has test images, got "
             f"{labels.size}; run sinbad_single_layer.py with --overwrite"
         )
     return LevelScores(test, valid, labels, image_paths, run)
-
-
-def _labels_beside(path: Path) -> Path | None:
-    """Return the labels that lie beside a file of scores, None if there are none."""
-    places = (path.with_name(name) for name in (LABELS_FILE, UPSTREAM_LABELS_FILE))
-    return next((place for place in places if place.exists()), None)
 
 
 def _check_scores(path: Path, test: NDArray[Any], valid: NDArray[Any], run: object) -> None:
@@ -149,7 +135,7 @@ def is_finished(path: Path, run: Run) -> bool:
     UserError
         If it is there with other settings; names the first that differs.
     """
-    if not path.exists() or _labels_beside(path) is None:
+    if not path.exists():
         return False
     found, wanted = read_scores(path).run.get("settings"), run["settings"]
     if found is None:
@@ -169,7 +155,7 @@ def is_finished(path: Path, run: Run) -> bool:
 
 def first_difference(found: Run, wanted: Run) -> tuple[str, Any, Any] | None:
     """Return (name, found, wanted) of the first setting that differs, None if all are equal."""
-    for name in [*wanted, *(name for name in found if name not in wanted)]:
+    for name in wanted | found:
         if found.get(name) != wanted.get(name):
             return name, found.get(name), wanted.get(name)
     return None

@@ -3,10 +3,10 @@
 A file that does not follow its format is an error of one line that names the file and the line.
 """
 
-import hashlib
 import io
 import re
 from collections import Counter
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,24 +18,12 @@ from sinbad.errors import UserError
 
 ARCHIVE_PAGE = "https://www.timeseriesclassification.com"
 FORMATS = ("ts", "arff")
-TAG_RULES = {  # of a .ts header: what it must be, in words and as a pattern
-    "@timestamps": ("false", "false"),
-    "@classlabel": ("true and the labels", "true"),
-    "@dimensions": ("a whole number", "[0-9]{1,9}"),
-    "@serieslength": ("a whole number", "[0-9]{1,9}"),
-}
 LARGEST_VALUE = 1e307  # differences of two values stay finite in float64
 LARGEST_SCALED = 2.0**100  # sums of projected values stay finite in float32
 
 Array = NDArray[np.float64]
-
-
-class Declared(NamedTuple):
-    """What a header says of every series; empty or None where it says nothing."""
-
-    labels: tuple[str, ...]
-    n_channels: int | None
-    n_steps: int | None
+# What a header says of every series: labels, number of channels, of steps; empty or None: nothing.
+Declared = tuple[tuple[str, ...], int | None, int | None]
 
 
 class Series(NamedTuple):
@@ -79,19 +67,15 @@ def find_files(dataset_dir: Path, name: str, file_format: str) -> tuple[Path, Pa
         found = ", ".join(sorted(path.name for path in dataset_dir.iterdir() if path.is_dir()))
         rule = f"--dataset must be a folder of {dataset_dir} (found: {found or 'none'})"
         raise UserError(f"{rule}, got {name}; {cure}")
-    for suffix in FORMATS if file_format == "auto" else (file_format,):
+    suffixes = FORMATS if file_format == "auto" else (file_format,)
+    for suffix in suffixes:
         train, test = (folder / f"{name}_{split}.{suffix}" for split in ("TRAIN", "TEST"))
         if train.is_file() and test.is_file():
             return train, test
-    wanted = "ts or .arff" if file_format == "auto" else file_format
     names = sorted(path.name + " (a folder)" * path.is_dir() for path in folder.iterdir())
+    wanted = " or .".join(suffixes)
     rule = f"{folder} must hold {name}_TRAIN.{wanted} and {name}_TEST of the same kind"
     raise UserError(f"{rule}, got {', '.join(names) or 'nothing'}; {cure}")
-
-
-def file_digests(paths: tuple[Path, ...]) -> dict[str, str]:
-    """Return the sha256 of every file by its name."""
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
 
 
 def read_split(path: Path) -> list[Series]:
@@ -105,25 +89,32 @@ def read_split(path: Path) -> list[Series]:
     text = path.read_text(encoding="utf-8-sig", errors="backslashreplace")
     lines = text.removesuffix("\n").split("\n")  # splitlines would split at \f and U+2028 too
     is_arff = path.suffix == ".arff"
-    starts = (line for line, raw in enumerate(lines, 1) if re.match(r"\s*@data\b", raw, re.I))
-    start = next(starts, None)
-    if start is None:
+    start = next((n for n, raw in enumerate(lines, 1) if re.match(r"\s*@data\b", raw, re.I)), 0)
+    if not start:
         got = "no @data" if text.strip() else "an empty file"
         raise _line_error(path, len(lines), "the header must end with @data", got)
-    declared = (_arff_header if is_arff else _ts_header)(path, lines[:start])
+    try:
+        declared = (_arff_header if is_arff else _ts_header)("\n".join(lines[:start]))
+    except Exception as error:  # scipy's are of many kinds, StopIteration among them
+        rule = "the header must be of relational .arff"
+        raise _line_error(path, start, rule, str(error)) from None
+    labels, n_channels, n_steps = declared
     split = []
     for line, raw in enumerate(lines[start:], start + 1):
         if not raw.strip() or raw.lstrip()[0] == ("%" if is_arff else "#"):
             continue
         content, _, label = raw.rpartition("," if is_arff else ":")
         dimensions = content.strip(" \t'\"").split("\\n") if is_arff else content.split(":")
-        one = Series(line, _values(path, line, dimensions, declared), label.strip(" \t\f\v'\""))
-        if declared.labels and one.label not in declared.labels:
-            rule = f"the label must be one of {', '.join(declared.labels)}"
-            raise _line_error(path, line, rule, one.label)
-        filled = np.flatnonzero(~np.isnan(one.values).all(0))  # .arff pads short series with ?
-        split.append(one._replace(values=one.values[:, : filled[-1] + 1 if len(filled) else 0]))
-        declared = declared._replace(n_channels=len(one.values))
+        if n_channels not in (None, len(dimensions)):
+            rule = f"dimensions must be {n_channels}, as the header or the line before has"
+            raise _line_error(path, line, rule, str(len(dimensions)))
+        n_channels = len(dimensions)
+        values = _values(path, line, dimensions, n_steps)
+        label = label.strip(" \t\f\v'\"")
+        if labels and label not in labels:
+            raise _line_error(path, line, f"the label must be one of {', '.join(labels)}", label)
+        filled = np.flatnonzero(~np.isnan(values).all(0))  # .arff pads short series with ?
+        split.append(Series(line, values[:, : max(filled, default=-1) + 1], label))
     if not split:
         raise _line_error(path, len(lines), "@data must be followed by series", "none")
     return split
@@ -135,48 +126,28 @@ def _line_error(path: Path, line: int, rule: str, got: str) -> UserError:
     return UserError(f"{path}, line {line}: {rule}, got {got}; mend the line or unpack again")
 
 
-def _ts_header(path: Path, lines: list[str]) -> Declared:
-    """Read the header of a .ts file; refuse what is not read here."""
-    tags: dict[str, list[str]] = {}
-    for line, raw in enumerate(lines, start=1):
-        tag, *words = re.split(r"[ \t]+", raw.strip())
-        if tag and tag[0] not in "@#":
-            raise _line_error(path, line, "the header must be lines of @ or #", raw)
-        rule, pattern = TAG_RULES.get(tag.lower(), ("", ".*"))
-        value = words[0].lower() if words else "nothing"
-        if not re.fullmatch(pattern, value):
-            raise _line_error(path, line, f"{tag} must be {rule}", value)
-        tags[tag.lower()] = [value, *words[1:]]
-    _, *labels = tags.get("@classlabel", [""])
-    n_channels = ["1"] if tags.get("@univariate") == ["true"] else tags.get("@dimensions")
-    n_steps = tags.get("@serieslength") if tags.get("@equallength") == ["true"] else None
-    return Declared(
-        tuple(labels), int(n_channels[0]) if n_channels else None,
-        int(n_steps[0]) if n_steps else None,
-    )  # fmt: skip
+def _ts_header(header: str) -> Declared:
+    """Read the header of a .ts file; of a tag that is there twice the last line counts."""
+    found = re.findall(r"^\s*(@\w+)[ \t]+(\S.*)", header, re.M)
+    tags = {tag.lower(): words.split() for tag, words in found}
+    flags = {tag for tag, words in tags.items() if words[0].lower() == "true"}
+    numbers = {tag: int(words[0]) for tag, words in tags.items() if words[0].isdecimal()}
+    n_channels = 1 if "@univariate" in flags else numbers.get("@dimensions")
+    n_steps = numbers.get("@serieslength") if "@equallength" in flags else None
+    return tuple(tags.get("@classlabel", [])[1:]), n_channels, n_steps
 
 
-def _arff_header(path: Path, lines: list[str]) -> Declared:
+def _arff_header(header: str) -> Declared:
     """Read the header of a relational .arff file."""
-    header = "\n".join(lines) + "\n"
-    try:
-        _, meta = arff.loadarff(io.StringIO(header))
-    except Exception as error:  # of many kinds, StopIteration among them
-        rule = "the header must be of relational .arff"
-        raise _line_error(path, len(lines), rule, str(error)) from None
+    _, meta = arff.loadarff(io.StringIO(header))
     if meta.types() != ["relational", "nominal"]:
-        rule = "attributes must be one relational and one of labels"
-        raise _line_error(path, len(lines), rule, ", ".join(meta.types()))
-    n_steps = len(re.findall(r"^\s*@attribute\b", header, re.I | re.M)) - 2
-    return Declared(meta[meta.names()[1]][1], None, n_steps)
+        raise ValueError(f"attributes that are {', '.join(meta.types())}")
+    n_attributes = len(re.findall(r"^\s*@attribute\b", header, re.I | re.M))
+    return meta[meta.names()[1]][1], None, n_attributes - 2
 
 
-def _values(path: Path, line: int, dimensions: list[str], declared: Declared) -> Array:
+def _values(path: Path, line: int, dimensions: list[str], n_steps: int | None) -> Array:
     """Read the values of one series: numbers between commas, "?" (or NaN) where one misses."""
-    n_channels = len(dimensions) if declared.n_channels is None else declared.n_channels
-    if len(dimensions) != n_channels:
-        rule = f"dimensions must be {n_channels}, as the header or the line before has"
-        raise _line_error(path, line, rule, str(len(dimensions)))
     rows: list[list[float]] = []
     for text in dimensions:
         rows.append([])
@@ -186,7 +157,7 @@ def _values(path: Path, line: int, dimensions: list[str], declared: Declared) ->
             except ValueError:
                 rule = "values must be numbers or ?"
                 raise _line_error(path, line, rule, field or "nothing") from None
-        n_steps = len(rows[0]) if declared.n_steps is None else declared.n_steps
+        n_steps = len(rows[0]) if n_steps is None else n_steps
         if len(rows[-1]) != n_steps:
             rule = f"dimension {len(rows)} must have {n_steps} values, as the header or the first"
             raise _line_error(path, line, rule, str(len(rows[-1])))
@@ -201,44 +172,41 @@ def _values(path: Path, line: int, dimensions: list[str], declared: Declared) ->
 
 
 def load_data_set(
-    paths: tuple[Path, Path], lengths: tuple[int, int] | None = None, min_steps: int = 1
+    paths: tuple[Path, Path], lengths: tuple[float, float] = (0, np.inf), min_steps: int = 1
 ) -> DataSet:
-    """Read both splits of a data set; centre, scale and pad them to the longest series of both.
+    """Read the training and the test file of a data set; centre, scale, pad to the longest series.
 
     Parameters
     ----------
-    paths : (training file, test file)
-    lengths : (shortest, longest) or None
-        Series outside are left out; steps.
-    min_steps : int
-        The longest series must have so many.
+    lengths : shortest and longest series that are kept, in steps
+    min_steps : what the longest series must have
 
     Raises
     ------
     UserError
         If a file is wrong, or the splits do not fit each other.
     """
-    shortest, longest = lengths or (0, np.inf)
-    splits = []
-    for path in paths:
-        kept = [one for one in read_split(path) if shortest <= one.values.shape[1] <= longest]
-        if not kept:
-            rule = f"{path} must hold series of {shortest} to {longest} steps"
-            raise UserError(f"{rule}, got none; unpack the archive again")
-        splits.append(kept)
+    shortest, longest = lengths
+    splits = [
+        [one for one in read_split(path) if shortest <= one.values.shape[1] <= longest]
+        for path in paths
+    ]
     _check_splits(paths, *splits)
-    n_steps = max(one.values.shape[1] for split in splits for one in split)
+    n_steps = max(one.values.shape[1] for one in chain(*splits))
     if n_steps < min_steps:
         rule = f"series of {paths[0]} and {paths[1].name} must have at least {min_steps} steps"
         raise UserError(f"{rule}, got {n_steps} in the longest; leave out this data set")
     centre, exponent = _fit_units(splits[0])
-    zeros = _scale(np.zeros((len(centre), 1)), centre, exponent)
-    arrays = [np.float32(np.tile(zeros, (len(split), 1, n_steps))) for split in splits]
-    for array, split in zip(arrays, splits, strict=True):
-        for padded, one in zip(array, split, strict=True):
-            padded[:, : one.values.shape[1]] = _scale(np.nan_to_num(one.values), centre, exponent)
+    padded = [np.zeros((len(split), len(centre), n_steps)) for split in splits]
+    for array, one in zip(chain(*padded), chain(*splits), strict=True):
+        array[:, : one.values.shape[1]] = np.nan_to_num(one.values)
+    with np.errstate(over="ignore"):  # what lies far outside is clipped; the rest changes no bit
+        train, test, zeros = (
+            np.ldexp(values - centre, -exponent).clip(-LARGEST_SCALED, LARGEST_SCALED)
+            for values in (*padded, np.zeros_like(centre))
+        )
     labels = (np.array([one.label for one in split]) for split in splits)
-    return DataSet(*arrays, *labels, np.float32(zeros[:, 0]))
+    return DataSet(np.float32(train), np.float32(test), *labels, np.float32(zeros[:, 0]))
 
 
 def _fit_units(train: list[Series]) -> tuple[Array, int]:
@@ -257,13 +225,6 @@ def _median(values: Array) -> float:
     """Return the upper median of the values that are not NaN; 0 where there are none."""
     present = np.sort(values[~np.isnan(values)])
     return float(present[len(present) // 2]) if len(present) else 0.0
-
-
-def _scale(values: Array, centre: Array, exponent: int) -> Array:
-    """Centre, and divide by 2 ** exponent: changes no bit. What lies far outside is clipped."""
-    with np.errstate(over="ignore"):
-        scaled = np.ldexp(values - centre, -exponent)
-    return np.clip(scaled, -LARGEST_SCALED, LARGEST_SCALED)
 
 
 def _check_splits(paths: tuple[Path, Path], train: list[Series], test: list[Series]) -> None:

@@ -178,6 +178,9 @@ NOT_FINITE = "holds no finite floating point numbers in"
         ("bn1.weight", torch.full((64,), torch.nan), NOT_FINITE),
         ("bn1.bias", torch.full((64,), torch.inf), NOT_FINITE),
         ("bn1.bias", torch.ones(64, dtype=torch.int32), NOT_FINITE),
+        ("bn1.bias", torch.ones(64).to(torch.float8_e4m3fn), NOT_FINITE),
+        ("bn1.bias", torch.ones(64, device="meta"), NOT_FINITE),
+        ("bn1.bias", torch.ones(64).to_sparse(), OTHER_SHAPE),
     ],
 )
 def test_weights_that_are_not_of_the_net(name: str, value: Tensor, what: str) -> None:

@@ -297,8 +297,11 @@ def test_what_the_header_declares_is_held_to(tmp_path: Path, lines: str, rule: s
 
 def test_time_stamps_are_refused(tmp_path: Path) -> None:
     folder = write_toy(tmp_path)
-    replace_in(folder / "Toy/Toy_TRAIN.ts", "@timeStamps false", "@timeStamps true")
-    with pytest.raises(UserError, match=r"Toy_TRAIN\.ts, line 3: @timeStamps must be false"):
+    train = folder / "Toy/Toy_TRAIN.ts"
+    n = read_split(train)[0].line
+    replace_in(train, line_of(train, n), "(0," + line_of(train, n).replace(",", "),(1,", 1))
+    message = rf"Toy_TRAIN\.ts, line {n}: values must be numbers or \?, got \(0;"
+    with pytest.raises(UserError, match=message):
         run(folder, tmp_path / "out")
 
 

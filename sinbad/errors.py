@@ -21,6 +21,9 @@ CURES = {
 }
 
 
+MEMORY_ERRORS = ("MemoryError", "OutOfMemoryError")  # the second is torch's, not imported here
+
+
 class UserError(Exception):
     """An error of the user's input: shown as one line, `error: <what> must be <rule>, got ...`."""
 
@@ -58,6 +61,13 @@ def run_script(main: Callable[..., Any], argv: list[str] | None = None) -> NoRet
         where = error.filename if error.filename is not None else "the output"
         cure = CURES.get(error.errno, "check the path")
         sys.exit(_fail(f"{where}: {error.strerror or error}; {cure}"))
+    except (MemoryError, RuntimeError) as error:
+        if debug or type(error).__name__ not in MEMORY_ERRORS:
+            raise
+        sys.exit(_fail(
+            f"memory must suffice, got {error or 'none left'}; ask for fewer --rep, levels or crop "
+            "ratios at once (finished outputs are kept), or pass --device cpu"
+        ))  # fmt: skip
     except KeyboardInterrupt:
         say("interrupted; run the same command again to go on, finished outputs are kept")
         sys.exit(EXIT_INTERRUPTED)

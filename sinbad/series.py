@@ -191,6 +191,10 @@ def load_data_set(
         [one for one in read_split(path) if shortest <= one.values.shape[1] <= longest]
         for path in paths
     ]
+    for path, kept in zip(paths, splits, strict=True):
+        if not kept:
+            rule = f"{path} must hold series of {shortest} to {longest} steps"
+            raise UserError(f"{rule}, got none; unpack the archive again")
     _check_splits(paths, *splits)
     n_steps = max(one.values.shape[1] for one in chain(*splits))
     if n_steps < min_steps:

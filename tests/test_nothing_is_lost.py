@@ -1,5 +1,6 @@
 """Nothing is lost: what is there stays, full and read-only disks, readers that go away."""
 
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -171,3 +172,24 @@ def test_full_disk_while_scores_are_written(
         (place.out / "filler").unlink()
         for name in files_below(place.out):  # what is there is whole
             np.load(place.out / name)
+
+
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory.")])
+def test_no_memory_left_is_one_line(error: Exception, capsys: pytest.CaptureFixture[str]) -> None:
+    def main(argv: list[str] | None) -> None:
+        raise error
+
+    with pytest.raises(SystemExit) as caught:
+        run_script(main, [])
+    assert caught.value.code == 2
+    assert re.fullmatch("error: memory must suffice, got .*; ask for .*\n", capsys.readouterr().err)
+    with pytest.raises(type(error)):
+        run_script(main, ["--debug"])
+
+
+def test_errors_of_ours_show_where_they_come_from() -> None:
+    def main(argv: list[str] | None) -> None:
+        raise RuntimeError("a bug")
+
+    with pytest.raises(RuntimeError):
+        run_script(main, [])

@@ -73,6 +73,8 @@ def test_only_series_of_the_lengths_asked_for_are_kept(tmp_path: Path) -> None:
     data = load(folder, "ts", lengths=(20, 50))
     assert len(data.train) == sum(20 <= n <= 50 for n in lengths)
     assert data.train.shape[2] <= 50
+    with pytest.raises(UserError, match=r"Toy_TRAIN.ts must hold series of 70 to 80 steps, got"):
+        load(folder, "ts", lengths=(70, 80))
 
 
 @pytest.mark.parametrize("suffix", ["ts", "arff"])

@@ -11,7 +11,7 @@ Writes  OUT_DIR/{tasks.tsv,array.sbatch,batch_master.sh}
 
 import argparse
 
-from sinbad.datasets import DEFAULT_RUNS_DIR, NETWORK_SETTINGS, PAPER_LEVELS, PIXEL_LEVEL
+from sinbad.datasets import NETWORK_SETTINGS, PAPER_LEVELS, PIXEL_LEVEL
 from sinbad.errors import UserError, run_script
 from sinbad.flags import add_level_flag
 from sinbad.slurm import array_parser, run_array
@@ -19,8 +19,7 @@ from sinbad.slurm import array_parser, run_array
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
-    out_dir = DEFAULT_RUNS_DIR / "sbatches"
-    parser = array_parser(__doc__, NETWORK_SETTINGS, out_dir, sibling="sbatches_224")
+    parser = array_parser(__doc__, NETWORK_SETTINGS, "sbatches", "sbatches_224")
     add_level_flag(parser, PAPER_LEVELS)
     args = parser.parse_args(argv)
     if PIXEL_LEVEL in args.pyramid_level:

@@ -11,15 +11,14 @@ Writes  OUT_DIR/{tasks.tsv,array.sbatch,batch_master.sh}
 
 import argparse
 
-from sinbad.datasets import DEFAULT_RUNS_DIR, PIXEL_LEVEL, PIXEL_SETTINGS
+from sinbad.datasets import PIXEL_LEVEL, PIXEL_SETTINGS
 from sinbad.errors import run_script
 from sinbad.slurm import array_parser, run_array
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
-    out_dir = DEFAULT_RUNS_DIR / "sbatches_224"
-    return array_parser(__doc__, PIXEL_SETTINGS, out_dir, sibling="sbatches").parse_args(argv)
+    return array_parser(__doc__, PIXEL_SETTINGS, "sbatches_224", "sbatches").parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -29,12 +29,10 @@ Ratios = dict[str, float]  # crop ratios by the files that they write
 Alive = dict[int, tuple[str, str]]  # task -> id of its array's job, reason of one that waits or ""
 
 TASK_PROGRAM = Path(__file__).resolve().parents[1] / "sinbad_single_layer.py"
-ENSEMBLE_PROGRAM = TASK_PROGRAM.with_name("calc_anom_ensm.py")
 OF_THE_TASKS = (flags.network_flags, flags.scoring_flags, flags.results_flags, flags.device_flags)
 OF_SUBMISSION = ("throttle", "max_array_size", "then_ensemble", "ensemble_out", "dataset_dir")
 OF_SBATCH = ("partition", "account", "qos", "gres", "mem", "cpus-per-task", "time", "exclude",
              "constraint", "mail-user")  # fmt: skip
-DEFAULT_MAX_ARRAY_SIZE = 1001  # slurm.conf's own
 SCORES = re.compile(r"(.+_pyramid_lvl_)(\d+)/rep_num_(\d+)/([^/]+)/[^/]+")
 
 ARRAY = """\
@@ -43,8 +41,8 @@ ARRAY = """\
 #SBATCH --open-mode=append
 {options}
 # shellcheck disable=SC1090,SC1091  # the set-up lines may source files of the cluster
-
 sinbad_command=${{2:-$(sed -n "$(($1 + ${{SLURM_ARRAY_TASK_ID:-0}} + 1))p" tasks.tsv | cut -f 3)}}
+[ -n "$sinbad_command" ] || {{ echo "error: there is no such line in $PWD/tasks.tsv" >&2; exit 2; }}
 echo "# $HOSTNAME, $(date): $sinbad_command"
 set --
 {setup}
@@ -64,7 +62,7 @@ exec {program} --submit --out_dir "$here" {flags} "$@"
 """
 
 
-# ---------------------------------------------------------------- numbers and patterns
+# ---------------------------------------------------------------- tasks
 
 
 def shorten_numbers(numbers: Iterable[int]) -> str:
@@ -104,20 +102,17 @@ def expand_pattern(pattern: str) -> list[str]:
     return ["".join(parts) for parts in itertools.product(*choices)]
 
 
-# ---------------------------------------------------------------- flags and tasks
-
-
 def absolute(path: Path | str) -> Path:
     """Make a path absolute; symbolic links stay, other machines may have them elsewhere."""
     return Path(os.path.abspath(os.path.expanduser(path)))
 
 
 def array_parser(
-    description: str | None, settings: datasets.LevelSettings, out_dir: Path, sibling: str
+    description: str | None, paper: datasets.LevelSettings, name: str, sibling: str
 ) -> flags.ScriptParser:
-    """Make the parser of a generator; the paper's `settings` of its levels are the defaults.
+    """Make the parser of a generator; defaults are `paper`, of its levels, and the folder `name`.
 
-    `out_dir` is the default of the folder to write, `sibling` the name of the other generator's.
+    `sibling` is the other generator's folder, whose scores the ensemble takes too.
     """
     parser = flags.ScriptParser(description, [group() for group in OF_THE_TASKS])
     parser.set_defaults(num_workers=None)  # of the tasks' machine, not of this one
@@ -125,24 +120,23 @@ def array_parser(
     add("--data_dir", type=Path, default=datasets.DEFAULT_DATA_DIR, help="folder of the matrices")
     add("--seed", type=above(0), default=0, help="of the random directions")
     add("--mvtype", nargs="+", default=["all"], help="data sets, classes, loco, struct or all")
-    add("--crop_size_ratio", nargs="+", type=flags.ratio_type, default=list(settings.crop_ratios),
+    add("--crop_size_ratio", nargs="+", type=flags.ratio_type, default=list(paper.crop_ratios),
         help="side of a crop, of the image's")  # fmt: skip
-    add("--rep", nargs="+", type=flags.integer_ranges, default=[list(range(settings.n_reps))],
-        help=f"repetitions, as 3 or 0-99 (default: 0 to {settings.n_reps - 1})")  # fmt: skip
-    add("--group", choices=("none", "class"), default="none",
-        help="class: a task is a whole class in one pass, the least GPU time")  # fmt: skip
+    add("--rep", nargs="+", type=flags.integer_ranges, default=[list(range(paper.n_reps))],
+        help=f"repetitions, as 3 or 0-99 (default: 0 to {paper.n_reps - 1})")  # fmt: skip
+    add("--group", choices=("none", "class"), default="none", help="class: a task is a whole class")
     add("--reps_per_task", type=above(1), metavar="N", help="repetitions in a task (default: all)")
+    out_dir = datasets.DEFAULT_RUNS_DIR / name
     add("--out_dir", type=Path, default=out_dir, help="the folder to write")
     add("--status", action="store_true", help="say what is done, running, missing and why")
     add("--submit", action="store_true", help="submit what is missing, as batch_master.sh does")
     add("--local", type=above(1), metavar="N", help="run what is missing here, N at a time")
     add("--then_ensemble", nargs="?", const=Path(sibling), metavar="SIBLING",
-        type=lambda text: absolute(text) if "/" in text else Path(text),
-        help="let calc_anom_ensm.py follow this and the other generator's folder: a path, or a "
-        f"name beside --out_dir (if none is given: {sibling})")  # fmt: skip
+        type=lambda text: absolute(text) if "/" in text else Path(text), help="calc_anom_ensm.py "
+        f"follows this and another folder: a path, or a name beside, else {sibling}")  # fmt: skip
     add("--ensemble_out", type=absolute, metavar="DIR", help="its tables (default: by the scores)")
-    add("--dataset_dir", type=absolute, default=str(datasets.DEFAULT_DATASET_DIR),
-        help="images and masks, for its pictures and tables")  # fmt: skip
+    images = str(datasets.DEFAULT_DATASET_DIR)
+    add("--dataset_dir", type=absolute, default=images, help="its images and masks")
     add("--throttle", type=above(1), metavar="N", help="at most N tasks at a time")
     add("--max_array_size", type=above(1), metavar="N", help="tasks in an array (default: Slurm's)")
     add("--setup", action="append", default=[], metavar="LINE", help="shell line before a task")
@@ -157,8 +151,8 @@ def plan_tasks(args: Namespace, levels: list[int], ratios: Ratios) -> list[Task]
     """Split the work into tasks; their commands run anywhere and hold only what is no default."""
     present = [path.parent.name for path in args.data_dir.glob("*/train_data.npy")]
     mvtypes, reps = datasets.choose_mvtypes(args.mvtype, present), flags.flatten(args.rep)
-    parts: list[list[Any]] = [[[mvtype] for mvtype in mvtypes], [[level] for level in levels]]
-    parts.append([{file: ratio} for file, ratio in ratios.items()])
+    by_file = [{file: ratio} for file, ratio in ratios.items()]
+    parts: list[list[Any]] = [[[own] for own in mvtypes], [[own] for own in levels], by_file]
     if args.group == "class":
         classes: dict[str, list[str]] = {}
         for mvtype in mvtypes:
@@ -177,9 +171,8 @@ def plan_tasks(args: Namespace, levels: list[int], ratios: Ratios) -> list[Task]
     tasks, where = [], (absolute(args.results_dir), args.version_name)
     for own, own_levels, own_ratios, own_reps in itertools.product(*parts):
         words = [sys.executable, TASK_PROGRAM, "--mvtype", *own, "--pyramid_level", *own_levels]
-        words += ["--crop_size_ratio", *own_ratios.values()]
-        words += ["--rep", *shorten_numbers(own_reps).split(","), *common]
-        command = shlex.join(map(str, words))
+        words += ["--crop_size_ratio", *own_ratios.values(), "--rep"]
+        command = shlex.join(map(str, [*words, *shorten_numbers(own_reps).split(","), *common]))
         folder = datasets.scores_folder(*where, *map(brace_pattern, (own_levels, own_reps, own)))
         unfit = re.search("[\t\r\n\ud800-\udfff]", command) or (own[1:] and "," in "".join(own))
         if unfit or re.search("[{}#]", "".join(map(str, (*where, *own)))):
@@ -195,8 +188,7 @@ def check_finished(args: Namespace, tasks: list[Task], level: int, ratios: Ratio
     """Stop if an output is there that was made with other settings: it would count as done."""
     files = [Path(path) for outputs, _ in tasks for path in expand_pattern(outputs)]
     files = [path for path in files if path.exists()]
-    names = [*vars(flags.scoring_flags().parse_args([])), "seed", "net", "precision"]
-    wanted: dict[str, Any] = {name: getattr(args, name) for name in names}
+    wanted = {name: value for name, value in vars(args).items() if not isinstance(value, list)}
     paper = datasets.level_settings(level)
     wanted["n_projections"] = args.n_projections or paper.n_projections
     wanted["shrinkage_factor"] = args.shrinkage_factor or paper.shrinkage
@@ -250,9 +242,8 @@ def generate(args: Namespace, levels: list[int], folder: Path, script: str) -> N
     kept = {name: getattr(args, name) for name in OF_SUBMISSION}
     submission = [f"--{name}={value}" for name, value in kept.items() if value is not None]
     program = shlex.join([sys.executable, str(Path(script).resolve())])
-    array = ARRAY.format(options="\n".join(lines), setup="\n".join(args.setup))
-    write_whole(folder / "array.sbatch", array)
-    master = folder / "batch_master.sh"
+    array, master = folder / "array.sbatch", folder / "batch_master.sh"
+    write_whole(array, ARRAY.format(options="\n".join(lines), setup="\n".join(args.setup)))
     write_whole(master, BATCH_MASTER.format(program=program, flags=shlex.join(submission)))
     write_whole(folder / "tasks.tsv", format_tasks(tasks))
     say(f"{len(tasks)} tasks; submit them: sh {shlex.quote(str(master))}")
@@ -267,7 +258,7 @@ def read_tasks(folder: Path) -> list[Task]:
     """Read tasks.tsv; it must be there, and a generator's."""
     path = folder / "tasks.tsv"
     text = path.read_bytes().decode("utf-8", "replace") if path.is_file() else ""
-    tasks = re.findall(r"^\d+\t(.*)\t(.*)$", text, re.MULTILINE)
+    tasks = re.findall(r"^\d+\t(.*)\t(.*)$", text, re.M)
     if not tasks or format_tasks(tasks) != text:
         raise UserError(
             f"{path} must hold whole lines of index, outputs and command, got none or others; write"
@@ -280,7 +271,6 @@ def run_array(args: Namespace, levels: list[int], script: str) -> int:
     """Do what the flags of `array_parser` ask for; return the exit status.
 
     `levels` are all of the network or only the raw pixels', `script` is the generator's file.
-
     UserErrors are of flags, a damaged tasks.tsv, results of other settings, and Slurm.
     """
     folder = absolute(args.out_dir)
@@ -288,11 +278,12 @@ def run_array(args: Namespace, levels: list[int], script: str) -> int:
         generate(args, levels, folder, script)
         return 0
     tasks = read_tasks(folder)
-    alive, missing = look(folder, tasks, needed=not (args.status or args.local))
+    needed = not (args.status or args.local)
+    alive, missing = look(folder, tasks, needed)
     if args.status:
         print_status(folder, tasks, alive, missing)
         if args.then_ensemble:
-            print(f"ensemble  {plan_ensemble(folder, args, needed=False)[0] or 'missing'}")
+            print(f"ensemble  {plan_ensemble(folder, args, needed)[0] or 'missing'}")
         return int(bool(missing))
     (folder / "logs").mkdir(exist_ok=True)
     n_waiting = sum(bool(reason) for _, reason in alive.values())
@@ -337,9 +328,9 @@ def why_failed(folder: Path, tasks: list[Task], missing: list[int]) -> list[str]
     """Return lines that say which tasks failed, with the last line of their newest logs."""
     newest: dict[str, tuple[str, Path]] = {}  # by command
     for log in sorted((folder / "logs").glob("*.log"), key=os.path.getmtime):
-        lines = [line for line in log.read_text("utf-8", "replace").splitlines() if line.strip()]
-        words = lines[-1] if len(lines) > 1 else "ended without a word"
-        newest["".join(lines[:1]).partition(": ")[2]] = words, log
+        lines = log.read_text("utf-8", "replace").splitlines()
+        first, *others = list(filter(str.strip, lines)) or [""]  # "# <host>, <date>: <command>"
+        newest[first.partition(": ")[2]] = others[-1] if others else "ended without a word", log
     found = {task: newest[tasks[task][1]] for task in missing if tasks[task][1] in newest}
     said = []
     for words in dict.fromkeys(words for words, _ in found.values()):
@@ -376,22 +367,19 @@ def job_name(*folders: Path) -> str:
 
 
 def find_alive(name: str, needed: bool) -> Alive:
-    """Ask squeue for the tasks of the jobs `name`+<offset>; {} if Slurm fails and is not `needed`.
-
-    Not with --array: it leaves out the last index of a waiting array like 0-20:4.
-    """
+    """Ask squeue for the tasks of the jobs `name`+<offset>; if not `needed`, it may fail."""
+    # Not with --array: it leaves out the last index of a waiting array like 0-20:4.
+    words = ["squeue", "--noheader", f"--user={os.getuid()}", "--format=%F|%K|%T|%j|%r"]
     alive: Alive = {}
     try:
-        listing = ask_slurm(
-            ["squeue", "--noheader", f"--user={os.getuid()}", "--format=%F|%K|%T|%j|%r"]
-        )
+        listing = ask_slurm(words)
     except UserError as error:
         if needed:
             raise
         say(f"note: {error}")
         return alive
     form = rf"^(\d+)\|(.*)\|(\w+)\|{name}(?:\+(\d+))?\|(.*)$"
-    for job, indices, state, offset, reason in re.findall(form, listing, re.MULTILINE):
+    for job, indices, state, offset, reason in re.findall(form, listing, re.M):
         for index in expand_numbers(indices):
             alive[int(offset or 0) + index] = job, reason if state == "PENDING" else ""
     return alive
@@ -400,7 +388,7 @@ def find_alive(name: str, needed: bool) -> Alive:
 def sbatch(folder: Path, words: list[str]) -> str:
     """Submit; print and return the job's id, whatever else sbatch prints."""
     answer = ask_slurm(["sbatch", "--parsable", *words], folder)
-    ids = re.findall(r"^(\d+)(?:;.*)?$", answer, re.MULTILINE)
+    ids = re.findall(r"^(\d+)(?:;.*)?$", answer, re.M)
     if not ids:
         raise UserError(
             f"sbatch --parsable must print a job's id, got {answer!r}; look at squeue --me, what "
@@ -410,36 +398,31 @@ def sbatch(folder: Path, words: list[str]) -> str:
     return ids[-1]
 
 
-def follow(jobs: Iterable[str]) -> list[str]:
-    """Return sbatch's words to wait for the end of other jobs."""
-    return [f"--dependency=afterany:{':'.join(jobs)}"] if jobs else []
-
-
 def submit(folder: Path, args: Namespace, alive: Alive, missing: list[int]) -> None:
     """Submit what is missing, then the ensemble if it was asked for."""
-    size = args.max_array_size or DEFAULT_MAX_ARRAY_SIZE
+    size = args.max_array_size or 1001  # slurm.conf's own
     if missing and not args.max_array_size:
         config = ask_slurm(["scontrol", "show", "config"])
-        form = re.search(r"^MaxArraySize\s*=\s*(\d+)", config, re.MULTILINE)
+        form = re.search(r"^MaxArraySize\s*=\s*(\d+)", config, re.M)
         size = int(form[1]) if form else size  # 0: no arrays there, each task is a job
     # With a throttle an array follows those before it, so that the limit holds for all of them.
     limit = f"%{args.throttle}" if args.throttle else ""
-    before = {job for job, _ in alive.values()}
+    before = list(dict.fromkeys(job for job, _ in alive.values()))
     for first, part in itertools.groupby(missing, lambda task: task - task % max(size, 1)):
         array = f"--array={shorten_numbers(task - first for task in part)}{limit}"
         words = [f"--job-name={job_name(folder)}+{first}"]
-        words += follow(before) if limit else []
+        words += [f"--dependency=afterany:{':'.join(before)}"] if limit and before else []
         words.append(f"--output=logs/%A_{first}{'+%a' if size else ''}.log")
         words += [array] if size else []
         job = sbatch(folder, [*words, "array.sbatch", str(first)])
-        before = {job}
+        before = [job]
         say(f"submitted {array} as job {job}, of the tasks from {first}")
     if args.then_ensemble:
         state, earlier, words = plan_ensemble(folder, args, needed=True)
         if missing and earlier:  # it waits for less
             ask_slurm(["scancel", *earlier])
             state = ""
-        say(f"ensemble {state or f'submitted as job {sbatch(folder, words)}'}")
+        say(f"ensemble {state or 'submitted as job ' + sbatch(folder, words)}")
 
 
 def plan_ensemble(folder: Path, args: Namespace, needed: bool) -> tuple[str, list[str], list[str]]:
@@ -457,23 +440,24 @@ def plan_ensemble(folder: Path, args: Namespace, needed: bool) -> tuple[str, lis
             command = f"sh {shlex.quote(f'{one}/batch_master.sh')}"
             return f"waits for {len(missing)} missing tasks of {one}; next: {command}", [], []
         after += dict.fromkeys(job for job, _ in alive.values())
-        own = [path for outputs, _ in tasks for path in expand_pattern(outputs)]
-        columns = zip(*(SCORES.fullmatch(path).groups() for path in own), strict=True)
+        paths = [path for outputs, _ in tasks for path in expand_pattern(outputs)]
+        columns = zip(*(SCORES.fullmatch(path).groups() for path in paths), strict=True)
         parts.append([list(dict.fromkeys(column)) for column in columns])
-        scores += own
+        scores += paths
     parts.sort(key=lambda part: part[1] == [str(datasets.PIXEL_LEVEL)])
     (version, levels, reps, mvtypes), (version_224, _, reps_224, _) = parts
     out = args.ensemble_out or Path(version[0]).parent / "ensemble"
     tables = [path.stat().st_mtime for path in out.glob("scores*.csv")]
     if not after and tables and max(tables) >= max(map(os.path.getmtime, scores)):
         return "done: its tables are newer than all scores", [], []
-    command = [sys.executable, ENSEMBLE_PROGRAM, "--mvtype", *mvtypes, "--pyramid_level", *levels]
-    command += ["--rep", *reps, f"--out={out}", f"--version={version[0]}#"]
-    command += [f"--version_224={version_224[0]}#", f"--rep_num_224={len(reps_224)}"]
-    command.append(f"--dataset_dir={absolute(args.dataset_dir)}")
+    command = [sys.executable, TASK_PROGRAM.with_name("calc_anom_ensm.py"), "--mvtype", *mvtypes]
+    command += ["--pyramid_level", *levels, "--rep", *reps, f"--out={out}"]
+    command += [f"--version={version[0]}#", f"--version_224={version_224[0]}#"]
+    command += [f"--rep_num_224={len(reps_224)}", f"--dataset_dir={absolute(args.dataset_dir)}"]
     name = f"{job_name(*both)}_ensemble"
     earlier = [job for job, _ in find_alive(name, needed).values()]
-    words = [f"--job-name={name}", "--output=logs/ensemble_%j.log", *follow(after)]
+    words = [f"--job-name={name}", "--output=logs/ensemble_%j.log"]
+    words += [f"--dependency=afterany:{':'.join(after)}"] if after else []
     words += ["array.sbatch", "0", shlex.join(map(str, command))]
     return f"submitted as job {', '.join(earlier)}" if earlier else "", earlier, words
 

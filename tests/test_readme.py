@@ -17,7 +17,7 @@ from uea_toy import write_toy
 from sinbad_time_series import PUBLISHED
 
 ROOT = Path(__file__).parents[1]
-NET = ["--net", "resnet18", "--weights", "random", "--initial_res", "64", "--n_projections", "5"]
+NET = ["--net", "test_resnet", "--weights", "random", "--initial_res", "64", "--n_projections", "5"]
 SMALL = {  # what is added to the commands, so that they run on small drawings
     "data_to_matrices.py": ["--im_size", "64"],
     "sinbad_single_layer.py": [*NET, "--device", "cpu"],
@@ -141,3 +141,28 @@ def test_the_table_of_time_series_is_that_measured() -> None:
         assert len(own) == 10
         ours = rf"{statistics.mean(own):.1f} \+- {statistics.stdev(own):.1f}"
         assert re.search(rf"^\| {name} +\| +{published} \| +{ours} \|$", text, re.MULTILINE)
+
+
+def test_figures_of_images_are_those_measured() -> None:
+    values = defaultdict(list)
+    for row in measured("images"):
+        values[row["network"], row["way"], row["what"]].append(float(row["ROC-AUC, %"]))
+    ours = {
+        key: f"{statistics.mean(v):.1f} +- {statistics.stdev(v):.1f}" for key, v in values.items()
+    }
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    columns = [("ours", "network levels"), ("ours", "level 224"), ("ours", "ensemble")]
+    columns.append(("official", "ensemble"))
+    for net in ("resnet18", "tf_efficientnet_lite0"):
+        row = next(line for line in text.splitlines() if line.startswith(f"| {net}, level"))
+        one_level = {"network levels": "level 14"} if net == "resnet18" else {}
+        wanted = [ours[net, way, one_level.get(what, what)] for way, what in columns]
+        assert [cell.strip() for cell in row.split("|")[2:-1]] == wanted
+    text = (ROOT / "docs/differences.md").read_text(encoding="utf-8")
+    rows = {"level 14, 16 crops": "level 14, 16 crops", "level 14, all grids": "level 14"}
+    rows |= {"level 14, 1 crop": "level 14, 1 crops", "ensemble": "ensemble"}
+    ways = ("ours", "official", "crop_norm crop", "crop_pool max", "both")
+    for name, what in rows.items():
+        row = next(line for line in text.splitlines() if line.startswith(f"| {name} |"))
+        wanted = [ours["resnet18", way, what] for way in ways]
+        assert [cell.strip() for cell in row.split("|")[2:-1]] == wanted

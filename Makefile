@@ -30,7 +30,7 @@ demo: .venv/installed-demo
 	@PYTHON="$(PY)" sh demo/run.sh
 
 test: .venv/installed-dev
-	$(PY) -m pytest
+	$(PY) -m pytest -n 2 --dist loadfile
 
 lint: .venv/installed-dev
 	$(PY) -m ruff check .

@@ -29,7 +29,8 @@ def written_whole(path: Path, hidden_in: Path | None = None) -> Iterator[Path]:
     Parameters
     ----------
     path : Path
-        Its folder is made if missing; what is there already is replaced.
+        Its folder is made if missing; what is there already is replaced. A folder that was not
+        there at the beginning is another process': that one stays, so its readers never miss it.
     hidden_in : Path, optional
         Folder on the same file system that no reader lists; by default that of `path`.
 
@@ -42,13 +43,14 @@ def written_whole(path: Path, hidden_in: Path | None = None) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
     remove_left_overs(folder)
+    was_there = path.exists()
     own = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
     partial = folder / f".{path.name}.{own}.partial"
     try:
         yield partial
         for written in [*sorted(partial.rglob("*")), partial]:
             _flush(written)
-        _rename(partial, path)
+        _rename(partial, path, was_there)
         _flush(path.parent)
     except OSError as error:
         if error.filename is None or error.filename == str(partial):
@@ -97,8 +99,8 @@ def _is_left_over(path: Path, host: str, process: int) -> bool:
     return False
 
 
-def _rename(partial: Path, path: Path) -> None:
-    """Rename to `path`; a folder that is there is moved aside first."""
+def _rename(partial: Path, path: Path, replace: bool) -> None:
+    """Rename to `path`; a folder that is there is moved aside first, or kept if not `replace`."""
     while True:
         try:
             os.replace(partial, path)
@@ -106,6 +108,8 @@ def _rename(partial: Path, path: Path) -> None:
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST) or not partial.is_dir():
                 raise
+        if not replace:
+            return
         aside = partial.with_name(f".old{partial.name}")
         with suppress(FileNotFoundError):  # another process has just moved it
             os.replace(path, aside)

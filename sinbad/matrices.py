@@ -171,8 +171,8 @@ def make_data_set(plan: Plan, out_dir: Path, n_workers: int, link: bool) -> None
         np.save(made / LABELS_FILE, plan.labels)
         record = {**plan.paths, "files": stamps, "settings": plan.settings}
         (made / PATHS_FILE).write_text(to_json(record), encoding="utf-8")
-        if is_new:
-            is_current(target, plan)  # another process may have been faster: with the same settings
+    if is_new:
+        is_current(target, plan)  # another process may have been faster: with the same settings
 
 
 def find_twin(plan: Plan, stamps: dict[str, list[Stamp]], out_dir: Path) -> Path | None:

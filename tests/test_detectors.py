@@ -4,12 +4,14 @@ import csv
 import doctest
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 
@@ -22,7 +24,7 @@ from sinbad.errors import UserError, run_script
 from sinbad_utils import fit_whitening, nearest_distances
 
 ROOT = Path(__file__).parents[1]
-SMALL = {"net": "resnet18", "weights": "random", "initial_res": 64, "n_projections": 20,
+SMALL = {"net": "test_resnet", "weights": "random", "initial_res": 64, "n_projections": 20,
          "batch_size": 4, "pyramid_level": (14, 28, 224), "rep_num_224": 3,
          "crop_size_ratio": (0.7, 0.99)}  # fmt: skip
 
@@ -66,7 +68,7 @@ def test_scores_are_those_of_the_step_by_step_ensemble_to_the_byte(
                            "--im_size", "64", "--mvtype", "pushpins_loco"])  # fmt: skip
     common = ["--mvtype", "pushpins_loco", "--data_dir", str(tmp_path / "m")]
     common += ["--results_dir", str(tmp_path / "r"), "--device", "cpu", "--initial_res", "64"]
-    common += ["--n_projections", "20", "--batch_size", "4", "--net", "resnet18"]
+    common += ["--n_projections", "20", "--batch_size", "4", "--net", "test_resnet"]
     common += ["--weights", "random"]
     grids = ["--crop_size_ratio", ".7", ".99"]
     sinbad_single_layer.main([*common, "--pyramid_level", "14", "28", *grids])
@@ -239,9 +241,7 @@ def test_wrong_input_is_one_line(
         np.savez(path, **{**arrays, "about": np.array(json.dumps(about))})
     elif case == "weights":
         torch.manual_seed(1)
-        from torchvision.models import resnet18
-
-        torch.save(resnet18(weights=None).state_dict(), tmp_path / "w.pth")
+        torch.save(timm.create_model("test_resnet").state_dict(), tmp_path / "w.pth")
         flags += ["--weights", str(tmp_path / "w.pth")]
     elif case == "missing":
         path.unlink()
@@ -255,8 +255,6 @@ def test_wrong_input_is_one_line(
         run_script(sinbad_detector.main, argv)
     error = capsys.readouterr().err
     assert caught.value.code == 2
-    import re
-
     assert re.search(message, error)
     assert len(error.splitlines()) == 1
 

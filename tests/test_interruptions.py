@@ -320,3 +320,15 @@ def test_memory_for_no_crop_at_all_is_an_error() -> None:
     extractor = FeatureExtractor(SmallMemory(0), torch.device("cpu"))
     with pytest.raises(UserError, match="must have memory for one crop"):
         extractor.extract(torch.zeros(3, 3, 224, 224, dtype=torch.uint8))
+
+
+def test_a_folder_that_another_process_has_made_meanwhile_stays(tmp_path: Path) -> None:
+    with written_whole(tmp_path / "folder") as made:
+        made.mkdir()
+        (made / "ours").write_text("late")
+        with written_whole(tmp_path / "folder") as theirs:
+            theirs.mkdir()
+            (theirs / "theirs").write_text("early")
+        before = (tmp_path / "folder").stat().st_ino
+    assert files_below(tmp_path) == {"folder/theirs": b"early"}
+    assert (tmp_path / "folder").stat().st_ino == before

@@ -362,7 +362,7 @@ def test_every_layout_to_the_table(
     images = draw(tmp_path / "images")
     matrices, results, out = (tmp_path / name for name in ("matrices", "results", "out"))
     places = ["--data_dir", str(matrices), "--results_dir", str(results), "--device", "cpu"]
-    net = ["--net", "resnet18", "--weights", "random", "--initial_res", str(IM_SIZE)]
+    net = ["--net", "test_resnet", "--weights", "random", "--initial_res", str(IM_SIZE)]
     of_images = ["--dataset_dir", str(images)]
     data_to_matrices.main([*of_images, "--out_dir", str(matrices), "--im_size", str(IM_SIZE)])
     run = [*places, *net, "--mvtype", class_name]

@@ -16,12 +16,14 @@ taken for it, the same for all seeds: those of data_to_matrices.py with its defa
 
 import argparse
 import multiprocessing
+import os
 from collections import defaultdict
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
 from itertools import cycle
 from pathlib import Path
+from threading import Thread
 
 import torch
 
@@ -93,6 +95,12 @@ def paper_tasks(
     ]
 
 
+def end_with_parent() -> None:
+    """Let a worker end with the process that it works for, however that one ends."""
+    parent = multiprocessing.parent_process()
+    Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+
 def score_on_devices(plan: ScorePlan, devices: list[torch.device]) -> None:
     """Score a plan's tasks; several devices take turns by class, each in its own process."""
     if len(devices) == 1:
@@ -104,7 +112,7 @@ def score_on_devices(plan: ScorePlan, devices: list[torch.device]) -> None:
     context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
     with ExitStack() as stack:
         workers = [
-            (device, stack.enter_context(ProcessPoolExecutor(1, mp_context=context)))
+            (device, stack.enter_context(ProcessPoolExecutor(1, context, end_with_parent)))
             for device in devices
         ]
         runs = [

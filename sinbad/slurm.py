@@ -5,6 +5,7 @@ name and its index, else missing. Two submissions at once, or a kill between sba
 line, cost at most work done twice. Standard library only: it runs on login nodes.
 """
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -14,6 +15,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
 import zipfile
 from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 from collections.abc import Iterable, Sequence
@@ -473,8 +475,7 @@ def run_locally(folder: Path, args: Namespace, tasks: list[Task], missing: list[
         say(f"task {line}")
     if failed:
         say(f"tasks {shorten_numbers(failed)} failed; the same command runs them again")
-        return 1
-    if args.then_ensemble:
+    elif args.then_ensemble:
         state, _, words = plan_ensemble(folder, args, needed=False)
         if not state:
             script = 'exec bash array.sbatch 0 "$0" >logs/ensemble_local.log 2>&1'
@@ -486,13 +487,16 @@ def run_locally(folder: Path, args: Namespace, tasks: list[Task], missing: list[
 
 def run_here(folder: Path, words: list[str], text: str = "") -> int:
     """Run a command in a process group of its own, which ends with us; return its exit status."""
-    own = {**os.environ, "SLURM_ARRAY_TASK_ID": "0"}
-    process = subprocess.Popen(words, cwd=folder, env=own, stdin=subprocess.PIPE, text=True,
-                               start_new_session=True)  # fmt: skip
+    os.environ["SLURM_ARRAY_TASK_ID"] = "0"
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(words, cwd=folder, stdin=pipe, text=True, start_new_session=True)
     try:
         process.communicate(text)
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGTERM)
-            process.wait()
+    except KeyboardInterrupt:
+        with contextlib.suppress(ProcessLookupError):
+            while True:  # until none of the group is left, xargs' children included
+                os.killpg(process.pid, signal.SIGTERM)
+                process.poll()
+                time.sleep(0.05)
+        raise
     return process.returncode

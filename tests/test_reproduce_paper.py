@@ -2,7 +2,11 @@
 
 import csv
 import json
+import os
 import shutil
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -131,9 +135,7 @@ def test_the_tasks_are_the_papers() -> None:
         flags = reproduce_paper.parse_args(["--pyramid_level", "7", "14", "224"])
         plan = ScorePlan.of(flags, tasks, Path())
         described = {level: plan.descriptor(level) for level in (7, 14, 224)}
-    resnet = [
-        (t.level, t.ratio, t.rep) for t in tasks if t.level != 224 and t.version == "ver1"
-    ]
+    resnet = [(t.level, t.ratio, t.rep) for t in tasks if t.level != 224 and t.version == "ver1"]
     ratios = (0.25, 0.5, 0.7, 0.99)
     assert resnet == [(level, ratio, 0) for level in (7, 14) for ratio in ratios]
     pixels = [(t.ratio, t.rep) for t in tasks if t.level == 224 and t.version == "ver1_seed3"]
@@ -329,3 +331,27 @@ def test_bad_extra_scores(
     with pytest.raises(UserError, match=line):
         reproduce(dataset_dir, tmp_path, "--extra_scores", str(path))
     assert not list((tmp_path / "out").glob("*"))
+
+
+def test_workers_end_with_a_killed_parent(tmp_path: Path) -> None:
+    (tmp_path / "parent.py").write_text(
+        "import multiprocessing, os, time\n"
+        "from concurrent.futures import ProcessPoolExecutor\n"
+        "from reproduce_paper import end_with_parent\n"
+        "if __name__ == '__main__':\n"
+        "    context = multiprocessing.get_context('spawn')\n"
+        "    with ProcessPoolExecutor(1, context, end_with_parent) as pool:\n"
+        "        print(pool.submit(os.getpid).result(), flush=True)\n"
+        "        pool.submit(time.sleep, 600).result()\n"
+    )
+    own = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    command = [sys.executable, str(tmp_path / "parent.py")]
+    with subprocess.Popen(command, env=own, stdout=subprocess.PIPE, text=True) as parent:
+        worker = int(parent.stdout.readline())
+        os.kill(worker, 0)  # it lives
+        parent.kill()
+    end = time.monotonic() + 10
+    with pytest.raises(ProcessLookupError):
+        while time.monotonic() < end:
+            os.kill(worker, 0)
+            time.sleep(0.05)

@@ -403,7 +403,10 @@ def test_local_runs_resume_and_say_why_a_task_failed(
 def test_local_tasks_end_with_an_interrupt(tmp_path: Path, end: signal.Signals) -> None:
     folder = stub_batch(tmp_path, 3, 30)
     command = ["sh", "batch_master.sh", "--local", "2"]
-    run = subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE, text=True)
+    run = subprocess.Popen(
+        command, cwd=folder, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(end, signal.SIG_DFL),  # a background job ignores SIGINT
+    )  # fmt: skip
     wait_until(lambda: all(process_of(i, folder) for i in (0, 1)), 20, "two local tasks")
     run.send_signal(end)
     assert "interrupted; run the same command again" in run.communicate()[1]

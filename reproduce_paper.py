@@ -51,8 +51,8 @@ from sinbad.flags import (
     workers_flag,
 )
 from sinbad.folders import add_valid_share_flag, choose_data_sets
+from sinbad.plan import ScorePlan, ScoreTask
 from sinbad.report import report_options, write_report
-from sinbad.scoring import ScorePlan, ScoreTask
 from sinbad_single_layer import score_and_save
 
 

@@ -15,9 +15,15 @@ import json
 from dataclasses import fields
 from pathlib import Path
 
-from sinbad.datasets import LAMBDA_FACTOR, NETWORK_SETTINGS, PAPER_LEVELS, PIXEL_LEVEL
-from sinbad.datasets import PIXEL_SETTINGS as PIXELS
-from sinbad.errors import run_script, say
+from sinbad.datasets import (
+    LAMBDA_FACTOR,
+    NETWORK_SETTINGS,
+    PAPER_LEVELS,
+    PIXEL_LEVEL,
+    PIXEL_SETTINGS,
+)
+from sinbad.detectors import Detector, DetectorOptions
+from sinbad.errors import UserError, run_script, say
 from sinbad.files import write_whole
 from sinbad.flags import (
     ScriptParser,
@@ -29,6 +35,9 @@ from sinbad.flags import (
     ratio_type,
     scoring_flags,
 )
+from sinbad.folders import list_images
+from sinbad.report.figures import heatmap
+from sinbad.report.tables import csv_text
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -45,7 +54,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add_level_flag(fit, [*PAPER_LEVELS, PIXEL_LEVEL])
     add("--crop_size_ratio", type=ratio_type, nargs="+", default=NETWORK_SETTINGS.crop_ratios,
         help="side of a crop, of the image's; of the network's levels")  # fmt: skip
-    add("--rep_num_224", type=integer_from(1), default=PIXELS.n_reps, help="raw-pixel repetitions")
+    add("--rep_num_224", type=integer_from(1), default=PIXEL_SETTINGS.n_reps,
+        help="raw-pixel repetitions")  # fmt: skip
     add("--lambda_factor", type=number_between(0, 1e6), default=LAMBDA_FACTOR,
         help="weight of level 224")  # fmt: skip
     add("--seed", type=integer_from(0), default=0, help="of the random directions and folds")
@@ -65,8 +75,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def list_pictures(path: Path) -> list[Path]:
     """Return the pictures of a folder, or the file itself."""
-    from sinbad.folders import list_images
-
     if not path.is_dir():
         return [path]
     return [path / Path(name).name for name in list_images(path, ".")]
@@ -74,8 +82,11 @@ def list_pictures(path: Path) -> list[Path]:
 
 def fit(args: argparse.Namespace) -> None:
     """Fit and save."""
-    from sinbad.detectors import Detector, DetectorOptions
-
+    if args.official:
+        raise UserError(
+            "--official must be off for a detector, got it: its ranges are those of a whole test "
+            "split; leave it out"
+        )
     names = {one.name for one in fields(DetectorOptions)} & set(vars(args))
     values = {name: getattr(args, name) for name in names}
     values |= {name: tuple(dict.fromkeys(values[name]))
@@ -92,9 +103,6 @@ def fit(args: argparse.Namespace) -> None:
 
 def score(args: argparse.Namespace) -> int:
     """Load, score, write; return 1 if a picture could not be scored."""
-    from sinbad.detectors import Detector
-    from sinbad.report.tables import csv_text
-
     pictures = [picture for path in args.pictures for picture in list_pictures(path)]
     detector = Detector.load(args.detector, args.weights, args.device)
     verdicts = []
@@ -103,8 +111,6 @@ def score(args: argparse.Namespace) -> int:
         if verdict.error:
             say(f"error: {verdict.error}")
         elif args.heatmaps is not None:
-            from sinbad.report.figures import heatmap
-
             name = f"{len(verdicts):04d}_{Path(verdict.path).name}.png"
             about = f"score {verdict.score:.2f}, anomalous above "
             about += f"{detector.threshold(args.false_alarms):.2f}; p = {verdict.p_value:.3f}"

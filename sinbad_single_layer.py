@@ -42,8 +42,9 @@ from sinbad.flags import (
     scoring_flags,
 )
 from sinbad.matrices import MatrixSet, load_matrices
+from sinbad.plan import ScorePlan, ScoreTask, run_record
 from sinbad.results import LevelScores, Run, is_finished, save_scores
-from sinbad.scoring import ClassScorer, ScorePlan, ScoreTask, run_record
+from sinbad.scoring import ClassScorer
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

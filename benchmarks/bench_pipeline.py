@@ -47,9 +47,9 @@ from sinbad.datasets import IM_SIZE, KINDS, LOCO_CLASSES, PIXEL_LEVEL, LocoClass
 from sinbad.errors import run_script, say
 from sinbad.files import to_json, write_whole
 from sinbad.flags import PRECISIONS, ScriptParser, add_level_flag, integer_from
+from sinbad.plan import BATCH_SIZES, ScorePlan
 from sinbad.report.tables import markdown
 from sinbad.results import read_scores
-from sinbad.scoring import BATCH_SIZES, ScorePlan
 from sinbad_single_layer import score_and_save
 
 PARTS = {

@@ -30,7 +30,7 @@ import sinbad_time_series
 from sinbad.errors import run_script, say
 from sinbad.files import write_whole
 from sinbad.flags import ScriptParser, flatten, integer_ranges
-from sinbad.scoring import made_with
+from sinbad.plan import made_with
 
 SHARED = Path("../shared")
 MVTYPE = "juice_bottle_loco"

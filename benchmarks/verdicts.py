@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -22,6 +23,7 @@ from sinbad.detectors import Detector, DetectorOptions
 from sinbad.errors import run_script
 from sinbad.files import write_whole
 from sinbad.flags import ScriptParser, device_flags, integer_from, network_flags, progress
+from sinbad.plan import made_with
 from sinbad.report.tables import csv_text, markdown
 
 RATES = (0.05, 0.1)
@@ -80,13 +82,15 @@ def main(argv: list[str] | None = None) -> None:
     bad = [Image.open(path).convert("RGB") for part in kinds for path in sorted(part.iterdir())]
     columns = ["n_train", "n_valid", "split", *(f"{what}_{rate}" for rate in RATES
                                                for what in ("false_alarms", "found"))]  # fmt: skip
+    cpu = torch.device("cpu")
     rows: list[list[object]] = [list(columns)]
+    head = f"# python benchmarks/verdicts.py {' '.join(sys.argv[1:])}; {made_with(32, cpu)}\n"
     sizes = [(n, m) for n in args.n_train for m in args.n_valid if n + m < len(good)]
     for n_train, n_valid in progress(sizes, "sizes"):
         for seed in range(args.n_splits):
             shares = split_once(good, bad, n_train, n_valid, seed, args)
             rows.append([n_train, n_valid, seed, *shares])
-            write_whole(args.out, csv_text(rows))
+            write_whole(args.out, head + csv_text(rows))
     shown = [["training", "calibration", *(f"{what}, {rate}" for rate in RATES
                                           for what in ("false alarms", "found"))]]  # fmt: skip
     for n_train, n_valid in sizes:

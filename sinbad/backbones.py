@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torchvision
 from torch import Tensor, nn
-from torch.fx.experimental.optimization import fuse
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from sinbad.errors import UserError, say
 
@@ -237,10 +237,17 @@ class TorchvisionBackbone(Backbone):
             delattr(model, part)
         if weights.state is not None:
             _load_state(model, all_names, weights)
-        stem = nn.Sequential(model.conv1, model.bn1, model.relu, model.maxpool)
-        self.stem = fuse(stem, inplace=True)
+        for block in list(model.modules()):  # the model's own first, then each block's
+            for i in (1, 2, 3):
+                if hasattr(block, f"bn{i}"):
+                    fused = fuse_conv_bn_eval(*(getattr(block, f"{k}{i}") for k in ("conv", "bn")))
+                    setattr(block, f"conv{i}", fused)
+                    setattr(block, f"bn{i}", nn.Identity())
+            if getattr(block, "downsample", None) is not None:
+                block.downsample = fuse_conv_bn_eval(*block.downsample)
+        self.stem = nn.Sequential(model.conv1, model.relu, model.maxpool)
         stages = (getattr(model, f"layer{stage}") for stage in range(1, n_stages + 1))
-        self.stages = nn.ModuleList(fuse(stage, inplace=True) for stage in stages)
+        self.stages = nn.ModuleList(stages)
 
     def forward(self, pixels: Tensor) -> dict[int, Tensor]:
         """See `Backbone`."""

@@ -12,7 +12,6 @@ import json
 import math
 import os
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,6 @@ import numpy as np
 import PIL
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 
 from sinbad.backbones import (
@@ -46,16 +44,23 @@ from sinbad.datasets import (
 from sinbad.ensembles import DataSetScores, EnsembleOptions, ScoreFile, join
 from sinbad.errors import UserError, say
 from sinbad.files import to_json, write_whole
-from sinbad.folders import fitted_size, open_image
-from sinbad.matrices import MatrixSet, picture_to_matrix
+from sinbad.folders import fitted_size
+from sinbad.matrices import IMAGES_AT_ONCE
+from sinbad.pictures import (
+    NAME,
+    Picture,
+    as_image,
+    matrices_in_file,
+    matrix_set,
+    name_of,
+    read_pictures,
+)
+from sinbad.plan import ScorePlan, ScoreTask
 from sinbad.results import LevelScores
-from sinbad.scoring import ClassScorer, ScorePlan, ScoreTask
+from sinbad.scoring import ClassScorer
 from sinbad_utils import Scores, Whitening, fit_whitening, nearest_distances
 
 FORMAT = 1  # of the file
-NAME = "pictures"  # stands where a data set's name stands
-IMAGES_AT_ONCE = 32
-Picture = str | os.PathLike[str] | Image.Image | NDArray[np.uint8]
 Grid = tuple[int, int]  # level, number of crops
 Position = tuple[int, int, int]  # level, number of crops, crop
 
@@ -80,7 +85,6 @@ class DetectorOptions:
     shrinkage_factor: float | None = None
     crop_num_edge: int = CROP_NUM_EDGE
     initial_res: int = IM_SIZE
-    official: bool = False
     lambda_factor: float = LAMBDA_FACTOR
     folds: int = 10
     num_workers: int | None = None
@@ -95,7 +99,10 @@ class DetectorOptions:
         tasks = tuple(ScoreTask(NAME, *own[:2], self.seed, own[2], "") for own in wanted)
         own = asdict(self) | {"num_workers": self.num_workers or os.cpu_count() or 1}
         used = {name: own[name] for name in ScorePlan.__dataclass_fields__ if name in own}
-        return ScorePlan(tasks, data_dir=Path(), results_dir=Path(), overwrite=False, **used)
+        here = Path()  # nothing is read or written by these
+        return ScorePlan(
+            tasks, data_dir=here, results_dir=here, overwrite=False, official=False, **used
+        )
 
     def grid(self, task: ScoreTask) -> Grid:
         """Return a task's level and number of crops."""
@@ -148,60 +155,6 @@ class Fitted:
         counts = torch.from_numpy(self.counts[draw].astype(np.float32))
         shares = counts.reshape(len(counts), len(low), -1)
         return (shares * ((high > low) / self.n_elements)[:, None]).flatten(1)
-
-
-# ---------------------------------------------------------------- pictures
-
-
-def as_image(picture: Picture) -> Image.Image:
-    """Return a picture as a Pillow image."""
-    if isinstance(picture, Image.Image):
-        return picture.convert("RGB")
-    if not isinstance(picture, np.ndarray):
-        return open_image(Path(picture))
-    if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
-        raise UserError(
-            "an array must be (height, width, 3) of uint8, got "
-            f"{picture.shape} of {picture.dtype}; convert it"
-        )
-    return Image.fromarray(picture)
-
-
-def name_of(picture: Picture, number: int) -> str:
-    """Return a picture's path, or its number."""
-    is_path = isinstance(picture, (str, os.PathLike))
-    return os.fspath(picture) if is_path else f"picture {number}"
-
-
-def read_pictures(
-    pictures: Sequence[Picture], settings: dict[str, Any], first: int = 0
-) -> list[NDArray[np.uint8] | UserError]:
-    """Return the matrix of each picture, or why there is none; the first has the number `first`.
-
-    `settings` are im_size, width, height in pixels and aspect, as of the training pictures.
-    """
-
-    def read(number: int) -> NDArray[np.uint8] | UserError:
-        picture = pictures[number]
-        name = name_of(picture, first + number)
-        try:
-            return picture_to_matrix(as_image(picture), settings, name)
-        except UserError as error:
-            return error
-        except OSError as error:
-            return UserError(f"{name}: {error.strerror or error}")
-
-    with ThreadPoolExecutor() as pool:
-        return list(pool.map(read, range(len(pictures))))
-
-
-def matrix_set(settings: dict[str, Any], **splits: list[NDArray[np.uint8]]) -> MatrixSet:
-    """Return pictures as a data set in memory; equal ones are told apart by their place."""
-    shape = (0, 3, settings["im_size"], settings["im_size"])
-    images = {split: np.stack(splits[split]) if splits.get(split) else np.zeros(shape, np.uint8)
-              for split in ("train", "valid", "test")}  # fmt: skip
-    paths = {split: [f"{split} {i}" for i in range(len(own))] for split, own in images.items()}
-    return MatrixSet(NAME, images, paths, {}, np.zeros(len(images["test"])), settings)
 
 
 # ---------------------------------------------------------------- the detector
@@ -262,10 +215,8 @@ class Detector:
         width, height = fitted_size(*size, options.initial_res)
         settings = {"im_size": options.initial_res, "width": width, "height": height,
                     "aspect": list(size), "pillow": PIL.__version__}  # fmt: skip
-        splits = {"train": read_pictures(train, settings), "valid": read_pictures(valid, settings)}
-        for matrix in [*splits["train"], *splits["valid"]]:
-            if isinstance(matrix, UserError):
-                raise matrix
+        splits = {"train": matrices_in_file(train, settings),
+                  "valid": matrices_in_file(valid, settings)}  # fmt: skip
         digests = [{hashlib.sha256(m).hexdigest() for m in own} for own in splits.values()]
         n_same = len(digests[0] & digests[1])
         if n_same:
@@ -297,7 +248,7 @@ class Detector:
         self.threshold(false_alarms)  # an error before long work
         for first in range(0, len(pictures), IMAGES_AT_ONCE):
             part = pictures[first : first + IMAGES_AT_ONCE]
-            read = read_pictures(part, self.about["matrices"], first)
+            read = list(read_pictures(part, self.about["matrices"], first))
             whole = [matrix for matrix in read if not isinstance(matrix, UserError)]
             scores = self._join(self._score_crops(whole)) if whole else None
             places = iter(range(len(whole)))
@@ -395,7 +346,7 @@ class Detector:
 
     def _score_crops(self, matrices: list[NDArray[np.uint8]]) -> dict[Grid, Scores]:
         """Return the crop scores of pictures, as `crops`; where there is only padding 0."""
-        data_set = matrix_set(self.about["matrices"], test=matrices)
+        data_set = matrix_set(self.about["matrices"], test=np.stack(matrices))
         known = {
             key: list(own.ranges.to(self.device).unbind(1)) for key, own in self.positions.items()
         }

@@ -185,10 +185,12 @@ def list_images(class_dir: Path, part: str) -> list[str]:
     return [f"{part}/{name}" for name in names]
 
 
-def _list_parts(class_dir: Path, kind: str, layout: str) -> dict[str, list[str]]:
+def _list_parts(
+    class_dir: Path, kind: str, layout: str, visa: dict[str, dict[str, tuple[str, str]]]
+) -> dict[str, list[str]]:
     """Return the images of "train", "validation" (if any), "good" and "bad", folder by folder."""
     if layout == VISA:
-        images = _read_visa(class_dir.parent)[class_dir.name]
+        images = visa[class_dir.name]
         parts = {part: sorted(n for n in images if images[n][0] == part)
                  for part in VISA_PARTS.values()}  # fmt: skip
         for part, own in parts.items():
@@ -237,14 +239,15 @@ def plan_data_set(
     """
     class_name, kind = split_mvtype(mvtype)
     class_dir = dataset_dir / class_name
-    layout = _layout_of(class_dir, _read_visa(dataset_dir))
+    visa = _read_visa(dataset_dir)
+    layout = _layout_of(class_dir, visa)
     if layout is None or (kind in KINDS and layout != LOCO):
         found = ", ".join(f"{name} ({own})" for name, own in find_layouts(dataset_dir).items())
         raise UserError(
             f"mvtype must be of a class in {dataset_dir}, <class>_{ALL} where its layout is not "
             f"{LOCO}, got {mvtype}; found: {found}"
         )
-    parts = _list_parts(class_dir, kind, layout)
+    parts = _list_parts(class_dir, kind, layout, visa)
     if class_name in LOCO_CLASSES and layout == LOCO:
         true_size = (LOCO_CLASSES[class_name].width, LOCO_CLASSES[class_name].height)
     else:

@@ -7,38 +7,27 @@ common. Kept in memory: the descriptors of the crop positions in the batch at ha
 n_projections n_quantiles floats each), never features of images.
 """
 
-import argparse
-import functools
-import platform
-import subprocess
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from itertools import groupby, islice
 from operator import itemgetter
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-import torchvision
 from torch import Tensor
 
-from sinbad.backbones import INPUT_SIDE, FeatureExtractor, Weights, pixel_elements
+from sinbad.backbones import INPUT_SIDE, FeatureExtractor, pixel_elements
 from sinbad.datasets import (
     PIXEL_LEVEL,
     crop_corners,
     crop_side,
-    level_settings,
-    ratios_by_file,
-    scores_file_name,
-    scores_folder,
 )
 from sinbad.errors import UserError
 from sinbad.flags import Progress
 from sinbad.matrices import ImagePool, MatrixSet, nearest_source
-from sinbad.results import Run
+from sinbad.plan import ScorePlan, ScoreTask
 from sinbad_utils import (
     FIT_SETS,
     Scores,
@@ -51,8 +40,6 @@ from sinbad_utils import (
     random_directions,
 )
 
-# Crops of one forward pass; many small batches would keep a GPU waiting for the next one.
-BATCH_SIZES = {"cpu": 32, "cuda": 256}
 BATCHES_AHEAD = 2
 # Projected values worked on at a time: what stays in a processor's cache; half a GB of a GPU.
 VALUES_AT_ONCE = {"cpu": 1 << 20, "cuda": 1 << 27}
@@ -60,141 +47,6 @@ VALUES_AT_ONCE = {"cpu": 1 << 20, "cuda": 1 << 27}
 Ranges = Sequence[tuple[Tensor, Tensor]]  # (low, high) of every draw
 Extract = Callable[[Tensor], dict[int, Tensor]]
 Batch = list[tuple["CropJob", list[int]]]  # crops of several positions: position, images
-
-
-# ---------------------------------------------------------------- the plan of a run
-
-
-@dataclass(frozen=True)
-class ScoreTask:
-    """One file of scores: a data set, a level, a crop grid, a seed, a repetition, its version."""
-
-    mvtype: str
-    level: int
-    ratio: float
-    seed: int
-    rep: int
-    version: str
-
-
-@dataclass(frozen=True)
-class Descriptor:
-    """How a level is described and scored."""
-
-    n_projections: int
-    n_quantiles: int
-    shrinkage: float
-
-
-@dataclass(frozen=True)
-class ScorePlan:
-    """What a run of scoring computes, and how; the names are those of the flags.
-
-    `n_projections`, `shrinkage_factor`, `batch_size` None stand for the level's and the device's
-    own.
-    """
-
-    tasks: tuple[ScoreTask, ...]
-    data_dir: Path
-    results_dir: Path
-    net: str
-    weights: str
-    precision: str
-    batch_size: int | None
-    n_projections: int | None
-    n_quantiles: int
-    shrinkage_factor: float | None
-    crop_num_edge: int
-    initial_res: int
-    official: bool
-    num_workers: int
-    overwrite: bool
-
-    @classmethod
-    def of(
-        cls, args: argparse.Namespace, tasks: Iterable[ScoreTask], data_dir: Path
-    ) -> "ScorePlan":
-        """Make the plan of parsed flags; stop if two tasks would write the same file."""
-        own = {"tasks": tuple(tasks), "data_dir": data_dir}
-        plan = cls(**{f.name: getattr(args, f.name, None) for f in fields(cls)} | own)
-        for level in {task.level for task in plan.tasks}:
-            ratios = [task.ratio for task in plan.tasks if task.level == level]
-            ratios_by_file(level, plan.initial_res, ratios, plan.crop_num_edge)
-        return plan
-
-    def descriptor(self, level: int) -> Descriptor:
-        """Return how a level is described."""
-        default = level_settings(level)
-        return Descriptor(
-            self.n_projections or default.n_projections,
-            self.n_quantiles,
-            self.shrinkage_factor or default.shrinkage,
-        )
-
-    def output(self, task: ScoreTask) -> Path:
-        """Return the file that a task writes."""
-        name = scores_file_name(task.level, self.initial_res, task.ratio, self.crop_num_edge)
-        folder = scores_folder(self.results_dir, task.version, task.level, task.rep, task.mvtype)
-        return folder / name
-
-    def batch_size_on(self, device: torch.device) -> int:
-        """Return the crops of one forward pass."""
-        return self.batch_size or BATCH_SIZES[device.type]
-
-
-def run_record(
-    plan: ScorePlan,
-    task: ScoreTask,
-    data_set: MatrixSet,
-    weights: Weights | None,
-    device: torch.device,
-) -> Run:
-    """Return what determines a task's numbers, and (not compared later) what they were made on."""
-    descriptor = plan.descriptor(task.level)
-    settings: dict[str, Any] = {
-        "mvtype": task.mvtype,
-        "pyramid_level": task.level,
-        "crop_size_ratio": task.ratio,
-        "crop_num_edge": plan.crop_num_edge,
-        "rep": task.rep,
-        "seed": task.seed,
-        "n_projections": descriptor.n_projections,
-        "n_quantiles": descriptor.n_quantiles,
-        "shrinkage_factor": descriptor.shrinkage,
-        "official": plan.official,
-        "initial_res": plan.initial_res,
-        "matrices": data_set.settings,
-        "images_sha256": data_set.digest(),
-        "n_images": {split: len(images) for split, images in data_set.images.items()},
-    }
-    if weights is not None and task.level != PIXEL_LEVEL:
-        settings["net"] = plan.net
-        settings["weights_sha256"] = weights.sha256
-        settings["precision"] = plan.precision
-    return {"settings": settings, "made_with": made_with(plan.batch_size_on(device), device)}
-
-
-@functools.cache
-def made_with(batch_size: int, device: torch.device) -> dict[str, object]:
-    """Return versions, device, threads and git commit: they may change last bits, or nothing."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    try:
-        commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        commit = "unknown"
-    on_gpu = device.type == "cuda"
-    return {
-        "batch_size": batch_size,
-        "commit": commit,
-        "cuda": torch.version.cuda if on_gpu else None,
-        "device": torch.cuda.get_device_name(device) if on_gpu else device.type,
-        "machine": platform.machine(),
-        "numpy": np.__version__,
-        "python": platform.python_version(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
-    }
 
 
 # ---------------------------------------------------------------- descriptors, batch by batch
@@ -406,24 +258,29 @@ class ClassScorer:
 
     def _stream(self, tasks: list[ScoreTask], extract: Extract) -> Iterator[CropJob]:
         """Describe the crops of tasks whose elements come from the same `extract`."""
-        images = list(range(len(self.pool)))
+        mvtypes = list(dict.fromkeys(task.mvtype for task in tasks))
+        images = sorted({i for (name, _), ids in self.pool.ids.items() if name in mvtypes
+                         for i in ids})  # fmt: skip
+        names = [self.pool.names[index] for index in images]
+        groups = [group for (name, _), group in self.groups.items() if name in mvtypes]
         ratios = dict.fromkeys(task.ratio for task in tasks)
         jobs = [job for ratio in ratios for job in self._grid(ratio, tasks)]
         yield from (job for job in jobs if job.is_empty)
         jobs = [job for job in jobs if not job.is_empty]
-        mvtypes = "+".join(dict.fromkeys(task.mvtype for task in tasks))
         levels = ",".join(dict.fromkeys(str(task.level) for task in tasks))
-        with Progress(len(images) * len(jobs), f"{mvtypes} level {levels}", "crops") as bar:
+        with Progress(
+            len(images) * len(jobs), f"{'+'.join(mvtypes)} level {levels}", "crops"
+        ) as bar:
             for batch, crops in self._gathered(full_batches(jobs, images, self.batch_size)):
                 elements = extract(crops.to(self.device, non_blocking=True))
                 start = 0
                 for job, ids in batch:
                     for level, values in elements.items():
-                        self._add(job, level, ids, values[start : start + len(ids)])
+                        self._add(job, level, groups, ids, values[start : start + len(ids)])
                     start += len(ids)
                     bar.update(len(ids))
                     if ids[-1] == images[-1]:
-                        job.check_finite(self.pool.names)
+                        job.check_finite(names)
                         yield job
                         job.builders.clear()
 
@@ -441,7 +298,14 @@ class ClassScorer:
             jobs.append(CropJob(own, crop, len(corners), corner, side, is_empty))
         return jobs
 
-    def _add(self, job: CropJob, level: int, ids: list[int], elements: Tensor) -> None:
+    def _add(
+        self,
+        job: CropJob,
+        level: int,
+        groups: list[RangeGroup],
+        ids: list[int],
+        elements: Tensor,
+    ) -> None:
         """Describe images at a crop position; the level's builders are made on first use."""
         if level not in job.builders:
             own = self.plan.descriptor(level)
@@ -451,7 +315,7 @@ class ClassScorer:
             ranges = (self.known or {}).get((level, job.n_crops, job.crop), ())
             job.builders[level] = [
                 DescriptorBuilder(group, directions, own.n_quantiles, ranges)
-                for group in dict.fromkeys(self.groups.values())
+                for group in dict.fromkeys(groups)
             ]
         # One NaN or infinity spoils the sum.
         job.finite.setdefault(level, []).append(torch.isfinite(elements.sum((1, 2))))

@@ -24,7 +24,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from sinbad import matrices, scoring
 from sinbad.backbones import Backbone, FeatureExtractor, build_backbone, load_weights
 from sinbad.matrices import ImagePool, load_matrices, nearest_source
-from sinbad.scoring import ClassScorer, ScorePlan, ScoreTask
+from sinbad.plan import ScorePlan, ScoreTask
+from sinbad.scoring import ClassScorer
 from sinbad_single_layer import parse_args
 
 GPU = torch.device("cuda:0")

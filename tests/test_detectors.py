@@ -282,3 +282,9 @@ def test_the_example_of_the_docs(
         str(ROOT / "docs/detector.md"), False, globs={"good_pictures": good_pictures}
     )
     assert (failed, tried) == (0, 7)
+
+
+def test_the_authors_numerics_are_refused(class_dir: Path, tmp_path: Path) -> None:
+    argv = ["fit", "--train_dir", str(class_dir / "train/good"), "--out", str(tmp_path / "d.npz")]
+    with pytest.raises(UserError, match="--official must be off for a detector"):
+        sinbad_detector.main([*argv, "--official"])

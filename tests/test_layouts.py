@@ -232,9 +232,7 @@ def test_missing_objects_of_visa_are_said(
 
 
 @pytest.mark.parametrize(("share", "n_valid"), [(0.1, 5), (0.3, 6)])
-def test_validation_images_are_taken_from_train(
-    share: float, n_valid: int, tmp_path: Path
-) -> None:
+def test_validation_images_are_taken_from_train(share: float, n_valid: int, tmp_path: Path) -> None:
     root = draw_mvtec(tmp_path)
     for number in range(N_TRAIN, 20):
         save(root / f"bottle/train/good/{number:03d}.png", "train/good", number)
@@ -299,9 +297,7 @@ def test_validation_drawn_in_another_way_makes_the_matrices_again(
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_defects_by_folder(
-    layout: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_defects_by_folder(layout: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     draw, class_name, counts = LAYOUTS[layout]
     plan = plan_data_set(draw(tmp_path), f"{class_name}_all", IM_SIZE)
     found = defect_images(plan.class_dir, plan.paths["test"])

@@ -127,7 +127,7 @@ def test_every_file_named_by_the_readme_is_there() -> None:
 def measured(name: str) -> list[dict[str, str]]:
     """Return the rows of a file of results."""
     head, *lines = (ROOT / "results" / f"{name}.csv").read_text(encoding="utf-8").splitlines()
-    assert head.startswith("# python benchmarks/make_results.py")
+    assert head.startswith("# python benchmarks/")
     return list(csv.DictReader(lines))
 
 
@@ -166,3 +166,18 @@ def test_figures_of_images_are_those_measured() -> None:
         row = next(line for line in text.splitlines() if line.startswith(f"| {name} |"))
         wanted = [ours["resnet18", way, what] for way in ways]
         assert [cell.strip() for cell in row.split("|")[2:-1]] == wanted
+
+
+def test_the_table_of_verdicts_is_that_measured() -> None:
+    text = (ROOT / "docs/detector.md").read_text(encoding="utf-8")
+    shares = defaultdict(list)
+    for row in measured("verdicts"):
+        n_train, n_valid, _, *values = row.values()
+        shares[n_train, n_valid].append([float(value) for value in values])
+    assert len(shares) == 6
+    for (n_train, n_valid), rows in shares.items():
+        assert len(rows) == 12
+        means = [f"{100 * statistics.mean(column):.1f} %" for column in zip(*rows, strict=True)]
+        cells = [n_train, "folds" if n_valid == "0" else n_valid, *means]
+        found = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
+        assert cells in found

@@ -24,8 +24,8 @@ import sinbad_single_layer
 from sinbad.datasets import NETWORK_SETTINGS, PIXEL_SETTINGS
 from sinbad.errors import UserError
 from sinbad.folders import defect_images
+from sinbad.plan import Descriptor, ScorePlan
 from sinbad.report.metrics import percent
-from sinbad.scoring import Descriptor, ScorePlan
 
 NET = ["--net", "resnet18", "--weights", "random", "--initial_res", str(IM_SIZE)]
 N_PROJECTIONS = 20

@@ -1,0 +1,27 @@
+"""Runs of sinbad_single_layer.py on the drawn data set."""
+
+from pathlib import Path
+
+from conftest import IM_SIZE
+
+import sinbad_single_layer
+from sinbad.results import LevelScores, read_scores
+
+N_DIRECTIONS = 8
+FLAGS = [
+    *("--net", "resnet18", "--weights", "random", "--device", "cpu"),
+    *("--initial_res", str(IM_SIZE), "--n_projections", str(N_DIRECTIONS), "--batch_size", "5"),
+]
+
+
+def score(data_dir: Path, results: Path, *flags: str) -> None:
+    """Run the script."""
+    paths = ["--data_dir", str(data_dir), "--results_dir", str(results)]
+    sinbad_single_layer.main([*paths, *FLAGS, *flags])
+
+
+def single(data_dir: Path, results: Path, *flags: str) -> LevelScores:
+    """Run the script for one file of scores and read it."""
+    score(data_dir, results, *flags)
+    (path,) = results.rglob("*.npz")
+    return read_scores(path)

@@ -8,10 +8,9 @@ import os
 import re
 import shlex
 import sys
-import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from sinbad.datasets import (
     CROP_NUM_EDGE,
@@ -24,6 +23,9 @@ from sinbad.datasets import (
     N_QUANTILES,
 )
 from sinbad.errors import UserError, say
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 Item = TypeVar("Item")
 PRECISIONS = ("fp32", "tf32", "bf16")  # of the network alone
@@ -211,43 +213,33 @@ def add_level_flag(parser: argparse.ArgumentParser, default: Iterable[int]) -> N
 # ---------------------------------------------------------------- progress
 
 
-class Progress:
-    """A tqdm bar on a terminal; a line a minute at most in a log file."""
+class _LogLines:
+    """What a bar writes to where no terminal is: a line each time."""
 
-    def __init__(self, total: int, desc: str, unit: str = "it") -> None:
-        self.total, self.desc, self.unit = total, desc, unit
-        self.done, self.started = 0, time.monotonic()
-        self.last_line = self.started
-        self.bar = None
-        if sys.stderr.isatty():
-            from tqdm import tqdm
+    def write(self, text: str) -> None:
+        """Say what is not blank."""
+        if text.strip():
+            say(text.strip())
 
-            self.bar = tqdm(total=total, desc=desc, unit=unit, dynamic_ncols=True)
+    def flush(self) -> None:
+        """Do nothing, a line is flushed at once."""
 
-    def update(self, n: int = 1) -> None:
-        """Count `n` more units."""
-        self.done += n
-        now = time.monotonic()
-        if self.bar is not None:
-            self.bar.update(n)
-        elif now - self.last_line >= SECONDS_BETWEEN_LOG_LINES:
-            self.last_line = now
-            rate = self.done / (now - self.started)
-            left = (self.total - self.done) / rate
-            done = f"{self.desc}: {self.done}/{self.total} {self.unit}"
-            say(f"{done}, {rate:.1f} a second, {left:.0f} s left")
 
-    def __enter__(self) -> "Progress":
-        return self
+def progress_bar(total: int, desc: str, unit: str = "it") -> "tqdm":
+    """Return a tqdm bar, on a terminal; elsewhere it is a line a minute at most."""
+    from tqdm import tqdm
 
-    def __exit__(self, *exc_info: object) -> None:
-        if self.bar is not None:
-            self.bar.close()
+    if sys.stderr.isatty():
+        return tqdm(total=total, desc=desc, unit=unit, dynamic_ncols=True)
+    every = SECONDS_BETWEEN_LOG_LINES
+    form = "{desc}: {n_fmt}/{total_fmt}, {rate_noinv_fmt}, {remaining} left"
+    return tqdm(total=total, desc=desc, unit=unit, file=_LogLines(), bar_format=form,
+                mininterval=every, delay=every)  # fmt: skip
 
 
 def progress(items: "list[Item]", desc: str, unit: str = "it") -> Iterator[Item]:
-    """Yield the items of a list and show how far it is (see `Progress`)."""
-    with Progress(len(items), desc, unit) as bar:
+    """Yield the items of a list and show how far it is (see `progress_bar`)."""
+    with progress_bar(len(items), desc, unit) as bar:
         for item in items:
             yield item
             bar.update()

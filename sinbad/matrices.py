@@ -17,18 +17,18 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional
+from tqdm import tqdm
 
 from sinbad.datasets import DEFAULT_DATA_DIR, KINDS, split_mvtype
 from sinbad.errors import UserError, say
 from sinbad.files import to_json, written_whole
-from sinbad.flags import Progress
+from sinbad.flags import progress_bar
 from sinbad.folders import Plan, open_image
 from sinbad.results import first_difference
 
 SPLITS = {"train": "train_data.npy", "valid": "valid_data.npy", "test": "test_data.npy"}
 SHARED_SPLITS = ("train", "valid")  # of a class' data sets
 LABELS_FILE = "image_level_label.npy"
-DRAWN_BY = ("valid_share", "valid_seed")  # settings, where validation images are training images
 PATHS_FILE = "image_paths.json"  # names, what tells the images apart, settings; the authors: none
 IMAGES_AT_ONCE = 32  # decoded before they are written
 
@@ -127,7 +127,7 @@ def stamp_of(path: Path) -> Stamp:
 
 
 def write_matrix(
-    path: Path, images: list[Path], settings: dict[str, Any], n_workers: int, bar: Progress
+    path: Path, images: list[Path], settings: dict[str, Any], n_workers: int, bar: tqdm
 ) -> None:
     """Decode images in parallel threads and write them to one .npy file, some at a time.
 
@@ -158,7 +158,7 @@ def make_data_set(plan: Plan, out_dir: Path, n_workers: int, link: bool) -> None
     total = sum(len(own) for split, own in images.items() if split not in linked)
     target = out_dir / plan.mvtype
     is_new = not target.exists()
-    with written_whole(target) as made, Progress(total, plan.mvtype, "images") as bar:
+    with written_whole(target) as made, progress_bar(total, plan.mvtype, "images") as bar:
         made.mkdir()
         for split, name in SPLITS.items():
             if split not in linked:
@@ -192,7 +192,6 @@ def is_current(folder: Path, plan: Plan) -> bool:
     """Tell whether a data set's matrices are there with the same settings and the same images.
 
     An image is the same if its path, size and time are the recorded ones, else its sha256 decides.
-    Validation images that are drawn in another way are no error: the matrices are made again.
 
     Raises
     ------
@@ -209,20 +208,13 @@ def is_current(folder: Path, plan: Plan) -> bool:
         )
     matrices = load_matrices(folder.parent, folder.name)
     made_by, now = matrices.settings["pillow"], plan.settings["pillow"]
-    found = {**matrices.paths, **matrices.settings, "pillow": now}
-    wanted = {**plan.paths, **plan.settings}
-    redrawn = [name for name in DRAWN_BY if found.get(name) != wanted.get(name)]
-    if redrawn:
-        found, wanted = (of | dict.fromkeys((*SHARED_SPLITS, *DRAWN_BY)) for of in (found, wanted))
-    difference = first_difference(found, wanted)
+    difference = first_difference(matrices.settings | {"pillow": now}, plan.settings)
+    difference = difference or first_difference(matrices.paths, plan.paths)
     if difference is not None:
         name, old, new = difference
         if name in SPLITS:
             old, new = f"list of {len(old)} images", f"another list, of {len(new)}"
         raise UserError(f"{folder} was made with {name} {old}, now {name} is {new}; {cure}")
-    if redrawn:
-        say(f"{plan.mvtype}: made again, with another {' and '.join(redrawn)}")
-        return False
     changed = _changed_images(matrices, plan)
     if changed:
         say(f"{plan.mvtype}: made again, {len(changed)} images have changed, as {changed[0]}")

@@ -25,7 +25,7 @@ from sinbad.datasets import (
     crop_side,
 )
 from sinbad.errors import UserError
-from sinbad.flags import Progress
+from sinbad.flags import progress_bar
 from sinbad.matrices import ImagePool, MatrixSet, nearest_source
 from sinbad.plan import ScorePlan, ScoreTask
 from sinbad_utils import (
@@ -268,7 +268,7 @@ class ClassScorer:
         yield from (job for job in jobs if job.is_empty)
         jobs = [job for job in jobs if not job.is_empty]
         levels = ",".join(dict.fromkeys(str(task.level) for task in tasks))
-        with Progress(
+        with progress_bar(
             len(images) * len(jobs), f"{'+'.join(mvtypes)} level {levels}", "crops"
         ) as bar:
             for batch, crops in self._gathered(full_batches(jobs, images, self.batch_size)):

@@ -257,34 +257,35 @@ def test_too_few_training_images(tmp_path: Path) -> None:
         plan_data_set(tmp_path, "bottle_all", IM_SIZE)
 
 
-def test_a_validation_folder_takes_the_place_of_drawn_images(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_validation_folder_takes_the_place_of_drawn_images(tmp_path: Path) -> None:
     root = draw_mvtec(tmp_path / "images")
     data_to_matrices.make_matrices(root, tmp_path / "out", ["bottle_all"], 32)
     for number in range(2):
         save(root / f"bottle/validation/good/{number:03d}.png", "validation/good", number)
     assert find_layouts(root) == {"bottle": "plain"}
-    data_to_matrices.make_matrices(root, tmp_path / "out", ["bottle_all"], 32)
-    assert "made again" in capsys.readouterr().err
+    with pytest.raises(UserError, match="was made with valid_seed 0, now valid_seed is N"):
+        data_to_matrices.make_matrices(root, tmp_path / "out", ["bottle_all"], 32)
+    data_to_matrices.make_matrices(root, tmp_path / "out", ["bottle_all"], 32, overwrite=True)
     made = load_matrices(tmp_path / "out", "bottle_all")
     assert made.paths["valid"] == ["validation/good/000.png", "validation/good/001.png"]
     assert len(made.paths["train"]) == N_TRAIN
     assert "valid_share" not in made.settings
 
 
-def test_validation_drawn_in_another_way_makes_the_matrices_again(
+def test_validation_drawn_in_another_way_needs_overwrite(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags = ["--dataset_dir", str(draw_mvtec(tmp_path)), "--out_dir", str(tmp_path / "out")]
     flags += ["--im_size", "32"]
     found = []
     for own in ([], [], ["--seed", "1"], ["--valid_share", ".5"], []):
+        if own or len(found) == 4:
+            with pytest.raises(UserError, match=r"made with valid_(seed|share) .*overwrite"):
+                data_to_matrices.main([*flags, *own])
+            own = [*own, "--overwrite"]
         data_to_matrices.main([*flags, *own])
         found.append(files_below(tmp_path / "out"))
-    said = capsys.readouterr().err
-    assert said.count("finished already") == 1
-    assert said.count("made again, with another valid_seed\n") == 1
+    assert capsys.readouterr().err.count("finished already") == 1
     assert found[0] == found[1] == found[4]
     assert found[0] != found[2] != found[3]
     record = json.loads(found[3]["bottle_all/image_paths.json"])

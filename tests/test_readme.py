@@ -135,12 +135,14 @@ def test_the_table_of_time_series_is_that_measured() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     values = defaultdict(list)
     for row in measured("time_series"):
-        values[row["data set"], row["published"], row["authors' code"]].append(float(row["ROC-AUC, %"]))
+        name, published, authors, _, value = row.values()
+        values[name, published, authors].append(float(value))
     assert {name for name, *_ in values} == set(PUBLISHED)
     for (name, published, authors), own in values.items():
         assert len(own) == 10
         ours = rf"{statistics.mean(own):.1f} \+- {statistics.stdev(own):.1f}"
-        assert re.search(rf"^\| {name} +\| +{published} \| +{authors} \| +{ours} \|$", text, re.MULTILINE)
+        row = rf"^\| {name} +\| +{published} \| +{authors} \| +{ours} \|$"
+        assert re.search(row, text, re.MULTILINE)
 
 
 def test_figures_of_images_are_those_measured() -> None:

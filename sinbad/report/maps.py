@@ -20,7 +20,7 @@ from sinbad.datasets import LOCO_CLASSES, crop_corners, crop_side, split_mvtype
 from sinbad.ensembles import DataSetScores, GridScores
 from sinbad.errors import UserError
 from sinbad.files import write_whole
-from sinbad.flags import Progress
+from sinbad.flags import progress_bar
 from sinbad_utils import Scores
 
 MAP_ENDING = ".tiff"
@@ -179,7 +179,7 @@ def write_maps(
         pixels.save(file, "TIFF", compression=COMPRESSION)
         write_whole(path, file.getvalue(), maps_dir)
 
-    bar = Progress(len(paths), "anomaly maps", "maps")
+    bar = progress_bar(len(paths), "anomaly maps", "maps")
     with bar, ThreadPoolExecutor(n_threads or os.cpu_count()) as pool:
         for _ in pool.map(write, paths):
             bar.update()

@@ -5,7 +5,7 @@ out) is tested in a copy of the repository in a temporary folder: the checkout i
 Tests that fail, or that run for four times as long as without a change, have killed it. Prints
 `killed` or `survived` with line and change, and the rate.
 
-    python benchmarks/mutate.py --module sinbad_utils.py --n 25 --seed 0
+    python tests/mutate.py --module sinbad_utils.py --n 25 --seed 0
 """
 
 import argparse

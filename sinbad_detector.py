@@ -73,11 +73,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def list_pictures(path: Path) -> list[Path]:
-    """Return the pictures of a folder, or the file itself."""
-    if not path.is_dir():
-        return [path]
-    return [path / Path(name).name for name in list_images(path, ".")]
+def pictures_in(folder: Path) -> list[Path]:
+    """Return the pictures of a folder."""
+    if not folder.is_dir():
+        raise UserError(f"a folder of pictures must be there, got {folder}; check the path")
+    return [folder / Path(name).name for name in list_images(folder, ".")]
 
 
 def fit(args: argparse.Namespace) -> None:
@@ -91,9 +91,8 @@ def fit(args: argparse.Namespace) -> None:
     values = {name: getattr(args, name) for name in names}
     values |= {name: tuple(dict.fromkeys(values[name]))
                for name in ("pyramid_level", "crop_size_ratio")}  # fmt: skip
-    valid = list_pictures(args.valid_dir) if args.valid_dir else []
-    options = DetectorOptions(**values)
-    detector = Detector.fit(list_pictures(args.train_dir), valid, options, args.device)
+    train, valid = (pictures_in(own) if own else [] for own in (args.train_dir, args.valid_dir))
+    detector = Detector.fit(train, valid, DetectorOptions(**values), args.device)
     detector.save(args.out)
     smallest = 1 / (len(detector.calibration) + 1)
     say(f"{args.out}: {detector.about['n_train']} training pictures, verdicts by "
@@ -103,7 +102,8 @@ def fit(args: argparse.Namespace) -> None:
 
 def score(args: argparse.Namespace) -> int:
     """Load, score, write; return 1 if a picture could not be scored."""
-    pictures = [picture for path in args.pictures for picture in list_pictures(path)]
+    pictures = [picture for path in args.pictures
+                for picture in (pictures_in(path) if path.is_dir() else [path])]  # fmt: skip
     detector = Detector.load(args.detector, args.weights, args.device)
     verdicts = []
     for verdict, scores, place in detector.examine(pictures, args.false_alarms):

@@ -124,7 +124,7 @@ def score_and_save(plan: ScorePlan, device: torch.device) -> list[Path]:
     extractor = None
     if weights is not None and levels:
         backbone = build_backbone(plan.net, weights, levels)
-        extractor = FeatureExtractor(backbone, device, plan.precision)
+        extractor = FeatureExtractor(backbone, device, plan.precision, plan.compile)
     for tasks in todo.values():
         own = {task.mvtype: data_sets[task.mvtype] for task in tasks}
         with ThreadPoolExecutor(1) as writer:  # writing stays off the critical path

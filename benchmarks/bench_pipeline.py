@@ -96,7 +96,7 @@ def make_plan(args: argparse.Namespace, root: Path, classes: dict[str, LocoClass
     workers = os.cpu_count() or 1
     make_matrices(root / "dataset", root / "matrices", mvtypes, IM_SIZE, workers)
     flags = ["--net", args.net, "--weights", "random", "--precision", args.precision]
-    flags += ["--results_dir", str(root / "results"), "--overwrite"]
+    flags += ["--results_dir", str(root / "results"), "--overwrite", *["--compile"] * args.compile]
     tasks = paper_tasks(mvtypes, args.pyramid_level, [0], args.rep_num_224, "bench")
     return ScorePlan.of(paper_flags(flags), tasks, root / "matrices")
 
@@ -201,6 +201,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--rep_num_224", type=integer_from(1), default=100)
     add("--n_images", type=integer_from(8), default=16, help="of the drawn class")
     add("--loco", action="store_true", help="draw all five classes, LOCO's counts")
+    add("--compile", action="store_true", help="all but the bare network")
     add("--turns", type=integer_from(1), default=3)
     add("--agreement", action="store_true", help="compare the precisions' scores too")
     add("--out", type=Path, default=Path("benchmark.json"))

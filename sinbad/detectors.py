@@ -75,6 +75,7 @@ class DetectorOptions:
     net: str = "wide_resnet50_2"
     weights: str = "imagenet"
     precision: str = "fp32"
+    compile: bool = False
     batch_size: int | None = None
     pyramid_level: tuple[int, ...] = (*PAPER_LEVELS, PIXEL_LEVEL)
     crop_size_ratio: tuple[float, ...] = NETWORK_SETTINGS.crop_ratios
@@ -393,7 +394,8 @@ def _load_network(
         return None, None
     weights = load_weights(options.net, options.weights)
     backbone = build_backbone(options.net, weights, levels)
-    return FeatureExtractor(backbone, device, options.precision), weights.sha256
+    extractor = FeatureExtractor(backbone, device, options.precision, options.compile)
+    return extractor, weights.sha256
 
 
 def _fit_positions(

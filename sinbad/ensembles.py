@@ -32,7 +32,7 @@ NETWORK_FILE = re.compile(r"(\d+)_crop_anom_maps\.npz")
 PIXEL_FILE = re.compile(r"(\d+)\.00_lvl_anom_maps\.npz")
 # Settings by where they must be equal: in all files, those of the network, of a data set, a level.
 OF_ALL = ("official", "initial_res", "crop_num_edge")
-OF_NETWORK = ("net", "weights_sha256", "precision")
+OF_NETWORK = ("net", "weights_sha256", "precision", "compile")
 OF_DATA_SET = ("images_sha256", "n_images", "matrices")
 OF_LEVEL = ("n_projections", "n_quantiles", "shrinkage_factor")
 IMAGE_COLUMN, SCORE_COLUMN = "image_path", "score"

@@ -18,6 +18,8 @@ CURES = {
     errno.EACCES: "give this user the right to read, write and search it, or choose another",
     errno.EPERM: "give this user the right to read, write and search it, or choose another",
     errno.EROFS: "choose a folder that is not read-only",
+    errno.EEXIST: "a file is where a folder must be, choose another path",
+    errno.ENOTDIR: "a file is where a folder must be, choose another path",
 }
 
 
@@ -80,7 +82,7 @@ def _prepare_streams() -> None:
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115  stays open
         elif hasattr(getattr(sys, name), "reconfigure"):  # not what a notebook puts there
-            getattr(sys, name).reconfigure(encoding="utf-8", errors="backslashreplace")
+            getattr(sys, name).reconfigure(encoding="utf-8", errors="surrogateescape")
 
 
 def _give_up_stdout() -> None:

@@ -156,6 +156,8 @@ def network_flags() -> argparse.ArgumentParser:
         help="of the network alone; tf32 acts on CUDA only")  # fmt: skip
     add("--batch_size", type=integer_from(1),
         help="crops of one forward pass; default 32, on a GPU 256")  # fmt: skip
+    add("--compile", action="store_true",
+        help="let torch.compile make the network faster; changes last bits")  # fmt: skip
     return group
 
 

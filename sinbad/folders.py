@@ -324,7 +324,7 @@ def _decode(path: Path) -> Image.Image:
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(
             f"{path} must be a whole image, got one that cannot be decoded "
-            f"({type(error).__name__}); unpack it again from the archive"
+            f"({type(error).__name__}); copy it, or unpack its archive, again"
         ) from error
 
 

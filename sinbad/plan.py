@@ -63,6 +63,7 @@ class ScorePlan:
     net: str
     weights: str
     precision: str
+    compile: bool
     batch_size: int | None
     n_projections: int | None
     n_quantiles: int
@@ -137,6 +138,8 @@ def run_record(
         settings["net"] = plan.net
         settings["weights_sha256"] = weights.sha256
         settings["precision"] = plan.precision
+        if plan.compile:  # files of earlier versions are without it
+            settings["compile"] = True
     return {"settings": settings, "made_with": made_with(plan.batch_size_on(device), device)}
 
 

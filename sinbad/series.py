@@ -14,12 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.io import arff
 
-from sinbad.errors import UserError
+from sinbad.errors import UserError, say
 
 ARCHIVE_PAGE = "https://www.timeseriesclassification.com"
 FORMATS = ("ts", "arff")
 LARGEST_VALUE = 1e307  # differences of two values stay finite in float64
 LARGEST_SCALED = 2.0**100  # sums of projected values stay finite in float32
+FAR_FROM_ZERO = 50.0  # times the usual distance of a value to its channel's median
 
 Array = NDArray[np.float64]
 # What a header says of every series: labels, number of channels, of steps; empty or None: nothing.
@@ -208,6 +209,13 @@ def load_data_set(
         train, test, zeros = (
             np.ldexp(values - centre, -exponent).clip(-LARGEST_SCALED, LARGEST_SCALED)
             for values in (*padded, np.zeros_like(centre))
+        )
+    far = abs(zeros).max()
+    if far > FAR_FROM_ZERO:
+        say(
+            f"warning: {paths[0]} holds values {far:.0f} times their spread away from 0, which "
+            "stands outside the series and where values miss, as in the paper, and may outweigh "
+            "them; subtract each channel's mean"
         )
     labels = (np.array([one.label for one in split]) for split in splits)
     return DataSet(np.float32(train), np.float32(test), *labels, np.float32(zeros[:, 0]))

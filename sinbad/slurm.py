@@ -128,8 +128,8 @@ def array_parser(
         help=f"repetitions, as 3 or 0-99 (default: 0 to {paper.n_reps - 1})")  # fmt: skip
     add("--group", choices=("none", "class"), default="none", help="class: a task is a whole class")
     add("--reps_per_task", type=above(1), metavar="N", help="repetitions in a task (default: all)")
-    out_dir = datasets.DEFAULT_RUNS_DIR / name
-    add("--out_dir", type=Path, default=out_dir, help="the folder to write")
+    runs, images = datasets.DEFAULT_RUNS_DIR, str(datasets.DEFAULT_DATASET_DIR)
+    add("--out_dir", type=Path, default=runs / name, help="the folder to write")
     add("--status", action="store_true", help="say what is done, running, missing and why")
     add("--submit", action="store_true", help="submit what is missing, as batch_master.sh does")
     add("--local", type=above(1), metavar="N", help="run what is missing here, N at a time")
@@ -137,7 +137,6 @@ def array_parser(
         type=lambda text: absolute(text) if "/" in text else Path(text), help="calc_anom_ensm.py "
         f"follows this and another folder: a path, or a name beside, else {sibling}")  # fmt: skip
     add("--ensemble_out", type=absolute, metavar="DIR", help="its tables (default: by the scores)")
-    images = str(datasets.DEFAULT_DATASET_DIR)
     add("--dataset_dir", type=absolute, default=images, help="its images and masks")
     add("--throttle", type=above(1), metavar="N", help="at most N tasks at a time")
     add("--max_array_size", type=above(1), metavar="N", help="tasks in an array (default: Slurm's)")
@@ -180,7 +179,8 @@ def plan_tasks(args: Namespace, levels: list[int], ratios: Ratios) -> list[Task]
         if unfit or re.search("[{}#]", "".join(map(str, (*where, *own)))):
             raise UserError(
                 "names and paths must be UTF-8 without braces, #, tabs and line ends, without "
-                f"commas where a task has several, got {str(folder)!r}; rename or choose others"
+                f"commas where a task has several, got {command if unfit else str(folder)!r}; "
+                "rename or choose others"
             )
         tasks.append((f"{folder}/{brace_pattern(list(own_ratios))}", command))
     return tasks
@@ -203,7 +203,7 @@ def check_finished(args: Namespace, tasks: list[Task], level: int, ratios: Ratio
         try:
             with zipfile.ZipFile(path) as archive:  # of numpy, which is not here
                 record = archive.read("run.npy").partition(b"\n")[2].decode("utf-32-le")
-            found = json.loads(record).get("settings", {})
+            found = {"compile": False, **json.loads(record).get("settings", {})}
         except KeyError:  # the authors' files hold no record
             continue
         except (zipfile.BadZipFile, ValueError) as error:
@@ -216,9 +216,6 @@ def check_finished(args: Namespace, tasks: list[Task], level: int, ratios: Ratio
                     f"{path} was made with {name} {found[name]}, now {name} is {value}; choose "
                     "another --version_name or --results_dir, or remove it"
                 )
-
-
-# ---------------------------------------------------------------- the folder
 
 
 def generate(args: Namespace, levels: list[int], folder: Path, script: str) -> None:
@@ -273,7 +270,6 @@ def run_array(args: Namespace, levels: list[int], script: str) -> int:
     """Do what the flags of `array_parser` ask for; return the exit status.
 
     `levels` are all of the network or only the raw pixels', `script` is the generator's file.
-    UserErrors are of flags, a damaged tasks.tsv, results of other settings, and Slurm.
     """
     folder = absolute(args.out_dir)
     if not (args.status or args.local or args.submit):

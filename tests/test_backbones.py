@@ -1,6 +1,7 @@
 """Networks: each level's stage against the model's own layers, weights of all kinds, precision."""
 
 import hashlib
+import shutil
 import sys
 from pathlib import Path
 from urllib.error import URLError
@@ -337,6 +338,43 @@ def test_bf16_rounds_and_tf32_is_fp32_on_a_cpu() -> None:
     assert found["bf16"].dtype == torch.float32
     error = float((found["bf16"] - found["fp32"]).abs().mean() / found["fp32"].abs().mean())
     assert 1e-4 < error < 0.05
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+def test_a_compiled_network_gives_the_same_but_for_last_bits() -> None:
+    backbone = Conv((14,), MEAN, STD).to(memory_format=torch.channels_last).eval()
+    crops = some_crops(3, 28)
+    extractor = FeatureExtractor(backbone, CPU, compiled=True)
+    assert extractor.network is not backbone
+    torch.testing.assert_close(
+        extractor.extract(crops), FeatureExtractor(backbone, CPU).extract(crops),
+        rtol=1e-4, atol=1e-5,
+    )  # fmt: skip
+
+
+def test_a_network_that_cannot_be_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    def compiler(*_: object) -> None:
+        raise OSError("no g++ here")
+
+    compile_with = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda m, **_: compile_with(m, backend=compiler))
+    extractor = FeatureExtractor(Conv((14,), MEAN, STD), CPU, compiled=True)
+    with pytest.raises(
+        UserError, match=r"--compile must find a compiler .* no g\+\+ here; install"
+    ):
+        extractor.extract(some_crops(2, 28))
+
+
+class Conv(Backbone):
+    """A network of one convolution."""
+
+    def __init__(self, levels: tuple[int, ...], mean: object, std: object) -> None:
+        super().__init__(levels, mean, std)
+        self.conv = nn.Conv2d(3, 8, 3, stride=2, padding=1).requires_grad_(False)
+
+    def forward(self, pixels: Tensor) -> dict[int, Tensor]:
+        """See `Backbone`."""
+        return {14: self.conv(pixels).relu().flatten(2)}
 
 
 @pytest.mark.parametrize("precision", ["fp32", "tf32"])

@@ -145,6 +145,14 @@ def test_a_small_signal_on_a_great_offset_is_kept(tmp_path: Path) -> None:
     assert offset.zeros.max() < -1e5  # so far below is what 0 has become
 
 
+def test_values_far_from_zero_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_toy(tmp_path / "data")
+    load(scaled(folder, tmp_path / "near", lambda value: value + 10), "ts")
+    assert capsys.readouterr().err == ""
+    load(scaled(folder, tmp_path / "far", lambda value: value + 1000), "ts")
+    assert re.search(r"TRAIN\.ts holds values \d+ times their spread", capsys.readouterr().err)
+
+
 # ---------------------------------------------------------------- bad input
 
 

@@ -1,0 +1,86 @@
+"""Time a detector: load it, score one picture, ten, a folder, beside the bare network.
+
+Reads   nothing: pictures are drawn
+Writes  OUT (CSV): net, what, pictures, seconds, share of the bare network's time, peak memory
+
+    python benchmarks/bench_detector.py --net resnet18 --n_pictures 1000
+
+The paper's settings (levels 7, 14, the raw pixels' 100 repetitions), pictures of juice_bottle's
+size. The bare network's time is that of as many crops as the detector forwards, in full batches.
+The peak is that of the process so far, fitting included.
+"""
+
+import argparse
+import resource
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from bench_pipeline import bare_network, draw_dataset
+
+from sinbad.datasets import LOCO_CLASSES, LocoClass
+from sinbad.detectors import Detector, DetectorOptions
+from sinbad.errors import run_script
+from sinbad.files import write_whole
+from sinbad.flags import ScriptParser, integer_from
+from sinbad.plan import made_with
+from sinbad.report.tables import csv_text, markdown
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = ScriptParser(__doc__)
+    add = parser.add_argument
+    add("--net", default="resnet18")
+    add("--n_train", type=integer_from(4), default=40, help="pictures that are fitted on")
+    add("--n_pictures", type=integer_from(1), default=100, help="in the folder")
+    add("--out", type=Path, default=Path("bench_detector.csv"))
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Fit, save, load, score, write the rows."""
+    args, device = parse_args(argv), torch.device("cpu")
+    args.pyramid_level, args.precision = [7, 14], "fp32"  # of the bare network
+    rows: list[list[object]] = [["net", "what", "pictures", "seconds", "of the bare network's time",
+                                 "peak GB"]]  # fmt: skip
+
+    def note(what: str, n: int, started: float, bare: float = 0.0) -> None:
+        seconds = time.perf_counter() - started
+        peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9
+        share = f"{seconds / bare:.2f}" if bare else ""
+        rows.append([args.net, what, n, f"{seconds:.2f}", share, f"{peak:.2f}"])
+
+    with tempfile.TemporaryDirectory() as name:
+        folder, own = Path(name), LOCO_CLASSES["juice_bottle"]
+        counts = LocoClass(own.width, own.height, args.n_train, 0, args.n_pictures, 0, 0)
+        draw_dataset(folder, {"bottle": counts})
+        train, test = (sorted((folder / "bottle" / part).iterdir())
+                       for part in ("train/good", "test/good"))  # fmt: skip
+        options = DetectorOptions(args.net, "random")
+        started = time.perf_counter()
+        detector = Detector.fit(train, options=options, device="cpu")
+        note("fit", len(train), started)
+        n_crops = sum(level == 14 for level, _, _ in detector.positions)
+        detector.save(folder / "bottle.npz")
+        size = (folder / "bottle.npz").stat().st_size / 1e6
+        started = time.perf_counter()
+        detector = Detector.load(folder / "bottle.npz", device="cpu")
+        note(f"load {size:.1f} MB", 0, started)
+        for first, part in (("first, ", test[:1]), ("", test[:1]), ("", test[:10]), ("", test)):
+            bare = bare_network(args, device, n_crops * len(part))
+            started = time.perf_counter()
+            detector.score(part)
+            note(f"{first}score", len(part), started, bare)
+    head = f"# python benchmarks/bench_detector.py {' '.join(sys.argv[1:])}; "
+    write_whole(args.out, f"{head}{made_with(32, device)}\n{csv_text(rows)}")
+    print(markdown([list(map(str, row)) for row in rows]))
+
+
+if __name__ == "__main__":
+    run_script(main)

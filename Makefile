@@ -1,5 +1,6 @@
 # make demo    drawn data, three steps, one table; installs what it needs into .venv first
 # make test    every test
+# make mutants  single faults planted in the code: do the tests notice? (an hour)
 # make paper DATASET=../dataset_loco    the paper's table
 # make results    what README states, measured again where there is data
 # make bench   scoring timed against the bare network
@@ -10,7 +11,7 @@ PAPER_FLAGS ?=
 BENCH_FLAGS ?=
 PY := .venv/bin/python
 
-.PHONY: demo test lint paper bench results clean
+.PHONY: demo test mutants lint paper bench results clean
 
 .venv/installed: requirements.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "error: python must be at least 3.10, got " + sys.version.split()[0] + "; pass PYTHON=...")'
@@ -31,6 +32,9 @@ demo: .venv/installed-demo
 
 test: .venv/installed-dev
 	$(PY) -m pytest -n 2 --dist loadfile
+
+mutants: .venv/installed-dev
+	$(PY) tests/mutate.py
 
 lint: .venv/installed-dev
 	$(PY) -m ruff check .

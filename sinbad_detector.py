@@ -15,13 +15,6 @@ import json
 from dataclasses import fields
 from pathlib import Path
 
-from sinbad.datasets import (
-    LAMBDA_FACTOR,
-    NETWORK_SETTINGS,
-    PAPER_LEVELS,
-    PIXEL_LEVEL,
-    PIXEL_SETTINGS,
-)
 from sinbad.detectors import Detector, DetectorOptions
 from sinbad.errors import UserError, run_script, say
 from sinbad.files import write_whole
@@ -51,15 +44,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--valid_dir", type=Path, help="folder of other good pictures; without it the training "
         "pictures are scored in folds, each by the others")  # fmt: skip
     add("--out", type=Path, required=True, help="file to write, .npz")
-    add_level_flag(fit, [*PAPER_LEVELS, PIXEL_LEVEL])
-    add("--crop_size_ratio", type=ratio_type, nargs="+", default=NETWORK_SETTINGS.crop_ratios,
+    own = DetectorOptions  # the defaults are its
+    add_level_flag(fit, own.pyramid_level)
+    add("--crop_size_ratio", type=ratio_type, nargs="+", default=own.crop_size_ratio,
         help="side of a crop, of the image's; of the network's levels")  # fmt: skip
-    add("--rep_num_224", type=integer_from(1), default=PIXEL_SETTINGS.n_reps,
+    add("--rep_num_224", type=integer_from(1), default=own.rep_num_224,
         help="raw-pixel repetitions")  # fmt: skip
-    add("--lambda_factor", type=number_between(0, 1e6), default=LAMBDA_FACTOR,
+    add("--lambda_factor", type=number_between(0, 1e6), default=own.lambda_factor,
         help="weight of level 224")  # fmt: skip
-    add("--seed", type=integer_from(0), default=0, help="of the random directions and folds")
-    add("--folds", type=integer_from(2), default=10, help="without --valid_dir")
+    add("--seed", type=integer_from(0), default=own.seed, help="of the random directions and folds")
+    add("--folds", type=integer_from(2), default=own.folds, help="without --valid_dir")
     score = commands.add_parser("score", parents=[device_flags()], help="score pictures")
     add = score.add_argument
     add("pictures", nargs="+", type=Path, metavar="PICTURE", help="files and folders")

@@ -114,10 +114,26 @@ def passes(repository: Path, module: str, source: str, limit: float | None = Non
     return run.returncode == 0
 
 
+def test_mutants(repository: Path, module: str, n: int, seed: int) -> None:
+    """Test a module as it is, then each of n mutants of it; print what became of them."""
+    source = (repository / module).read_text(encoding="utf-8")
+    start, n_killed = time.monotonic(), 0
+    if not passes(repository, module, source):
+        raise SystemExit(f"tests of {module} must pass before it is changed, got failures")
+    limit = max(LEAST_LIMIT, 4.0 * (time.monotonic() - start))
+    mutants = sample_mutants(source, n, seed)
+    for mutant in mutants:
+        survived = passes(repository, module, mutant.source, limit)
+        n_killed += not survived
+        verdict = "survived" if survived else "killed  "
+        print(f"{verdict} {module}:{mutant.line} {mutant.change}", flush=True)
+    print(f"{module}: {n_killed} of {len(mutants)} killed ({n_killed / len(mutants):.0%})")
+
+
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--module", choices=TESTS, required=True)
+    parser.add_argument("--module", choices=TESTS, nargs="+", default=list(TESTS))
     parser.add_argument("--n", type=int, default=25, help="mutants, drawn of all there are")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args(argv)
@@ -127,22 +143,11 @@ def main(argv: list[str] | None = None) -> None:
     """Test the unchanged module, then each mutant."""
     args = parse_args(argv)
     os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1", "HF_HUB_OFFLINE": "1"}
-    n_killed = 0
     with tempfile.TemporaryDirectory(prefix="unchanged_") as folder:
         repository = Path(folder) / "repository"
         copy_repository(repository)
-        source = (repository / args.module).read_text(encoding="utf-8")
-        start = time.monotonic()
-        if not passes(repository, args.module, source):
-            raise SystemExit(f"tests of {args.module} must pass before it is changed, got failures")
-        limit = max(LEAST_LIMIT, 4.0 * (time.monotonic() - start))
-        mutants = sample_mutants(source, args.n, args.seed)
-        for mutant in mutants:
-            survived = passes(repository, args.module, mutant.source, limit)
-            n_killed += not survived
-            verdict = "survived" if survived else "killed  "
-            print(f"{verdict} {args.module}:{mutant.line} {mutant.change}", flush=True)
-    print(f"{args.module}: {n_killed} of {len(mutants)} killed ({n_killed / len(mutants):.0%})")
+        for module in args.module:
+            test_mutants(repository, module, args.n, args.seed)
 
 
 if __name__ == "__main__":

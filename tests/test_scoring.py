@@ -107,21 +107,29 @@ def test_batches_are_full_and_may_span_jobs() -> None:
     assert whole == [[[7, 8]], [[7, 8]]]
 
 
+@pytest.fixture(scope="module")
+def streams(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Path]:
+    """Return whether the numerics are the authors' -> folder of scores of all levels at once."""
+    asked = ["--mvtype", "pushpins", "--pyramid_level", "7", "14", "224", "--rep", "0-1"]
+    asked += ["--crop_size_ratio", ".7", ".99"]
+    folders = {official: tmp_path_factory.mktemp("scores") for official in (False, True)}
+    for official, folder in folders.items():
+        score(data_dir, folder, *asked, *["--official"] * official)
+    return folders
+
+
 @pytest.mark.parametrize("official", [False, True], ids=["ours", "official"])
 @pytest.mark.parametrize("level", [7, 14, 224])
 def test_the_stream_gives_the_bytes_of_score_crop(
-    level: int, official: bool, data_dir: Path, tmp_path: Path
+    level: int, official: bool, data_dir: Path, streams: dict[bool, Path]
 ) -> None:
-    asked = ["--mvtype", "pushpins", "--pyramid_level", "7", "14", "224", "--rep", "0-1"]
-    grids = ["--crop_size_ratio", ".7", ".99"]
-    score(data_dir, tmp_path, *asked, *grids, *["--official"] * official)
     backbone = build_backbone("resnet18", load_weights("resnet18", "random"), (7, 14))
     extractor = FeatureExtractor(backbone, torch.device("cpu"))
     images = load_matrices(data_dir, "pushpins_struct").images
     corners = crop_corners(IM_SIZE, 0.7, 4)
     side, rep = crop_side(IM_SIZE, 0.7), 1
     name = "44.00_lvl" if level == 224 else "4_crop"
-    folder = tmp_path / f"ver1_pyramid_lvl_{level}/rep_num_{rep}/pushpins_struct"
+    folder = streams[official] / f"ver1_pyramid_lvl_{level}/rep_num_{rep}/pushpins_struct"
     found = read_scores(folder / f"{name}_anom_maps.npz")
     for crop, corner in enumerate(corners):
         elements = {}
@@ -131,7 +139,7 @@ def test_the_stream_gives_the_bytes_of_score_crop(
             # Full batches of another order: a crop's features do not depend on its neighbours.
             padded = torch.cat([crops, crops.new_zeros(-len(crops) % 5, *crops.shape[1:])])
             parts = [
-                {**extractor.extract(batch), 224: pixel_elements(batch)}[level]
+                pixel_elements(batch) if level == 224 else extractor.extract(batch)[level]
                 for batch in padded.split(5)
             ]
             elements[split] = torch.cat(parts)[: len(crops)]

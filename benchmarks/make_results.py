@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from PIL.Image import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -35,6 +36,7 @@ from sinbad.ensembles import EnsembleOptions, load_data_set
 from sinbad.errors import run_script, say
 from sinbad.files import to_json, write_whole
 from sinbad.flags import ScriptParser, flatten, integer_from, integer_ranges, progress
+from sinbad.folders import open_image
 from sinbad.plan import made_with
 from sinbad.report.figures import png_of
 from sinbad.report.metrics import auroc
@@ -220,7 +222,7 @@ def ablation_figure(rows: list[list[Any]]) -> Figure:
 
 
 def judge_split(
-    good: list[Path], bad: list[Path], sizes: tuple[int, int], seed: int, weights: Path
+    good: list[Image], bad: list[Image], sizes: tuple[int, int], seed: int, weights: Path
 ) -> list[float]:
     """Return, for each rate, the share of good, and of anomalous, pictures called anomalous."""
     order = np.random.default_rng(seed).permutation(len(good))
@@ -242,8 +244,8 @@ def verdicts(args: argparse.Namespace) -> None:
     """Compare promised and seen false alarms: the good pictures are split anew each time."""
     folder = args.loco_dir / "juice_bottle"
     parts = [folder / split / "good" for split in ("train", "validation", "test")]
-    good = [path for part in parts for path in sorted(part.iterdir())]
-    bad = sorted((folder / "test/logical_anomalies").iterdir())
+    good = [open_image(path) for part in parts for path in sorted(part.iterdir())]
+    bad = [open_image(path) for path in sorted((folder / "test/logical_anomalies").iterdir())]
     weights = args.weights_dir / NETS["resnet18"][0]
     rows: list[list[object]] = [["n_train", "n_valid", "split", *(
         f"{what}_{rate}" for rate in RATES for what in ("false_alarms", "found"))]]  # fmt: skip

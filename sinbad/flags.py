@@ -157,7 +157,7 @@ def network_flags() -> argparse.ArgumentParser:
     add("--batch_size", type=integer_from(1),
         help="crops of one forward pass; default 32, on a GPU 256")  # fmt: skip
     add("--compile", action="store_true",
-        help="let torch.compile make the network faster; changes last bits")  # fmt: skip
+        help="let torch.compile make the network faster; may change last bits")  # fmt: skip
     return group
 
 

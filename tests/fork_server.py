@@ -15,16 +15,20 @@ from collections.abc import Callable
 import torch
 
 import calc_anom_ensm
+import create_batch_array_sinbad
 import data_to_matrices
 import reproduce_paper
+import sinbad_detector
 import sinbad_single_layer
 import sinbad_time_series
 from sinbad.errors import run_script
 
-MAINS: dict[str, Callable[[list[str]], None]] = {
+MAINS: dict[str, Callable[[list[str]], int | None]] = {
     "calc_anom_ensm": calc_anom_ensm.main,
+    "create_batch_array_sinbad": create_batch_array_sinbad.main,
     "data_to_matrices": data_to_matrices.main,
     "reproduce_paper": reproduce_paper.main,
+    "sinbad_detector": sinbad_detector.main,
     "sinbad_single_layer": sinbad_single_layer.main,
     "sinbad_time_series": sinbad_time_series.main,
 }

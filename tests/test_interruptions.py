@@ -2,7 +2,7 @@
 
     SINBAD_KILLS=20 python -m pytest tests/test_interruptions.py -k killed_at
 
-kills every script 20 times, 100 times in all.
+kills every script 20 times, 140 times in all.
 """
 
 import json
@@ -30,7 +30,7 @@ from sinbad.files import folder_beside, write_whole, written_whole
 KILLED = -9
 N_KILLS = int(os.environ.get("SINBAD_KILLS", "2"))  # of each script
 SCRIPTS = ["data_to_matrices", "sinbad_single_layer", "calc_anom_ensm", "reproduce_paper",
-           "sinbad_time_series"]  # fmt: skip
+           "sinbad_time_series", "sinbad_detector", "create_batch_array_sinbad"]  # fmt: skip
 
 
 class Server:
@@ -99,6 +99,16 @@ def series_argv(toy: Path, out: Path) -> list[str]:
     return ["--dataset_dir", str(toy), "--dataset", "Toy", *flags, "--out", str(out)]
 
 
+def detector_argv(dataset_dir: Path, out: Path) -> list[str]:
+    flags = ["--initial_res", str(IM_SIZE), "--device", "cpu", "--pyramid_level", "224"]
+    train = ["--train_dir", str(dataset_dir / "pushpins/train/good"), "--rep_num_224", "6"]
+    return ["fit", *train, *flags, "--out", str(out / "detector.npz")]
+
+
+def array_argv(data_dir: Path, out: Path) -> list[str]:
+    return ["--data_dir", str(data_dir), "--mvtype", "pushpins", "--out_dir", str(out)]
+
+
 @pytest.fixture(scope="module")
 def inputs(
     server: Server, dataset_dir: Path, data_dir: Path, tmp_path_factory: pytest.TempPathFactory
@@ -120,6 +130,8 @@ def argv_of(script: str, dataset_dir: Path, data_dir: Path, inputs: Path, out: P
         "calc_anom_ensm": ensemble_argv(inputs / "scores", out),
         "reproduce_paper": paper_argv(dataset_dir, out),
         "sinbad_time_series": series_argv(inputs / "uea", out),
+        "sinbad_detector": detector_argv(dataset_dir, out),
+        "create_batch_array_sinbad": array_argv(data_dir, out),
     }[script]
 
 

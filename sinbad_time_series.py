@@ -23,7 +23,6 @@ import torch
 from sklearn.covariance import ledoit_wolf_shrinkage
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
-from torch.nn import functional
 
 from sinbad.backbones import choose_device
 from sinbad.errors import UserError, run_script, say
@@ -66,12 +65,14 @@ def count_dilations(n_steps: int) -> int:
     return min(n_steps // WINDOW, MAX_DILATIONS)
 
 
-def window_elements(series: Tensor, n_dilations: int) -> Tensor:
+def window_elements(series: Tensor, zeros: Tensor, n_dilations: int) -> Tensor:
     """Turn every time step into one element: the windows around it, all dilations and channels.
 
     Parameters
     ----------
     series : (n_series, channels, steps)
+    zeros : (channels,)
+        Stand outside the series.
     n_dilations : int
         Dilations 1 .. n_dilations.
 
@@ -83,7 +84,8 @@ def window_elements(series: Tensor, n_dilations: int) -> Tensor:
     windows = []
     for dilation in range(1, n_dilations + 1):
         margin = WINDOW // 2 * dilation
-        padded = functional.pad(series, (margin, margin))
+        edge = zeros[:, None].expand(len(series), -1, margin)
+        padded = torch.cat([edge, series, edge], dim=2)
         shifted = [padded[:, :, k * dilation : k * dilation + n_steps] for k in range(WINDOW)]
         windows.append(torch.stack(shifted, dim=2))  # (series, channels, window, steps)
     return torch.stack(windows, dim=1).flatten(1, 3)
@@ -118,8 +120,9 @@ def score_seed(
     n_dilations = count_dilations(n_steps)
     n_features = n_dilations * channels * WINDOW
     directions = random_directions(n_projections, n_features, key=(seed,)).to(device)
+    zeros = torch.from_numpy(data.zeros).to(device)
     train, test = (
-        torch.cat([project(directions, window_elements(batch, n_dilations))
+        torch.cat([project(directions, window_elements(batch, zeros, n_dilations))
                    for batch in torch.from_numpy(series).to(device).split(SERIES_A_BATCH)])
         for series in (data.train, data.test)
     )  # fmt: skip
@@ -244,7 +247,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     device = choose_device(args.device)
     settings = {"n_projections": args.n_projections, "n_quantiles": args.n_quantiles,
-                "window": WINDOW, "max_dilations": MAX_DILATIONS, "centred": 1}  # fmt: skip
+                "window": WINDOW, "max_dilations": MAX_DILATIONS}  # fmt: skip
     seeds = flatten(args.seeds)
     wanted = list(PUBLISHED) if "all" in args.dataset else list(dict.fromkeys(args.dataset))
     paths = {name: find_files(args.dataset_dir, name, args.format) for name in wanted}

@@ -14,12 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.io import arff
 
-from sinbad.errors import UserError
+from sinbad.errors import UserError, say
 
 ARCHIVE_PAGE = "https://www.timeseriesclassification.com"
 FORMATS = ("ts", "arff")
 LARGEST_VALUE = 1e307  # differences of two values stay finite in float64
 LARGEST_SCALED = 2.0**100  # sums of projected values stay finite in float32
+FAR_FROM_ZERO = 50.0  # times the usual distance of a value to its channel's median
 
 Array = NDArray[np.float64]
 # What a header says of every series: labels, number of channels, of steps; empty or None: nothing.
@@ -37,20 +38,21 @@ class Series(NamedTuple):
 class DataSet(NamedTuple):
     """A data set, padded to its longest series, in units in which float32 loses nothing.
 
-    Each channel is centred (its median over the training series becomes 0) and all are divided by
-    one power of two; then missing values and padding are 0. The authors pad with 0 as it stands in
-    the file, by which the offset of a channel decides how much its padding weighs.
+    Each channel is shifted by a value of its own and all are divided by one power of two.
 
     Attributes
     ----------
     train, test : (n_series, channels, steps), float32
     train_labels, test_labels : (n_series,), str
+    zeros : (channels,), float32
+        What 0 in the file's units has become: stands for padding and missing values.
     """
 
     train: NDArray[np.float32]
     test: NDArray[np.float32]
     train_labels: NDArray[np.str_]
     test_labels: NDArray[np.str_]
+    zeros: NDArray[np.float32]
 
 
 # ---------------------------------------------------------------- files
@@ -200,15 +202,23 @@ def load_data_set(
         rule = f"series of {paths[0]} and {paths[1].name} must have at least {min_steps} steps"
         raise UserError(f"{rule}, got {n_steps} in the longest; leave out this data set")
     centre, exponent = _fit_units(splits[0])
-    padded = [np.zeros((len(split), len(centre), n_steps), np.float32) for split in splits]
+    padded = [np.zeros((len(split), len(centre), n_steps)) for split in splits]
     for array, one in zip(chain(*padded), chain(*splits), strict=True):
-        with np.errstate(over="ignore"):  # what lies far outside is clipped
-            scaled = np.ldexp(one.values - centre, -exponent)
-        array[:, : one.values.shape[1]] = np.nan_to_num(
-            scaled.clip(-LARGEST_SCALED, LARGEST_SCALED)
+        array[:, : one.values.shape[1]] = np.nan_to_num(one.values)
+    with np.errstate(over="ignore"):  # what lies far outside is clipped; the rest changes no bit
+        train, test, zeros = (
+            np.ldexp(values - centre, -exponent).clip(-LARGEST_SCALED, LARGEST_SCALED)
+            for values in (*padded, np.zeros_like(centre))
+        )
+    far = abs(zeros).max()
+    if far > FAR_FROM_ZERO:
+        say(
+            f"warning: {paths[0]} holds values {far:.0f} times their spread away from 0, which "
+            "stands outside the series and where values miss, as in the paper, and may outweigh "
+            "them; subtract each channel's mean"
         )
     labels = (np.array([one.label for one in split]) for split in splits)
-    return DataSet(*padded, *labels)
+    return DataSet(np.float32(train), np.float32(test), *labels, np.float32(zeros[:, 0]))
 
 
 def _fit_units(train: list[Series]) -> tuple[Array, int]:

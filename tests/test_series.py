@@ -41,20 +41,18 @@ def test_both_formats_give_the_same_bytes(tmp_path: Path, lengths: tuple[int, in
     assert len(csvs) == 1
 
 
-def test_missing_values_and_padding_are_the_medians(tmp_path: Path) -> None:
+def test_missing_values_and_padding_are_zero_in_units_of_the_file(tmp_path: Path) -> None:
     folder = write_toy(tmp_path, (12, 25), missing=True)
     train = values_of(folder / "Toy/Toy_TRAIN.ts")
     assert np.isnan(train[0][1, 3:5]).all()
     data = load(folder, "ts")
-    assert (data.train[0, 1, 3:5] == 0).all()
-    pooled = np.sort(np.concatenate(train, axis=1), axis=1)  # NaN last
-    median = np.array([[own[(~np.isnan(own)).sum() // 2]] for own in pooled])
+    assert (data.train[0, 1, 3:5] == data.zeros[1]).all()
     unit = (data.train[1, 0, 1] - data.train[1, 0, 0]) / (train[1][0, 1] - train[1][0, 0])
     for padded, series in zip(data.train, train, strict=True):
         n_steps = series.shape[1]
-        wanted = np.nan_to_num((series - median) * unit)
+        wanted = np.nan_to_num(series) * unit + data.zeros[:, None]
         np.testing.assert_allclose(padded[:, :n_steps], wanted, rtol=1e-5, atol=1e-6)
-        assert (padded[:, n_steps:] == 0).all()
+        assert (padded[:, n_steps:] == data.zeros[:, None]).all()
 
 
 def test_values_and_labels_are_those_written(tmp_path: Path) -> None:
@@ -137,13 +135,22 @@ def test_scores_do_not_depend_on_the_unit(tmp_path: Path, unit: float) -> None:
     assert run(tmp_path / "scaled", tmp_path / "b", "--seeds", "0-2") == wanted
 
 
-@pytest.mark.parametrize("offset", [-300.0, 1e6, 1e9])
-def test_an_offset_changes_no_score(offset: float, tmp_path: Path) -> None:
-    folder = write_toy(tmp_path / "data", (12, 20), missing=True)
-    moved = load(scaled(folder, tmp_path / "offset", lambda value: value + offset), "ts")
+def test_a_small_signal_on_a_great_offset_is_kept(tmp_path: Path) -> None:
+    folder = write_toy(tmp_path / "data")
+    offset = load(scaled(folder, tmp_path / "offset", lambda value: value + 1e6), "ts")
     plain = load(folder, "ts")
-    np.testing.assert_allclose(moved.train, plain.train, atol=1e-6)
-    np.testing.assert_allclose(moved.test, plain.test, atol=1e-6)
+    np.testing.assert_allclose(
+        offset.train - offset.train[:1, :, :1], plain.train - plain.train[:1, :, :1], atol=1e-5
+    )
+    assert offset.zeros.max() < -1e5  # so far below is what 0 has become
+
+
+def test_values_far_from_zero_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_toy(tmp_path / "data")
+    load(scaled(folder, tmp_path / "near", lambda value: value + 10), "ts")
+    assert capsys.readouterr().err == ""
+    load(scaled(folder, tmp_path / "far", lambda value: value + 1000), "ts")
+    assert re.search(r"TRAIN\.ts holds values \d+ times their spread", capsys.readouterr().err)
 
 
 # ---------------------------------------------------------------- bad input

@@ -34,7 +34,7 @@ import sinbad_time_series
 from sinbad.detectors import Detector, DetectorOptions
 from sinbad.ensembles import EnsembleOptions, load_data_set
 from sinbad.errors import run_script, say
-from sinbad.files import to_json, write_whole
+from sinbad.files import to_json, write_whole, written_whole
 from sinbad.flags import ScriptParser, flatten, integer_from, integer_ranges, progress
 from sinbad.folders import open_image
 from sinbad.plan import made_with
@@ -149,11 +149,12 @@ def few_images(args: argparse.Namespace, n_train: int) -> Path:
     root, source = args.work / f"train_{n_train}", args.loco_dir.resolve() / "juice_bottle"
     target = root / "dataset/juice_bottle"
     if not target.exists():
-        (target / "train/good").mkdir(parents=True)
-        for part in ("validation", "test"):
-            (target / part).symlink_to(source / part)
-        for image in sorted((source / "train/good").iterdir())[:n_train]:
-            (target / "train/good" / image.name).symlink_to(image)
+        with written_whole(target) as made:
+            (made / "train/good").mkdir(parents=True)
+            for part in ("validation", "test"):
+                (made / part).symlink_to(source / part)
+            for image in sorted((source / "train/good").iterdir())[:n_train]:
+                (made / "train/good" / image.name).symlink_to(image)
     data_to_matrices.main(["--dataset_dir", str(root / "dataset"), "--mvtype", MVTYPE,
                            "--out_dir", str(root / "matrices")])  # fmt: skip
     return root / "matrices"

@@ -236,7 +236,7 @@ def progress_bar(total: int, desc: str, unit: str = "it") -> "tqdm":
     every = SECONDS_BETWEEN_LOG_LINES
     form = "{desc}: {n_fmt}/{total_fmt}, {rate_noinv_fmt}, {remaining} left"
     return tqdm(total=total, desc=desc, unit=unit, file=_LogLines(), bar_format=form,
-                mininterval=every, delay=every)  # fmt: skip
+                mininterval=every, maxinterval=every, delay=every)  # fmt: skip
 
 
 def progress(items: "list[Item]", desc: str, unit: str = "it") -> Iterator[Item]:

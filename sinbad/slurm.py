@@ -203,11 +203,13 @@ def check_finished(args: Namespace, tasks: list[Task], level: int, ratios: Ratio
         try:
             with zipfile.ZipFile(path) as archive:  # of numpy, which is not here
                 record = archive.read("run.npy").partition(b"\n")[2].decode("utf-32-le")
-            found = {"compile": False, **json.loads(record).get("settings", {})}
+            found = json.loads(record).get("settings", {})
         except KeyError:  # the authors' files hold no record
             continue
         except (zipfile.BadZipFile, ValueError) as error:
             raise UserError(f"{path} must be a whole .npz file, got {error}; remove it") from None
+        if "net" in found:
+            found.setdefault("compile", False)  # recorded where it is on
         if args.weights == "imagenet" and found.get("weights_sha256") != "random":
             found.pop("weights_sha256", None)  # not known before they are loaded: may be any file's
         for name, value in wanted.items():

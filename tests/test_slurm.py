@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -169,6 +170,7 @@ def save_output(path: Path, settings: dict[str, object]) -> None:
         ({"crop_size_ratio": 0.4}, "crop_size_ratio 0.4, now crop_size_ratio is 0.5"),
         ({"net": "resnet18"}, "net resnet18, now net is wide_resnet50_2"),
         ({"precision": "bf16"}, "precision bf16, now precision is fp32"),
+        ({"compile": True}, "compile True, now compile is False"),
         ({"n_projections": 10}, "n_projections 10, now n_projections is 1000"),
         ({"weights_sha256": "random"}, "weights_sha256 random, now weights_sha256 is that of imag"),
     ],
@@ -429,3 +431,21 @@ def test_a_moved_folder_runs_its_own_tasks(tmp_path: Path) -> None:
     assert batch_master(tmp_path / "moved", "--local", "2").returncode == 0
     assert stub_results(tmp_path / "moved") == expected_results(3)
     assert not list(tmp_path.glob("results/other*"))
+
+
+@pytest.mark.parametrize("generator", [network, pixels])
+def test_compiled_is_a_setting_of_the_network_alone(tmp_path: Path, generator: ModuleType) -> None:
+    flags = ["--out_dir", str(tmp_path / "a"), "--results_dir", str(tmp_path / "r")]
+    flags += ["--mvtype", "pushpins_loco", "--rep", "0"]
+    generator.main(flags)
+    of_network = NETWORK if generator is network else {}
+    for outputs, _ in read_tasks(tmp_path / "a"):
+        (path,) = map(Path, expand_pattern(outputs))
+        save_output(path, of_network)
+    weights = ["--weights", "random"]
+    generator.main([*flags, *weights])
+    if generator is network:
+        with pytest.raises(UserError, match="was made with compile False, now compile is True"):
+            generator.main([*flags, *weights, "--compile"])
+    else:
+        generator.main([*flags, *weights, "--compile"])

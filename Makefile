@@ -1,6 +1,6 @@
 # make demo    drawn data, three steps, one table; installs what it needs into .venv first
 # make test    every test
-# make mutants  single faults planted in the code: do the tests notice? (an hour)
+# make mutants  single faults planted in the code: do the tests notice?
 # make paper DATASET=../dataset_loco    the paper's table
 # make results    what README states, measured again where there is data
 # make bench   scoring timed against the bare network

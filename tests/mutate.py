@@ -29,7 +29,7 @@ TESTS = {  # the quickest to fail first
     "sinbad/backbones.py": ("backbones",),
     "sinbad/matrices.py": ("matrices", "layouts", "bad_inputs", "cuda_dispatch"),
     "sinbad/report/metrics.py": ("metrics", "tables"),
-    "sinbad/ensembles.py": ("ensembles",),
+    "sinbad/ensembles.py": ("ensembles", "extra_scores"),
 }
 SWAPS: dict[type[ast.AST], tuple[type[ast.AST], ...]] = {
     ast.Lt: (ast.LtE, ast.GtE), ast.LtE: (ast.Lt, ast.Gt),
@@ -114,7 +114,7 @@ def passes(repository: Path, module: str, source: str, limit: float | None = Non
     return run.returncode == 0
 
 
-def test_mutants(repository: Path, module: str, n: int, seed: int) -> None:
+def try_mutants(repository: Path, module: str, n: int, seed: int) -> None:
     """Test a module as it is, then each of n mutants of it; print what became of them."""
     source = (repository / module).read_text(encoding="utf-8")
     start, n_killed = time.monotonic(), 0
@@ -147,7 +147,7 @@ def main(argv: list[str] | None = None) -> None:
         repository = Path(folder) / "repository"
         copy_repository(repository)
         for module in args.module:
-            test_mutants(repository, module, args.n, args.seed)
+            try_mutants(repository, module, args.n, args.seed)
 
 
 if __name__ == "__main__":

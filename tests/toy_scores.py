@@ -1,12 +1,14 @@
 """Files of scores with a record, of few images, for the tests of the ensemble and the reports."""
 
 import copy
+import csv
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+import calc_anom_ensm
 from sinbad.datasets import KINDS, PIXEL_LEVEL, scores_file_name, scores_folder, split_mvtype
 from sinbad.ensembles import DataSetScores, EnsembleOptions, load_data_set
 from sinbad.results import LevelScores, save_scores
@@ -82,3 +84,12 @@ def load_toy(root: Path, mvtype: str, **changes: object) -> DataSetScores:
     """Write a toy data set and ensemble it."""
     write_data_set(root, mvtype)
     return load_data_set(options_of(root, **changes), mvtype)
+
+
+def ensemble(version: str, out: Path, *flags: str) -> list[dict[str, str]]:
+    """Run the script on all that is there; return the rows of its scores.csv."""
+    where = ["--version", version, "--version_224", version, "--out", str(out), "--no-figures"]
+    calc_anom_ensm.main([*where, *flags])
+    path = next(iter(sorted(out.glob("scores*.csv"))))
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))

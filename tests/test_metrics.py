@@ -77,6 +77,8 @@ def test_pooled_is_of_both_kinds_and_not_their_mean(tmp_path: Path) -> None:
     bad = [*final[0][4:], *final[1][4:]]
     expected = np.mean([g < b for g in final[0][:4] for b in bad])
     assert pooled_auroc(sets) == pytest.approx(expected)
+    others = replace(sets[1], final=np.where(sets[1].labels == 0, 99.0, sets[1].final))
+    assert pooled_auroc([sets[0], others]) == pytest.approx(expected)  # good ones of the first
     assert pooled_auroc(sets[:1]) is None
     found = all_metrics(sets, {})["classes"]["pushpins"]["pooled_auroc"]
     assert found == pytest.approx(expected)

@@ -25,7 +25,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 TESTS = {  # the quickest to fail first
     "sinbad_utils.py": ("sinbad_utils", "ensembles", "cuda_dispatch"),
-    "sinbad/scoring.py": ("cuda_dispatch", "scoring", "single_layer"),
+    "sinbad/scoring.py": ("plan", "cuda_dispatch", "scoring", "single_layer"),
     "sinbad/backbones.py": ("backbones",),
     "sinbad/matrices.py": ("matrices", "layouts", "bad_inputs", "cuda_dispatch"),
     "sinbad/report/metrics.py": ("metrics", "tables"),

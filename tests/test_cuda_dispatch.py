@@ -78,7 +78,6 @@ def fake_gpu(free_bytes: int) -> Iterator[list[torch.Size]]:
         mock.patch.object(FakeTensor, "numpy", numpy),
         mock.patch.object(FakeTensor, "__float__", to_float),
         mock.patch.object(FakeTensor, "tolist", to_list),
-        mock.patch.object(Tensor, "pin_memory", lambda self: self),
         mock.patch.object(matrices, "ThreadPoolExecutor", InLine),
         mock.patch.object(scoring, "ThreadPoolExecutor", InLine),
         mock.patch.object(scoring, "FIT_SETS", 3),
@@ -183,10 +182,18 @@ def test_scoring_mixes_no_devices_and_waits_for_no_more_than_it_must(
     flags += ["--shrinkage_factor", ".1", "--num_workers", "1", *["--official"] * official]
     plan = ScorePlan.of(parse_args(flags), tasks, data_dir)
     backbone = build_backbone("resnet18", load_weights("resnet18", "random"), (7, 14))
-    with fake_gpu(free_bytes) as waits:
+    pinned: list[bool] = []
+
+    def pin(crops: Tensor) -> Tensor:
+        assert not crops.is_cuda  # torch would refuse
+        pinned.append(True)
+        return crops
+
+    with fake_gpu(free_bytes) as waits, mock.patch.object(Tensor, "pin_memory", pin):
         scorer = ClassScorer(plan, data_sets, fake_extractor(backbone), GPU)
         scored = {task: (test.shape, valid.shape) for task, test, valid in scorer.score(tasks)}
     assert (scorer.pool.resident is None) == (free_bytes == 0)
+    assert bool(pinned) == (free_bytes == 0)
     assert scored == dict.fromkeys(tasks, ((4, 5), (4, 3)))
     # A crop position waits for its flags "finite", then, a repetition, for the mean variance.
     n_images = len(scorer.pool)

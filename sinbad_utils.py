@@ -131,10 +131,11 @@ def fit_ranges(values: Tensor) -> tuple[Tensor, Tensor]:
 def _selected_quantile(pooled: Tensor, share: float) -> Tensor:
     """Return a quantile of every row on a GPU, linear between the two values around it."""
     position = share * (pooled.shape[1] - 1)
-    below = math.floor(position)
-    lower = pooled.kthvalue(below + 1, dim=1).values
-    upper = pooled.kthvalue(min(below + 2, pooled.shape[1]), dim=1).values
-    return torch.lerp(lower, upper, position - below)
+    below, is_high = math.floor(position), share > 0.5
+    n_outer = pooled.shape[1] - below if is_high else min(below + 2, pooled.shape[1])
+    outer = pooled.topk(n_outer, dim=1, largest=is_high).values[:, -2:]  # sorted
+    around = outer.flip(1) if is_high else outer
+    return torch.lerp(around[:, 0], around[:, -1], position - below)
 
 
 def cumulative_histogram(values: Tensor, low: Tensor, high: Tensor, n_bins: int) -> Tensor:

@@ -46,7 +46,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     """Fit, save, load, score, write the rows."""
     args, device = parse_args(argv), torch.device("cpu")
-    network = argparse.Namespace(net=args.net, pyramid_level=[7, 14], precision="fp32")
     rows: list[list[object]] = [["net", "what", "pictures", "seconds", "of the bare network's time",
                                  "peak GB"]]  # fmt: skip
 
@@ -73,7 +72,7 @@ def main(argv: list[str] | None = None) -> None:
         detector = Detector.load(folder / "bottle.npz", device="cpu")
         note(f"load {size:.1f} MB", 0, started)
         for first, part in (("first, ", test[:1]), ("", test[:1]), ("", test[:10]), ("", test)):
-            bare = bare_network(network, device, n_crops * len(part))
+            bare = bare_network(args.net, (7, 14), "fp32", device, n_crops * len(part))
             started = time.perf_counter()
             detector.score(part)
             note(f"{first}score", len(part), started, bare)

@@ -5,10 +5,11 @@ Writes  OUT (JSON), and tables on stdout
 
     python benchmarks/bench_pipeline.py
     python benchmarks/bench_pipeline.py --net resnet18 --n_images 200 --turns 1
-    python benchmarks/bench_pipeline.py --loco --device cuda --precision tf32
+    python benchmarks/bench_pipeline.py --loco --device cuda --precision fp32 tf32 bf16 --turns 1
 
-The bare network is the same network on as many crops of noise, in full batches. It takes turns with
-scoring, so that both meet the same machine; still, compare ratios rather than seconds.
+The bare network is the same network on as many crops of noise, in full batches (of many, the first
+hundred, and the time of all from theirs). It takes turns with scoring, so that both meet the same
+machine; still, compare ratios rather than seconds.
 """
 
 import argparse
@@ -59,6 +60,7 @@ PARTS = {
     "test/structural_anomalies": "structural",
     "test/logical_anomalies": "logical",
 }
+BARE_BATCHES = 100  # that the bare network runs at most
 Figures = dict[str, Any]
 
 
@@ -95,7 +97,7 @@ def make_plan(args: argparse.Namespace, root: Path, classes: dict[str, LocoClass
     mvtypes = [f"{name}_{kind}" for name in classes for kind in KINDS]
     workers = os.cpu_count() or 1
     make_matrices(root / "dataset", root / "matrices", mvtypes, IM_SIZE, workers)
-    flags = ["--net", args.net, "--weights", "random", "--precision", args.precision]
+    flags = ["--net", args.net, "--weights", "random"]
     flags += ["--results_dir", str(root / "results"), "--overwrite", *["--compile"] * args.compile]
     tasks = paper_tasks(mvtypes, args.pyramid_level, [0], args.rep_num_224, "bench")
     return ScorePlan.of(paper_flags(flags), tasks, root / "matrices")
@@ -110,31 +112,36 @@ def seconds_of(function: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - started
 
 
-def bare_network(args: argparse.Namespace, device: torch.device, n_crops: int) -> float:
+def bare_network(
+    net: str, levels: tuple[int, ...], precision: str, device: torch.device, n_crops: int
+) -> float:
     """Return the seconds that the network alone takes for some crops."""
-    levels = network_levels(args.pyramid_level)
-    backbone = build_backbone(args.net, load_weights(args.net, "random"), levels).to(device)
+    backbone = build_backbone(net, load_weights(net, "random"), levels).to(device)
     batch_size = BATCH_SIZES[device.type]
     crops = torch.randn(batch_size, 3, INPUT_SIDE, INPUT_SIDE, device=device)
     crops = crops.contiguous(memory_format=torch.channels_last)
-    torch.backends.cudnn.allow_tf32 = args.precision == "tf32"
+    torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, False
+    torch.backends.cudnn.allow_tf32 = precision == "tf32"
 
     @torch.inference_mode()
     def loop(n_batches: int) -> None:
         for _ in range(n_batches):
-            with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
+            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
                 backbone(crops)
 
     loop(1)  # warm
-    return seconds_of(lambda: loop(-(-n_crops // batch_size)), device)
+    n_batches = -(-n_crops // batch_size)
+    n_run = min(n_batches, BARE_BATCHES)
+    return n_batches / n_run * seconds_of(lambda: loop(n_run), device)
 
 
 def bench_scoring(args: argparse.Namespace, device: torch.device, root: Path) -> Figures:
-    """Time everything, the network's levels and the bare network in turns."""
+    """Time scoring and the bare network in turns, in each precision."""
     classes = LOCO_CLASSES if args.loco else small_class(args.n_images)
     n_images = draw_dataset(root / "dataset", classes)
+    started = time.perf_counter()
     plan = make_plan(args, root, classes)
-    network = replace(plan, tasks=tuple(t for t in plan.tasks if t.level != PIXEL_LEVEL))
+    figures: Figures = {"n_images": n_images, "seconds_of_matrices": time.perf_counter() - started}
     crops: list[int] = []
     extract = FeatureExtractor.extract
 
@@ -142,18 +149,22 @@ def bench_scoring(args: argparse.Namespace, device: torch.device, root: Path) ->
         crops.append(len(batch))
         return extract(self, batch)
 
-    turns: dict[str, list[float]] = {"everything": [], "network levels": [], "bare network": []}
-    for _ in range(args.turns):
-        crops.clear()
+    seconds = figures["seconds"] = {
+        precision: {"scoring": [], "bare network": []} for precision in args.precision
+    }
+    levels = network_levels(args.pyramid_level)
+    for precision in args.precision * args.turns:
+        own, crops[:] = replace(plan, precision=precision), []
         with mock.patch.object(FeatureExtractor, "extract", counted):
-            turns["everything"].append(seconds_of(lambda: score_and_save(plan, device), device))
-        turns["network levels"].append(seconds_of(lambda: score_and_save(network, device), device))
-        turns["bare network"].append(bare_network(args, device, sum(crops)))
+            scoring = seconds_of(lambda p=own: score_and_save(p, device), device)
+        bare = bare_network(args.net, levels, precision, device, sum(crops))
+        seconds[precision]["scoring"].append(scoring)
+        seconds[precision]["bare network"].append(bare)
+        say(f"{precision}: scoring {scoring:.1f} s, bare network {bare:.1f} s")
     peak = {"cpu": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}
     if device.type == "cuda":
         peak["gpu"] = torch.cuda.max_memory_allocated(device)
-    return {"n_images": n_images, "crop_forwards": sum(crops), "peak_memory_bytes": peak,
-            "seconds": turns}  # fmt: skip
+    return figures | {"crop_forwards": sum(crops), "peak_memory_bytes": peak}
 
 
 def bench_agreement(args: argparse.Namespace, device: torch.device, root: Path) -> list[list[str]]:
@@ -180,14 +191,16 @@ def crop_scores(plan: ScorePlan, device: torch.device) -> list[NDArray[np.float6
 
 def table(own: Figures) -> list[list[str]]:
     """Return the rows of the table of times; medians over the turns."""
-    rows = [["scoring", "seconds", "images/s", "crops/s", "share of the bare network"]]
-    medians = {name: float(np.median(seconds)) for name, seconds in own["seconds"].items()}
-    for name, seconds in medians.items():
-        rates = [f"{own[key] / seconds:.2f}" for key in ("n_images", "crop_forwards")]
-        share = f"{100 * medians['bare network'] / seconds:.0f} %"
-        rows.append([name, f"{seconds:.1f}", *rates, share])
+    rows = [["precision", "what", "seconds", "images/s", "crops/s", "share of the bare network"]]
+    for precision, turns in own["seconds"].items():
+        medians = {name: float(np.median(seconds)) for name, seconds in turns.items()}
+        for name, seconds in medians.items():
+            rates = [f"{own[key] / seconds:.2f}" for key in ("n_images", "crop_forwards")]
+            share = f"{100 * medians['bare network'] / seconds:.0f} %"
+            rows.append([precision, name, f"{seconds:.1f}", *rates, share])
     peaks = [f"{name} {n / 1e9:.2f} GB" for name, n in own["peak_memory_bytes"].items()]
-    return [*rows, ["peak memory", ", ".join(peaks), "", "", ""]]
+    return [*rows, ["", "peak memory", ", ".join(peaks), "", "", ""],
+            ["", "matrices", f"{own['seconds_of_matrices']:.1f}", "", "", ""]]  # fmt: skip
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -196,7 +209,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--net", default="wide_resnet50_2")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:<i>")
-    add("--precision", choices=PRECISIONS, default="fp32")
+    add("--precision", choices=PRECISIONS, nargs="+", default=["fp32"])
     add_level_flag(parser, default=[7, 14, PIXEL_LEVEL])
     add("--rep_num_224", type=integer_from(1), default=100)
     add("--n_images", type=integer_from(8), default=16, help="of the drawn class")

@@ -178,8 +178,24 @@ def test_the_table_of_verdicts_is_that_measured() -> None:
         shares[n_train, n_valid].append([float(value) for value in values])
     assert len(shares) == 6
     for (n_train, n_valid), rows in shares.items():
-        assert len(rows) == 12
+        assert len(rows) == 40
         means = [f"{100 * statistics.mean(column):.1f} %" for column in zip(*rows, strict=True)]
         cells = [n_train, "folds" if n_valid == "0" else n_valid, *means]
         found = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
         assert cells in found
+
+
+def test_the_table_of_the_ablation_is_that_measured() -> None:
+    text = (ROOT / "docs/ablation.md").read_text(encoding="utf-8")
+    values = defaultdict(list)
+    for row in measured("ablation"):
+        changed, value, _, auroc, seconds = row.values()
+        values[changed, value, seconds].append(float(auroc))
+    found = [
+        [c.strip() for c in line.split("|")[2:-1]] for line in text.splitlines() if "|" in line
+    ]
+    assert len(found) == len(values) + 2
+    for (_, value, seconds), own in values.items():
+        assert len(own) == 5
+        spread = f"{min(own):.1f} to {max(own):.1f}"
+        assert [value, f"{statistics.median(own):.1f}", spread, seconds] in found

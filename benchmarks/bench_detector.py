@@ -17,11 +17,12 @@ import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench_pipeline import bare_network, draw_dataset
+from bench_pipeline import bare_network, draw_dataset, seconds_of
 
 from sinbad.datasets import LOCO_CLASSES, LocoClass
 from sinbad.detectors import Detector, DetectorOptions
@@ -49,8 +50,7 @@ def main(argv: list[str] | None = None) -> None:
     rows: list[list[object]] = [["net", "what", "pictures", "seconds", "of the bare network's time",
                                  "peak GB"]]  # fmt: skip
 
-    def note(what: str, n: int, started: float, bare: float = 0.0) -> None:
-        seconds = time.perf_counter() - started
+    def note(what: str, n: int, seconds: float, bare: float = 0.0) -> None:
         peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9
         share = f"{seconds / bare:.2f}" if bare else ""
         rows.append([args.net, what, n, f"{seconds:.2f}", share, f"{peak:.2f}"])
@@ -64,18 +64,21 @@ def main(argv: list[str] | None = None) -> None:
         options = DetectorOptions(args.net, "random")
         started = time.perf_counter()
         detector = Detector.fit(train, options=options, device="cpu")
-        note("fit", len(train), started)
+        note("fit", len(train), time.perf_counter() - started)
         n_crops = sum(level == 14 for level, _, _ in detector.positions)
         detector.save(folder / "bottle.npz")
         size = (folder / "bottle.npz").stat().st_size / 1e6
         started = time.perf_counter()
         detector = Detector.load(folder / "bottle.npz", device="cpu")
-        note(f"load {size:.1f} MB", 0, started)
-        for first, part in (("first, ", test[:1]), ("", test[:1]), ("", test[:10]), ("", test)):
-            bare = bare_network(args.net, (7, 14), "fp32", device, n_crops * len(part))
-            started = time.perf_counter()
-            detector.score(part)
-            note(f"{first}score", len(part), started, bare)
+        note(f"load {size:.1f} MB", 0, time.perf_counter() - started)
+        note("first score", 1, seconds_of(lambda: detector.score(test[:1]), device))
+        for n, n_turns in sorted(({args.n_pictures: 1} | {1: 5, 10: 3}).items()):  # medians
+            turns = [
+                (seconds_of(lambda n=n: detector.score(test[:n]), device),
+                 bare_network(args.net, (7, 14), "fp32", device, n_crops * n))
+                for _ in range(n_turns)
+            ]  # fmt: skip
+            note("score", n, *map(float, np.median(turns, axis=0)))
     head = f"# python benchmarks/bench_detector.py {' '.join(sys.argv[1:])}; "
     write_whole(args.out, f"{head}{made_with(32, device)}\n{csv_text(rows)}")
     print(markdown([list(map(str, row)) for row in rows]))

@@ -131,6 +131,12 @@ def measured(name: str) -> list[dict[str, str]]:
     return list(csv.DictReader(lines))
 
 
+def cells_of(path: str) -> list[list[str]]:
+    """Return the cells of every line of a page that is of a table."""
+    lines = (ROOT / path).read_text(encoding="utf-8").splitlines()
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line[:1] == "|"]
+
+
 def test_the_table_of_time_series_is_that_measured() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     values = defaultdict(list)
@@ -171,8 +177,7 @@ def test_figures_of_images_are_those_measured() -> None:
 
 
 def test_the_table_of_verdicts_is_that_measured() -> None:
-    text = (ROOT / "docs/detector.md").read_text(encoding="utf-8")
-    shares = defaultdict(list)
+    found, shares = cells_of("docs/detector.md"), defaultdict(list)
     for row in measured("verdicts"):
         n_train, n_valid, _, *values = row.values()
         shares[n_train, n_valid].append([float(value) for value in values])
@@ -180,22 +185,42 @@ def test_the_table_of_verdicts_is_that_measured() -> None:
     for (n_train, n_valid), rows in shares.items():
         assert len(rows) == 40
         means = [f"{100 * statistics.mean(column):.1f} %" for column in zip(*rows, strict=True)]
-        cells = [n_train, "folds" if n_valid == "0" else n_valid, *means]
-        found = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
-        assert cells in found
+        assert [n_train, "folds" if n_valid == "0" else n_valid, *means] in found
 
 
 def test_the_table_of_the_ablation_is_that_measured() -> None:
-    text = (ROOT / "docs/ablation.md").read_text(encoding="utf-8")
     values = defaultdict(list)
     for row in measured("ablation"):
         changed, value, _, auroc, seconds = row.values()
         values[changed, value, seconds].append(float(auroc))
-    found = [
-        [c.strip() for c in line.split("|")[2:-1]] for line in text.splitlines() if "|" in line
-    ]
+    found = [cells[1:] for cells in cells_of("docs/ablation.md")]
     assert len(found) == len(values) + 2
     for (_, value, seconds), own in values.items():
         assert len(own) == 5
         spread = f"{min(own):.1f} to {max(own):.1f}"
         assert [value, f"{statistics.median(own):.1f}", spread, seconds] in found
+
+
+def test_figures_of_a_gpu_are_those_measured() -> None:
+    values = {(row["network"], row["precision"], row["what"]): row["value"]
+              for row in measured("gpu")}  # fmt: skip
+    found, wide = cells_of("benchmarks/README.md"), "wide_resnet50_2"
+    text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    for precision in ("bf16", "tf32"):
+        names = {"scoring, seconds": "s", "bare network, seconds": "s", "GPU memory, GB": "GB"}
+        cells = [f"{float(values[wide, precision, f'LOCO, {name}']):.1f} {unit}"
+                 for name, unit in names.items()]  # fmt: skip
+        assert [precision, *cells] in found
+        assert f"{float(cells[0][:-2]):.0f} s in {precision}" in text
+    for precision in ("fp32", "tf32", "bf16"):
+        names = ("torchvision's", "ours", "compiled")
+        cells = [f"{float(values[wide, precision, f'256 crops, {name}, ms']):.1f} ms"
+                 for name in names]  # fmt: skip
+        assert [precision, *cells] in found
+        for net in ("resnet18", "tf_efficientnet_lite0"):
+            auroc, *cells = (
+                values[net, precision, f"juice_bottle, ensemble, {what}"]
+                for what in ("ROC-AUC, %", "largest relative difference from the CPU",
+                             "rank correlation with the CPU")
+            )  # fmt: skip
+            assert [f"{net}, {precision}", f"{float(auroc):.1f}", *cells] in found

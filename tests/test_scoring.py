@@ -118,35 +118,43 @@ def streams(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[bo
     return folders
 
 
-@pytest.mark.parametrize("official", [False, True], ids=["ours", "official"])
-@pytest.mark.parametrize("level", [7, 14, 224])
-def test_the_stream_gives_the_bytes_of_score_crop(
-    level: int, official: bool, data_dir: Path, streams: dict[bool, Path]
-) -> None:
+@pytest.fixture(scope="module")
+def elements(data_dir: Path) -> list[dict[str, dict[int, torch.Tensor]]]:
+    """Return, for each crop of four, split -> level -> the elements of pushpins_struct's images."""
     backbone = build_backbone("resnet18", load_weights("resnet18", "random"), (7, 14))
     extractor = FeatureExtractor(backbone, torch.device("cpu"))
     images = load_matrices(data_dir, "pushpins_struct").images
-    corners = crop_corners(IM_SIZE, 0.7, 4)
-    side, rep = crop_side(IM_SIZE, 0.7), 1
-    name = "44.00_lvl" if level == 224 else "4_crop"
-    folder = streams[official] / f"ver1_pyramid_lvl_{level}/rep_num_{rep}/pushpins_struct"
-    found = read_scores(folder / f"{name}_anom_maps.npz")
-    for crop, corner in enumerate(corners):
-        elements = {}
+    source, found = nearest_source(crop_side(IM_SIZE, 0.7), 224), []
+    for corner in crop_corners(IM_SIZE, 0.7, 4):
+        of_crop = {}
         for split, pixels in images.items():
-            source = nearest_source(side, 224)
             crops = torch.from_numpy(np.stack([crop_pixels(i, corner, source) for i in pixels]))
             # Full batches of another order: a crop's features do not depend on its neighbours.
             padded = torch.cat([crops, crops.new_zeros(-len(crops) % 5, *crops.shape[1:])])
-            parts = [
-                pixel_elements(batch) if level == 224 else extractor.extract(batch)[level]
-                for batch in padded.split(5)
-            ]
-            elements[split] = torch.cat(parts)[: len(crops)]
+            parts = [extractor.extract(batch) | {224: pixel_elements(batch)}
+                     for batch in padded.split(5)]  # fmt: skip
+            of_crop[split] = {level: torch.cat([part[level] for part in parts])[: len(crops)]
+                              for level in (7, 14, 224)}  # fmt: skip
+        found.append(of_crop)
+    return found
+
+
+@pytest.mark.parametrize("official", [False, True], ids=["ours", "official"])
+@pytest.mark.parametrize("level", [7, 14, 224])
+def test_the_stream_gives_the_bytes_of_score_crop(
+    level: int,
+    official: bool,
+    streams: dict[bool, Path],
+    elements: list[dict[str, dict[int, torch.Tensor]]],
+) -> None:
+    rep, name = 1, "44.00_lvl" if level == 224 else "4_crop"
+    folder = streams[official] / f"ver1_pyramid_lvl_{level}/rep_num_{rep}/pushpins_struct"
+    found = read_scores(folder / f"{name}_anom_maps.npz")
+    for crop, own in enumerate(elements):
         key, shrinkage = (0, rep, level, 4, crop), 1.0 if level == 224 else 0.1
         for split, scores in (("test", found.test), ("valid", found.valid)):
-            own = elements["train"], elements[split]
-            expected = score_crop(*own, key, N_DIRECTIONS, 5, shrinkage, official)
+            sets = own["train"][level], own[split][level]
+            expected = score_crop(*sets, key, N_DIRECTIONS, 5, shrinkage, official)
             np.testing.assert_array_equal(scores[crop], expected)
 
 

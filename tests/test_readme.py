@@ -224,3 +224,28 @@ def test_figures_of_a_gpu_are_those_measured() -> None:
                              "rank correlation with the CPU")
             )  # fmt: skip
             assert [f"{net}, {precision}", f"{float(auroc):.1f}", *cells] in found
+
+
+def test_figures_of_a_cpu_are_those_measured() -> None:
+    value = {row["what"]: float(row["value"]) for row in measured("cpu")}
+    text, page = (
+        " ".join((ROOT / name).read_text(encoding="utf-8").split())
+        for name in ("README.md", "benchmarks/README.md")
+    )
+    bare, shares = value["96 images, bare network, seconds"], []
+    for what in ("bare network", "levels 7 and 14", "everything"):
+        seconds = value[f"96 images, {what}, seconds"]
+        shares.append(f"{100 * bare / seconds:.0f} %")
+        (row,) = (cells for cells in cells_of("benchmarks/README.md")
+                  if cells[0].startswith(what))  # fmt: skip
+        assert row[1:] == [f"{seconds:.1f}", f"{96 / seconds:.2f}", shares[-1]]
+    peak = f"{value['96 images, peak memory, GB']} GB"
+    assert f"levels 7 and 14 at {shares[1]} of the bare network's speed" in text
+    assert f"everything (100 raw-pixel repetitions, scoring, writing) at {shares[2]}" in text
+    assert f"in {peak}" in text
+    assert f"peak memory {peak}" in page
+    torchvision, ours, compiled = (
+        value[f"32 crops, {name}, s"] for name in ("torchvision's", "ours", "compiled")
+    )
+    assert f"torchvision's own network {torchvision} s" in page
+    assert f"folded {ours} s, compiled {compiled} s" in page

@@ -249,3 +249,12 @@ def test_figures_of_a_cpu_are_those_measured() -> None:
     )
     assert f"torchvision's own network {torchvision} s" in page
     assert f"folded {ours} s, compiled {compiled} s" in page
+
+
+def test_times_of_a_detector_are_those_measured() -> None:
+    found, rows = cells_of("docs/detector.md"), measured("detector")
+    assert len(rows) > 8
+    for row in rows:
+        net, what, pictures, seconds, share, peak = row.values()
+        named = what if what.startswith("load") else f"{what}, {pictures}"
+        assert [net, named, seconds, share or "-", f"{peak} GB"] in found

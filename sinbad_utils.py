@@ -133,9 +133,9 @@ def _selected_quantile(pooled: Tensor, share: float) -> Tensor:
     position = share * (pooled.shape[1] - 1)
     below, is_high = math.floor(position), share > 0.5
     n_outer = pooled.shape[1] - below if is_high else min(below + 2, pooled.shape[1])
-    outer = pooled.topk(n_outer, dim=1, largest=is_high).values[:, -2:]  # sorted
-    around = outer.flip(1) if is_high else outer
-    return torch.lerp(around[:, 0], around[:, -1], position - below)
+    # The last two are those around it; kthvalue takes fifty times as long for long rows.
+    around = pooled.topk(n_outer, dim=1, largest=is_high).values[:, -2:]
+    return torch.lerp(around.amin(1), around.amax(1), position - below)
 
 
 def cumulative_histogram(values: Tensor, low: Tensor, high: Tensor, n_bins: int) -> Tensor:

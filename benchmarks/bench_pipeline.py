@@ -105,10 +105,11 @@ def make_plan(args: argparse.Namespace, root: Path, classes: dict[str, LocoClass
 
 def seconds_of(function: Callable[[], object], device: torch.device) -> float:
     """Return the wall time of a call in seconds, the GPU's work included."""
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    wait()
     started = time.perf_counter()
     function()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    wait()
     return time.perf_counter() - started
 
 

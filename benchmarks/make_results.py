@@ -1,8 +1,8 @@
 """Measure what README and docs state, and write it down: one CSV a table.
 
 Reads   LOCO_DIR/juice_bottle, UEA_DIR/<name>, WEIGHTS_DIR   (what is missing is left out)
-Writes  OUT/{time_series,images,ablation,verdicts,speed}.csv, OUT/ablation.png; a run that was
-        killed goes on where it was
+Writes  OUT/{time_series,images,ablation,verdicts}.csv, OUT/ablation.png; a run that was killed goes
+        on where it was
 
     python benchmarks/make_results.py --work ../sinbad_runs/measured
 
@@ -15,14 +15,12 @@ import argparse
 import json
 import os
 import platform
-import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from matplotlib.figure import Figure
 from PIL.Image import Image
 
@@ -32,6 +30,7 @@ import data_to_matrices
 import reproduce_paper
 import sinbad_single_layer
 import sinbad_time_series
+from sinbad.backbones import choose_device
 from sinbad.detectors import Detector, DetectorOptions
 from sinbad.ensembles import EnsembleOptions, load_data_set
 from sinbad.errors import run_script, say
@@ -42,7 +41,6 @@ from sinbad.plan import made_with
 from sinbad.report.figures import png_of
 from sinbad.report.metrics import auroc
 from sinbad.report.tables import csv_text
-from sinbad.series import DataSet
 
 SHARED = Path("../shared")
 MVTYPE = "juice_bottle_loco"
@@ -72,11 +70,6 @@ AUTHORS = {"NATOPS": 96.2, "Epilepsy": 99.1, "RacketSports": 91.8, "CharacterTra
 RATES = (0.05, 0.1)
 SIZES = [(n_train, n_valid) for n_train in (20, 40, 80) for n_valid in (0, 40)]
 
-# Of the times: images of a drawn class, training series (and as many test series).
-CLASS_SIZES = (50, 100, 200)
-SERIES_SIZES = (500, 1000, 2000, 4000)
-SERIES_SHAPE = (13, 50)  # channels and steps, SpokenArabicDigits'
-
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
@@ -88,15 +81,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--seeds", nargs="+", type=integer_ranges, default=[list(range(5))], help="of the images")
     add("--n_splits", type=integer_from(1), default=40, help="of the verdicts' pictures")
     add("--device", default="cpu", help="of all but time_series: cpu, cuda or cuda:<i>")
-    add("--only", nargs="+", choices=("time_series", "images", "ablation", "verdicts", "speed"))
-    add("--work", type=Path, default=Path("../sinbad_runs/measured"), help="matrices and scores")
+    add("--only", nargs="+", choices=("time_series", "images", "ablation", "verdicts"))
+    add("--work", type=Path, default=Path("../sinbad_runs/measured"),
+        help="matrices and scores, of one device and one version of the code")  # fmt: skip
     add("--out", type=Path, default=Path("results"))
     return parser.parse_args(argv)
 
 
 def save(args: argparse.Namespace, name: str, seeds: list[int], rows: list[list[object]]) -> None:
     """Write one table, with what it was made by in its first line."""
-    device = torch.device("cpu" if name == "time_series" else args.device)
+    device = choose_device("cpu" if name == "time_series" else args.device)
     made = made_with(32, device)
     kept = ("commit", "python", "torch", "torchvision", "numpy", "device")
     about = {key: made[key] for key in kept}
@@ -249,7 +243,7 @@ def judge_split(
     sizes: tuple[int, int],
     seed: int,
     weights: Path,
-    device: str = "cpu",
+    device: str,
 ) -> list[float]:
     """Return, for each rate, the share of good, and of anomalous, pictures called anomalous."""
     order = np.random.default_rng(seed).permutation(len(good))
@@ -286,37 +280,10 @@ def verdicts(args: argparse.Namespace) -> None:
     save(args, "verdicts", list(range(args.n_splits)), rows)
 
 
-def speed(args: argparse.Namespace) -> None:
-    """Time a class of drawn images, each size in a process of its own, and time series."""
-    rows: list[list[object]] = [["what", "number", "crop forwards", "seconds",
-                                 "seconds, bare network", "peak memory, GB"]]  # fmt: skip
-    script = Path(__file__).with_name("bench_pipeline.py")
-    for n in CLASS_SIZES:
-        record = args.work / "speed" / f"{n}.json"
-        if not record.exists():
-            words = ["--net", "resnet18", "--turns", 1, "--device", args.device]
-            words += ["--n_images", n, "--out", record]
-            subprocess.run([sys.executable, script, *map(str, words)], check=True)
-        own = json.loads(record.read_text(encoding="utf-8"))["scoring"]
-        seconds = [f"{own['seconds']['fp32'][name][0]:.1f}" for name in ("scoring", "bare network")]
-        peak = f"{own['peak_memory_bytes']['cpu'] / 1e9:.2f}"
-        rows.append(["images, resnet18", own["n_images"], own["crop_forwards"], *seconds, peak])
-    rng = np.random.default_rng(0)
-    for n in SERIES_SIZES:
-        series = rng.standard_normal((2 * n, *SERIES_SHAPE), dtype=np.float32)
-        labels, zeros = (np.arange(n) % 10).astype(str), np.zeros(SERIES_SHAPE[0], np.float32)
-        data = DataSet(series[:n], series[n:], labels, labels, zeros)
-        started = time.perf_counter()
-        sinbad_time_series.score_seed(data, 0, 100, 20, torch.device(args.device))
-        rows.append(["time series", n, "", f"{time.perf_counter() - started:.1f}", "", ""])
-    save(args, "speed", [0], rows)
-
-
 def main(argv: list[str] | None = None) -> None:
     """Measure what there is data for."""
     args = parse_args(argv)
     needs = {time_series: args.uea_dir} | dict.fromkeys((images, ablation, verdicts), args.loco_dir)
-    needs[speed] = Path()  # images and series are drawn
     for measure, folder in needs.items():
         if args.only and measure.__name__ not in args.only:
             continue

@@ -146,7 +146,8 @@ def run_record(
 @functools.cache
 def made_with(batch_size: int, device: torch.device) -> dict[str, object]:
     """Return versions, device, threads and git commit: they may change last bits, or nothing."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty",
+               "--abbrev=40", "--exclude=*"]  # fmt: skip
     try:
         commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):

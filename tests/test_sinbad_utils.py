@@ -134,6 +134,15 @@ def test_a_gpu_selects_the_ranges_that_a_cpu_does(n_elements: int, tied: bool) -
         )
 
 
+@pytest.mark.parametrize("n_values", [1, 2, 3, 100, 101, 201])  # of 101 the shares are exact
+def test_a_gpu_selects_quantiles_of_few_values(n_values: int) -> None:
+    pooled = tensors(n_values, 4, n_values)
+    for share in (0.01, 0.99):
+        found = sinbad_utils._selected_quantile(pooled, share)
+        expected = np.quantile(pooled.numpy(), share, axis=1)
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
 def test_score_crop_is_the_steps_one_after_the_other() -> None:
     train, images = tensors(0, 40, 6, 20), tensors(1, 5, 6, 20) + 0.5
     key, n_directions, n_bins, shrinkage = (0, 0, 14, 4, 2), 30, 5, 0.1

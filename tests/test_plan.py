@@ -64,7 +64,10 @@ def test_the_commit_is_recorded_where_there_is_one(
     made_with = plans.made_with.__wrapped__  # without its cache
     assert made_with(5, torch.device("cpu"))["commit"] == "unknown"
     git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
-    for command in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "first"]):
+    (tmp_path / "plan.py").touch()
+    for command in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "first"]):
         subprocess.run([*git, *command], check=True)
-    expected = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, check=True).stdout
-    assert made_with(5, torch.device("cpu"))["commit"] == expected.decode().strip()
+    head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, check=True, text=True)
+    assert made_with(5, torch.device("cpu"))["commit"] == head.stdout.strip()
+    (tmp_path / "plan.py").write_text("changed since\n")
+    assert made_with(5, torch.device("cpu"))["commit"] == f"{head.stdout.strip()}-dirty"

@@ -274,3 +274,16 @@ def test_times_of_a_detector_are_those_measured() -> None:
         net, what, pictures, seconds, share, peak = row.values()
         named = what if what.startswith("load") else f"{what}, {pictures}"
         assert [net, named, seconds, share or "-", f"{peak} GB"] in found
+
+
+def test_times_against_size_are_those_measured() -> None:
+    page = " ".join((ROOT / "benchmarks/README.md").read_text(encoding="utf-8").split())
+    images, series = [], []
+    for what, number, forwards, seconds, bare, peak in (r.values() for r in measured("scaling")):
+        if what == "time series":
+            series.append(f"{number} {seconds} s")
+        else:
+            images.append([number, forwards, seconds, bare, f"{peak} GB"])
+    assert all(row in cells_of("benchmarks/README.md") for row in images)
+    assert len(images) == 3
+    assert ", ".join(series).replace(" ", " take ", 1) in page

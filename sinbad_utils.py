@@ -133,8 +133,7 @@ def _selected_quantile(pooled: Tensor, share: float) -> Tensor:
     position = share * (pooled.shape[1] - 1)
     below, is_high = math.floor(position), share > 0.5
     n_outer = pooled.shape[1] - below if is_high else min(below + 2, pooled.shape[1])
-    # The last two are those around it; kthvalue takes fifty times as long for long rows.
-    around = pooled.topk(n_outer, dim=1, largest=is_high).values[:, -2:]
+    around = pooled.topk(n_outer, dim=1, largest=is_high).values[:, -2:]  # kthvalue is slower
     return torch.lerp(around.amin(1), around.amax(1), position - below)
 
 

@@ -30,7 +30,7 @@ SPLITS = {"train": "train_data.npy", "valid": "valid_data.npy", "test": "test_da
 SHARED_SPLITS = ("train", "valid")  # of a class' data sets
 LABELS_FILE = "image_level_label.npy"
 PATHS_FILE = "image_paths.json"  # names, what tells the images apart, settings; the authors: none
-IMAGES_AT_ONCE = 32  # decoded before they are written
+IMAGES_AT_ONCE = 32  # decoded before they are written; looked at before pages are let go of
 
 Stamp = list[Any]  # of an image's file: size in bytes, time of its last change in ns, sha256
 
@@ -373,9 +373,13 @@ class ImagePool:
     def is_empty(self, corner: tuple[int, int], side: int) -> bool:
         """Tell whether a crop is padding (zeros) only in every image."""
         rows, columns = (slice(start, start + side) for start in corner)
-        is_empty = not any(images[row, :, rows, columns].any() for images, row in self.sources)
-        self.release()
-        return is_empty
+        for start in range(0, len(self), IMAGES_AT_ONCE):
+            part = self.sources[start : start + IMAGES_AT_ONCE]
+            is_empty = not any(images[row, :, rows, columns].any() for images, row in part)
+            self.release()  # part by part, or the pages of a whole class would be in memory
+            if not is_empty:
+                return False
+        return True
 
     def move_to_device(self, num_workers: int) -> None:
         """Copy the images into the GPU's memory where they take less than half of what is free."""

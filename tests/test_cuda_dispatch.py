@@ -166,6 +166,19 @@ def test_pages_that_were_read_are_let_go_of(data_dir: Path) -> None:
     assert mapped._mmap.madvise.mock_calls == [mock.call(mmap.MADV_DONTNEED)]
 
 
+def test_pages_are_let_go_of_while_a_class_is_searched_for_padding(
+    data_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool = ImagePool([load_matrices(data_dir, "pushpins_loco")], torch.device("cpu"))
+    monkeypatch.setattr(matrices, "IMAGES_AT_ONCE", 4)
+    releases: list[None] = []
+    monkeypatch.setattr(pool, "release", lambda: releases.append(None))
+    assert not pool.is_empty((0, 0), 16)
+    assert len(releases) == 1
+    assert pool.is_empty((48, 48), 16)  # below the drawn 85 x 50 pixels
+    assert len(releases) == 1 + -(-len(pool) // 4)
+
+
 @pytest.mark.parametrize("free_bytes", [0, 1 << 40], ids=["images stay", "images on the GPU"])
 @pytest.mark.parametrize("official", [False, True])
 def test_scoring_mixes_no_devices_and_waits_for_no_more_than_it_must(

@@ -260,6 +260,16 @@ def test_figures_of_a_cpu_are_those_measured() -> None:
     assert f"everything (100 raw-pixel repetitions, scoring, writing) at {shares[2]}" in text
     assert f"in {peak}" in text
     assert f"peak memory {peak}" in page
+    of = {what: value[f"rehearsal, {what}"] for what in (
+        "until killed, seconds", "started again, seconds", "files of scores when killed",
+        "files of scores", "peak memory, GB", "images, MB", "matrices, MB", "scores, MB",
+    )}  # fmt: skip
+    killed, again, n_killed, n_files, memory, *disk, n_scores = of.values()
+    assert f"{killed + again:,.0f} s from images to the table, killed once" in page
+    assert f"after {killed:.0f} s, with {n_killed:.0f} of {n_files:,.0f} files of scores" in page
+    assert f"Peak memory {memory:.1f} GB" in page
+    images, matrices = (f"{megabytes / 1000:.1f} GB" for megabytes in disk)
+    assert f"images {images}, matrices {matrices}, scores {n_scores:.0f} MB" in page
     torchvision, ours, compiled = (
         value[f"32 crops, {name}, s"] for name in ("torchvision's", "ours", "compiled")
     )

@@ -127,7 +127,7 @@ def test_every_file_named_by_the_readme_is_there() -> None:
 def measured(name: str) -> list[dict[str, str]]:
     """Return the rows of a file of results."""
     head, *lines = (ROOT / "results" / f"{name}.csv").read_text(encoding="utf-8").splitlines()
-    assert head.startswith("# python benchmarks/")
+    assert head.startswith(("# python benchmarks/", "# make demo"))
     return list(csv.DictReader(lines))
 
 
@@ -297,3 +297,12 @@ def test_times_against_size_are_those_measured() -> None:
     assert all(row in cells_of("benchmarks/README.md") for row in images)
     assert len(images) == 3
     assert ", ".join(series).replace(" ", " take ", 1) in page
+
+
+def test_the_table_of_the_demo_is_what_it_printed() -> None:
+    rows = [list(row.values()) for row in measured("demo")]
+    assert len(rows) == 7
+    found = cells_of("README.md")
+    for row in rows:
+        n_columns = len(next(cells for cells in found if cells[0] == row[0]))
+        assert [cell or "-" for cell in row[:n_columns]] in found

@@ -131,6 +131,11 @@ def measured(name: str) -> list[dict[str, str]]:
     return list(csv.DictReader(lines))
 
 
+def words_of(path: str) -> str:
+    """Return a page's text without its line breaks."""
+    return " ".join((ROOT / path).read_text(encoding="utf-8").split())
+
+
 def cells_of(path: str) -> list[list[str]]:
     """Return the cells of every line of a page that is of a table."""
     lines = (ROOT / path).read_text(encoding="utf-8").splitlines()
@@ -207,10 +212,7 @@ def test_figures_of_a_gpu_are_those_measured() -> None:
     values = {(row["network"], row["precision"], row["what"]): row["value"]
               for row in measured("gpu")}  # fmt: skip
     found, wide = cells_of("benchmarks/README.md"), "wide_resnet50_2"
-    text, page = (
-        " ".join((ROOT / name).read_text(encoding="utf-8").split())
-        for name in ("README.md", "benchmarks/README.md")
-    )
+    text, page = words_of("README.md"), words_of("benchmarks/README.md")
     ranges = "ranges of 10 x 1605632 values"
     topk, kthvalue = (
         f"{float(values['-', 'fp32', f'{ranges}, torch.{name}, ms']):.1f}"
@@ -244,10 +246,7 @@ def test_figures_of_a_gpu_are_those_measured() -> None:
 
 def test_figures_of_a_cpu_are_those_measured() -> None:
     value = {row["what"]: float(row["value"]) for row in measured("cpu")}
-    text, page = (
-        " ".join((ROOT / name).read_text(encoding="utf-8").split())
-        for name in ("README.md", "benchmarks/README.md")
-    )
+    text, page = words_of("README.md"), words_of("benchmarks/README.md")
     bare, shares = value["96 images, bare network, seconds"], []
     for what in ("bare network", "levels 7 and 14", "everything"):
         seconds = value[f"96 images, {what}, seconds"]
@@ -287,7 +286,7 @@ def test_times_of_a_detector_are_those_measured() -> None:
 
 
 def test_times_against_size_are_those_measured() -> None:
-    page = " ".join((ROOT / "benchmarks/README.md").read_text(encoding="utf-8").split())
+    page = words_of("benchmarks/README.md")
     images, series = [], []
     for what, number, forwards, seconds, bare, peak in (r.values() for r in measured("scaling")):
         if what == "time series":

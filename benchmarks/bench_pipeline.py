@@ -5,7 +5,7 @@ Writes  OUT (JSON), and tables on stdout
 
     python benchmarks/bench_pipeline.py
     python benchmarks/bench_pipeline.py --net resnet18 --n_images 200 --turns 1
-    python benchmarks/bench_pipeline.py --loco --device cuda --precision fp32 tf32 bf16 --turns 1
+    python benchmarks/bench_pipeline.py --loco --device cuda --precision tf32 --turns 1
 
 The bare network is the same network on as many crops of noise, in full batches (of many, the first
 hundred, and the time of all from theirs). It takes turns with scoring, so that both meet the same

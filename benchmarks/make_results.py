@@ -124,16 +124,8 @@ def run(
 ) -> list[dict[str, Any]]:
     """Run reproduce_paper.py on juice_bottle; return the metrics of each seed."""
     out = args.work / "reports" / "_".join([version, *flags]).replace("-", "")
-    words = [
-        "--dataset_dir",
-        args.loco_dir,
-        "--mvtype",
-        MVTYPE,
-        "--net",
-        net,
-        "--device",
-        args.device,
-    ]
+    words = ["--dataset_dir", args.loco_dir, "--mvtype", MVTYPE, "--net", net]
+    words += ["--device", args.device]
     words += ["--weights", args.weights_dir / NETS[net][0], "--no-figures", "--out", out]
     words += ["--data_dir", args.work / "matrices", "--results_dir", args.work / "scores"]
     words += ["--seeds", *flatten(args.seeds), "--version_name", version, *flags]

@@ -220,6 +220,24 @@ def test_results_of_other_weights_do_not_count_as_done(
         network.main(flags)
 
 
+@pytest.mark.parametrize("generator", [network, pixels])
+def test_compiled_is_a_setting_of_the_network_alone(tmp_path: Path, generator: ModuleType) -> None:
+    flags = ["--out_dir", str(tmp_path / "a"), "--results_dir", str(tmp_path / "r")]
+    flags += ["--mvtype", "pushpins_loco", "--rep", "0"]
+    generator.main(flags)
+    of_network = NETWORK if generator is network else {}
+    for outputs, _ in read_tasks(tmp_path / "a"):
+        (path,) = map(Path, expand_pattern(outputs))
+        save_output(path, of_network)
+    weights = ["--weights", "random"]
+    generator.main([*flags, *weights])
+    if generator is network:
+        with pytest.raises(UserError, match="was made with compile False, now compile is True"):
+            generator.main([*flags, *weights, "--compile"])
+    else:
+        generator.main([*flags, *weights, "--compile"])
+
+
 def test_generators_start_at_once_and_without_torch() -> None:
     code = (
         "import sys, create_batch_array_sinbad, create_batch_array_sinbad_224; print(*sys.modules)"
@@ -431,21 +449,3 @@ def test_a_moved_folder_runs_its_own_tasks(tmp_path: Path) -> None:
     assert batch_master(tmp_path / "moved", "--local", "2").returncode == 0
     assert stub_results(tmp_path / "moved") == expected_results(3)
     assert not list(tmp_path.glob("results/other*"))
-
-
-@pytest.mark.parametrize("generator", [network, pixels])
-def test_compiled_is_a_setting_of_the_network_alone(tmp_path: Path, generator: ModuleType) -> None:
-    flags = ["--out_dir", str(tmp_path / "a"), "--results_dir", str(tmp_path / "r")]
-    flags += ["--mvtype", "pushpins_loco", "--rep", "0"]
-    generator.main(flags)
-    of_network = NETWORK if generator is network else {}
-    for outputs, _ in read_tasks(tmp_path / "a"):
-        (path,) = map(Path, expand_pattern(outputs))
-        save_output(path, of_network)
-    weights = ["--weights", "random"]
-    generator.main([*flags, *weights])
-    if generator is network:
-        with pytest.raises(UserError, match="was made with compile False, now compile is True"):
-            generator.main([*flags, *weights, "--compile"])
-    else:
-        generator.main([*flags, *weights, "--compile"])

@@ -13,68 +13,83 @@ error. What an earlier report left in OUT is replaced.
 import argparse
 from pathlib import Path
 
-from sinbad.datasets import (
-    DEFAULT_RESULTS_DIR,
-    DEFAULT_VERSION,
-    PAPER_LEVELS,
-    PIXEL_LEVEL,
-    PIXEL_SETTINGS,
-)
-from sinbad.ensembles import EnsembleOptions, add_ensemble_flags, find_mvtypes, load_data_set
-from sinbad.errors import UserError, run_script
-from sinbad.flags import ScriptParser, flatten, integer_from, integer_ranges, report_flags
-from sinbad.report import report_options, write_report
+from sinbad import cli, ensembles, errors, loco, report
 
-DEFAULT_VERSION_PATH = str(DEFAULT_RESULTS_DIR / f"{DEFAULT_VERSION}_pyramid_lvl_#")
+DEFAULT_VERSION_PATH = str(loco.DEFAULT_RESULTS_DIR / f"{loco.DEFAULT_VERSION}_pyramid_lvl_#")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
-    parser = ScriptParser(__doc__, [report_flags()])
+    parser = cli.ScriptParser(__doc__, [cli.report_flags()])
     add = parser.add_argument
     add("--mvtype", nargs="+", default=["all"], help="class, data set, loco, struct, all")
-    add("--version", default=DEFAULT_VERSION_PATH,
-        help="folder of the network's scores, # for the level")  # fmt: skip
+    add(
+        "--version",
+        default=DEFAULT_VERSION_PATH,
+        help="folder of the network's scores, # for the level",
+    )
     add("--version_224", default=DEFAULT_VERSION_PATH, help="folder of the raw-pixel scores")
-    add("--pyramid_level", type=integer_from(1), nargs="*", default=list(PAPER_LEVELS),
-        help="levels of the network; none for raw pixels alone")  # fmt: skip
-    add("--rep", type=integer_ranges, nargs="+", default=[[0]],
-        help="repetitions of the network's levels; several, as 0-4, give mean and std "
-        "(default: 0)")  # fmt: skip
-    add("--rep_num_224", type=integer_from(0), default=PIXEL_SETTINGS.n_reps,
-        help="raw-pixel repetitions; 0 leaves the level out")  # fmt: skip
+    add(
+        "--pyramid_level",
+        type=cli.integer_from(1),
+        nargs="*",
+        default=list(loco.PAPER_LEVELS),
+        help="levels of the network; none for raw pixels alone",
+    )
+    add(
+        "--rep",
+        type=cli.integer_ranges,
+        nargs="+",
+        default=[[0]],
+        help="repetitions of the network's levels; several, as 0-4, give mean and std (default: 0)",
+    )
+    add(
+        "--rep_num_224",
+        type=cli.integer_from(0),
+        default=loco.PIXEL_SETTINGS.n_reps,
+        help="raw-pixel repetitions; 0 leaves the level out",
+    )
     add("--out", type=Path, help="default: `ensemble` beside the scores' folders")
-    add_ensemble_flags(parser)
+    ensembles.add_ensemble_flags(parser)
     return parser.parse_args(argv)
 
 
-def options_of_runs(args: argparse.Namespace) -> dict[str, EnsembleOptions]:
+def options_of_runs(args: argparse.Namespace) -> dict[str, ensembles.EnsembleOptions]:
     """Return what each repetition of the network's levels is ensembled from."""
     levels = tuple(dict.fromkeys(args.pyramid_level))
-    if PIXEL_LEVEL in levels:
-        raise UserError(
-            f"pyramid_level must be of the network, got {PIXEL_LEVEL}; raw pixels are added by "
+    if loco.PIXEL_LEVEL in levels:
+        raise errors.UserError(
+            f"pyramid_level must be of the network, got {loco.PIXEL_LEVEL}; raw pixels are added by "
             "--rep_num_224"
         )
     return {
-        f"rep {rep}": EnsembleOptions(
-            args.version, args.version_224, levels, rep, args.rep_num_224, args.lambda_factor,
-            args.crop_norm, args.crop_pool,
+        f"rep {rep}": ensembles.EnsembleOptions(
+            args.version,
+            args.version_224,
+            levels,
+            rep,
+            args.rep_num_224,
+            args.lambda_factor,
+            args.crop_norm,
+            args.crop_pool,
         )
-        for rep in flatten(args.rep)
-    }  # fmt: skip
+        for rep in cli.flatten(args.rep)
+    }
 
 
 def main(argv: list[str] | None = None) -> None:
     """Read, ensemble, report."""
     args = parse_args(argv)
     out = args.out or Path(args.version.replace("#", "all")).parent / "ensemble"
-    report = report_options(args, out)
+    report_settings = report.report_options(args, out)
     options = options_of_runs(args)
-    mvtypes = find_mvtypes(options.values(), args.mvtype)
-    runs = {name: [load_data_set(o, mvtype) for mvtype in mvtypes] for name, o in options.items()}
-    print(write_report(runs, report))
+    mvtypes = ensembles.find_mvtypes(options.values(), args.mvtype)
+    runs = {
+        name: [ensembles.load_data_set(o, mvtype) for mvtype in mvtypes]
+        for name, o in options.items()
+    }
+    print(report.write_report(runs, report_settings))
 
 
 if __name__ == "__main__":
-    run_script(main)
+    errors.run_script(main)

@@ -11,19 +11,16 @@ Writes  OUT_DIR/{tasks.tsv,array.sbatch,batch_master.sh}
 
 import argparse
 
-from sinbad.datasets import NETWORK_SETTINGS, PAPER_LEVELS, PIXEL_LEVEL
-from sinbad.errors import UserError, run_script
-from sinbad.flags import add_level_flag
-from sinbad.slurm import array_parser, run_array
+from sinbad import cli, errors, loco, slurm
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
-    parser = array_parser(__doc__, NETWORK_SETTINGS, "sbatches", "sbatches_224")
-    add_level_flag(parser, PAPER_LEVELS)
+    parser = slurm.array_parser(__doc__, loco.NETWORK_SETTINGS, "sbatches", "sbatches_224")
+    cli.add_level_flag(parser, loco.PAPER_LEVELS)
     args = parser.parse_args(argv)
-    if PIXEL_LEVEL in args.pyramid_level:
-        raise UserError(
+    if loco.PIXEL_LEVEL in args.pyramid_level:
+        raise errors.UserError(
             "pyramid_level must be of the network, got 224; the raw pixels have their own "
             "generator, create_batch_array_sinbad_224.py"
         )
@@ -33,8 +30,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """Write the folder, or submit, run or report its tasks."""
     args = parse_args(argv)
-    return run_array(args, list(dict.fromkeys(args.pyramid_level)), __file__)
+    return slurm.run_array(args, list(dict.fromkeys(args.pyramid_level)), __file__)
 
 
 if __name__ == "__main__":
-    run_script(main)
+    errors.run_script(main)

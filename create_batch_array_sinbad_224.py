@@ -11,20 +11,20 @@ Writes  OUT_DIR/{tasks.tsv,array.sbatch,batch_master.sh}
 
 import argparse
 
-from sinbad.datasets import PIXEL_LEVEL, PIXEL_SETTINGS
-from sinbad.errors import run_script
-from sinbad.slurm import array_parser, run_array
+from sinbad import errors, loco, slurm
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
-    return array_parser(__doc__, PIXEL_SETTINGS, "sbatches_224", "sbatches").parse_args(argv)
+    return slurm.array_parser(__doc__, loco.PIXEL_SETTINGS, "sbatches_224", "sbatches").parse_args(
+        argv
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
     """Write the folder, or submit, run or report its tasks."""
-    return run_array(parse_args(argv), [PIXEL_LEVEL], __file__)
+    return slurm.run_array(parse_args(argv), [loco.PIXEL_LEVEL], __file__)
 
 
 if __name__ == "__main__":
-    run_script(main)
+    errors.run_script(main)

@@ -15,25 +15,25 @@ finished already is skipped; a run that was killed is started again with the sam
 import argparse
 from pathlib import Path
 
-from sinbad.datasets import DEFAULT_DATASET_DIR, IM_SIZE, VALID_SHARE
-from sinbad.errors import run_script, say
-from sinbad.files import remove_left_overs
-from sinbad.flags import ScriptParser, integer_from, workers_flag
-from sinbad.folders import add_valid_share_flag, choose_data_sets, plan_data_set, warn_about_counts
-from sinbad.matrices import SPLITS, is_current, make_data_set
+from sinbad import atomic, cli, errors, layouts, loco, matrices
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
-    parser = ScriptParser(__doc__, [workers_flag()])
+    parser = cli.ScriptParser(__doc__, [cli.workers_flag()])
     add = parser.add_argument
     about = "data sets (pushpins_loco), classes (pushpins), loco, struct, all; default: all found"
     add("--mvtype", nargs="+", help=about)
-    add("--dataset_dir", type=Path, default=DEFAULT_DATASET_DIR, help="folder of the classes")
+    add("--dataset_dir", type=Path, default=loco.DEFAULT_DATASET_DIR, help="folder of the classes")
     add("--out_dir", type=Path, help="default: DATASET_DIR/data_matrices")
-    add("--im_size", type=integer_from(8), default=IM_SIZE, help="side of the matrices in pixels")
-    add_valid_share_flag(parser)
-    add("--seed", type=integer_from(0), default=0, help="of the images taken for validation")
+    add(
+        "--im_size",
+        type=cli.integer_from(8),
+        default=loco.IM_SIZE,
+        help="side of the matrices in pixels",
+    )
+    layouts.add_valid_share_flag(parser)
+    add("--seed", type=cli.integer_from(0), default=0, help="of the images taken for validation")
     add("--overwrite", action="store_true", help="make finished matrices again")
     return parser.parse_args(argv)
 
@@ -42,28 +42,30 @@ def make_matrices(
     dataset_dir: Path,
     out_dir: Path,
     mvtypes: list[str],
-    im_size: int = IM_SIZE,
+    im_size: int = loco.IM_SIZE,
     n_workers: int = 1,
     overwrite: bool = False,
-    valid_share: float = VALID_SHARE,
+    valid_share: float = loco.VALID_SHARE,
     seed: int = 0,
 ) -> None:
     """Make the matrices of several data sets; finished ones are skipped, one line for each."""
-    plans = [plan_data_set(dataset_dir, name, im_size, valid_share, seed) for name in mvtypes]
-    remove_left_overs(out_dir)
+    plans = [
+        layouts.plan_data_set(dataset_dir, name, im_size, valid_share, seed) for name in mvtypes
+    ]
+    atomic.remove_left_overs(out_dir)
     made: set[Path] = set()
     for plan in plans:
         folder = out_dir / plan.mvtype
-        if not overwrite and is_current(folder, plan):
-            say(f"{plan.mvtype}: finished already, {folder}")
+        if not overwrite and matrices.is_current(folder, plan):
+            errors.say(f"{plan.mvtype}: finished already, {folder}")
             continue
-        warn_about_counts(plan)
+        layouts.warn_about_counts(plan)
         # With --overwrite only what this run has made is linked.
         link = not overwrite or plan.class_dir in made
-        make_data_set(plan, out_dir, n_workers, link)
+        matrices.make_data_set(plan, out_dir, n_workers, link)
         made.add(plan.class_dir)
-        counts = " / ".join(str(len(plan.paths[split])) for split in SPLITS)
-        say(f"{plan.mvtype}: {counts} train / valid / test images")
+        counts = " / ".join(str(len(plan.paths[split])) for split in matrices.SPLITS)
+        errors.say(f"{plan.mvtype}: {counts} train / valid / test images")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -72,7 +74,7 @@ def main(argv: list[str] | None = None) -> None:
     make_matrices(
         args.dataset_dir,
         args.out_dir or args.dataset_dir / "data_matrices",
-        choose_data_sets(args.dataset_dir, args.mvtype),
+        layouts.choose_data_sets(args.dataset_dir, args.mvtype),
         args.im_size,
         args.num_workers,
         args.overwrite,
@@ -82,4 +84,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    errors.run_script(main)

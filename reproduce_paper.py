@@ -28,51 +28,47 @@ from threading import Thread
 import torch
 
 from data_to_matrices import make_matrices
-from sinbad.backbones import choose_device, load_weights
-from sinbad.datasets import (
-    DEFAULT_RUNS_DIR,
-    PAPER_LEVELS,
-    PIXEL_LEVEL,
-    PIXEL_SETTINGS,
-    level_settings,
-    network_levels,
-    split_mvtype,
-)
-from sinbad.ensembles import DataSetScores, EnsembleOptions, add_ensemble_flags, load_data_set
-from sinbad.errors import UserError, run_script
-from sinbad.flags import (
-    ScriptParser,
-    add_level_flag,
-    integer_from,
-    network_flags,
-    report_flags,
-    results_flags,
-    scoring_flags,
-    workers_flag,
-)
-from sinbad.folders import add_valid_share_flag, choose_data_sets
-from sinbad.plan import ScorePlan, ScoreTask
-from sinbad.report import report_options, write_report
+from sinbad import backbones, cli, ensembles, errors, layouts, loco, report, score_plans
 from sinbad_single_layer import score_and_save
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
-    groups = network_flags(), scoring_flags(), results_flags(), report_flags(), workers_flag()
-    parser = ScriptParser(__doc__, groups)
+    groups = (
+        cli.network_flags(),
+        cli.scoring_flags(),
+        cli.results_flags(),
+        cli.report_flags(),
+        cli.workers_flag(),
+    )
+    parser = cli.ScriptParser(__doc__, groups)
     add = parser.add_argument
     add("--mvtype", nargs="+", help="data sets, classes, loco, struct or all; default: all found")
-    add("--seeds", type=integer_from(0), nargs="+", default=[0], help="several give mean and std")
-    add_level_flag(parser, default=[*PAPER_LEVELS, PIXEL_LEVEL])
-    add("--rep_num_224", type=integer_from(1), default=PIXEL_SETTINGS.n_reps,
-        help="raw-pixel repetitions")  # fmt: skip
-    add("--device", nargs="+", default=["auto"],
-        help="auto, cpu, cuda or cuda:<i>; several share the classes")  # fmt: skip
+    add(
+        "--seeds",
+        type=cli.integer_from(0),
+        nargs="+",
+        default=[0],
+        help="several give mean and std",
+    )
+    cli.add_level_flag(parser, default=[*loco.PAPER_LEVELS, loco.PIXEL_LEVEL])
+    add(
+        "--rep_num_224",
+        type=cli.integer_from(1),
+        default=loco.PIXEL_SETTINGS.n_reps,
+        help="raw-pixel repetitions",
+    )
+    add(
+        "--device",
+        nargs="+",
+        default=["auto"],
+        help="auto, cpu, cuda or cuda:<i>; several share the classes",
+    )
     add("--data_dir", type=Path, help="default: DATASET_DIR/data_matrices")
-    add_valid_share_flag(parser)
-    add("--out", type=Path, default=DEFAULT_RUNS_DIR / "paper", help="tables and pictures")
+    layouts.add_valid_share_flag(parser)
+    add("--out", type=Path, default=loco.DEFAULT_RUNS_DIR / "paper", help="tables and pictures")
     add("--overwrite", action="store_true", help="make finished outputs again")
-    add_ensemble_flags(parser)
+    ensembles.add_ensemble_flags(parser)
     return parser.parse_args(argv)
 
 
@@ -83,15 +79,17 @@ def version_of_seed(version: str, seed: int) -> str:
 
 def paper_tasks(
     mvtypes: list[str], levels: list[int], seeds: list[int], n_pixel_reps: int, version: str
-) -> list[ScoreTask]:
+) -> list[score_plans.ScoreTask]:
     """Return every file of scores of the paper's settings."""
     return [
-        ScoreTask(mvtype, level, ratio, seed, rep, version_of_seed(version, seed))
+        score_plans.ScoreTask(mvtype, level, ratio, seed, rep, version_of_seed(version, seed))
         for mvtype in mvtypes
         for level in dict.fromkeys(levels)
-        for ratio in level_settings(level).crop_ratios
+        for ratio in loco.level_settings(level).crop_ratios
         for seed in dict.fromkeys(seeds)
-        for rep in range(n_pixel_reps if level == PIXEL_LEVEL else level_settings(level).n_reps)
+        for rep in range(
+            n_pixel_reps if level == loco.PIXEL_LEVEL else loco.level_settings(level).n_reps
+        )
     ]
 
 
@@ -101,14 +99,14 @@ def end_with_parent() -> None:
     Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
-def score_on_devices(plan: ScorePlan, devices: list[torch.device]) -> None:
+def score_on_devices(plan: score_plans.ScorePlan, devices: list[torch.device]) -> None:
     """Score a plan's tasks; several devices take turns by class, each in its own process."""
     if len(devices) == 1:
         score_and_save(plan, devices[0])
         return
-    by_class: dict[str, list[ScoreTask]] = defaultdict(list)
+    by_class: dict[str, list[score_plans.ScoreTask]] = defaultdict(list)
     for task in plan.tasks:
-        by_class[split_mvtype(task.mvtype)[0]].append(task)
+        by_class[loco.split_mvtype(task.mvtype)[0]].append(task)
     context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
     with ExitStack() as stack:
         workers = [
@@ -123,18 +121,26 @@ def score_on_devices(plan: ScorePlan, devices: list[torch.device]) -> None:
             run.result()
 
 
-def load_runs(args: argparse.Namespace, mvtypes: list[str]) -> dict[str, list[DataSetScores]]:
+def load_runs(
+    args: argparse.Namespace, mvtypes: list[str]
+) -> dict[str, list[ensembles.DataSetScores]]:
     """Read the scores of every seed and ensemble them."""
     runs = {}
     for seed in dict.fromkeys(args.seeds):
         version = version_of_seed(args.version_name, seed)
         folder = str(args.results_dir / f"{version}_pyramid_lvl_#")
-        n_reps = args.rep_num_224 if PIXEL_LEVEL in args.pyramid_level else 0
-        options = EnsembleOptions(
-            folder, folder, network_levels(args.pyramid_level), 0, n_reps, args.lambda_factor,
-            args.crop_norm, args.crop_pool,
-        )  # fmt: skip
-        runs[f"seed {seed}"] = [load_data_set(options, mvtype) for mvtype in mvtypes]
+        n_reps = args.rep_num_224 if loco.PIXEL_LEVEL in args.pyramid_level else 0
+        options = ensembles.EnsembleOptions(
+            folder,
+            folder,
+            loco.network_levels(args.pyramid_level),
+            0,
+            n_reps,
+            args.lambda_factor,
+            args.crop_norm,
+            args.crop_pool,
+        )
+        runs[f"seed {seed}"] = [ensembles.load_data_set(options, mvtype) for mvtype in mvtypes]
     return runs
 
 
@@ -142,27 +148,34 @@ def main(argv: list[str] | None = None) -> None:
     """Make matrices, score, ensemble, report."""
     args = parse_args(argv)
     if "#" in f"{args.results_dir}{args.version_name}":
-        raise UserError(
+        raise errors.UserError(
             f"results_dir and version_name must be without #, which stands for a level, got "
             f"{args.results_dir} and {args.version_name}; choose others"
         )
-    devices = [choose_device(name) for name in args.device]
-    report = report_options(args, args.out)
-    if network_levels(args.pyramid_level):
-        load_weights(args.net, args.weights)  # if they cannot be had, say so before the long work
-    mvtypes = choose_data_sets(args.dataset_dir, args.mvtype)
+    devices = [backbones.choose_device(name) for name in args.device]
+    report_settings = report.report_options(args, args.out)
+    if loco.network_levels(args.pyramid_level):
+        backbones.load_weights(
+            args.net, args.weights
+        )  # if they cannot be had, say so before the long work
+    mvtypes = layouts.choose_data_sets(args.dataset_dir, args.mvtype)
     data_dir = args.data_dir or args.dataset_dir / "data_matrices"
     tasks = paper_tasks(
         mvtypes, args.pyramid_level, args.seeds, args.rep_num_224, args.version_name
     )
-    plan = ScorePlan.of(args, tasks, data_dir)
+    score_plan = score_plans.ScorePlan.of(args, tasks, data_dir)
     make_matrices(
-        args.dataset_dir, data_dir, mvtypes, args.initial_res, args.num_workers, args.overwrite,
+        args.dataset_dir,
+        data_dir,
+        mvtypes,
+        args.initial_res,
+        args.num_workers,
+        args.overwrite,
         args.valid_share,
-    )  # fmt: skip
-    score_on_devices(plan, devices)
-    print(write_report(load_runs(args, mvtypes), report))
+    )
+    score_on_devices(score_plan, devices)
+    print(report.write_report(load_runs(args, mvtypes), report_settings))
 
 
 if __name__ == "__main__":
-    run_script(main)
+    errors.run_script(main)

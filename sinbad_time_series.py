@@ -24,20 +24,9 @@ from sklearn.covariance import ledoit_wolf_shrinkage
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
-from sinbad.backbones import choose_device
-from sinbad.errors import UserError, run_script, say
-from sinbad.files import to_json, write_whole
-from sinbad.flags import ScriptParser, flatten, integer_from, integer_ranges, progress
-from sinbad.report.tables import csv_text, markdown
-from sinbad.series import FORMATS, DataSet, find_files, load_data_set
-from sinbad_utils import (
-    Scores,
-    cumulative_histogram,
-    fit_ranges,
-    fit_whitening,
-    project,
-    random_directions,
-)
+import sinbad_utils
+from sinbad import atomic, backbones, cli, errors, uea
+from sinbad.report import tables
 
 # ROC-AUC in percent; arXiv 2311.14773, requoted by a benchmark site
 PUBLISHED = {
@@ -91,7 +80,9 @@ def window_elements(series: Tensor, zeros: Tensor, n_dilations: int) -> Tensor:
     return torch.stack(windows, dim=1).flatten(1, 3)
 
 
-def score_class(normal_values: Tensor, test_values: Tensor, n_quantiles: int) -> Scores:
+def score_class(
+    normal_values: Tensor, test_values: Tensor, n_quantiles: int
+) -> sinbad_utils.Scores:
     """Score test series by the squared Mahalanobis distance to the mean of the normal series.
 
     Parameters
@@ -104,28 +95,32 @@ def score_class(normal_values: Tensor, test_values: Tensor, n_quantiles: int) ->
     -------
     (n_test,), float64, higher = more anomalous
     """
-    low, high = fit_ranges(normal_values)
-    normal = cumulative_histogram(normal_values, low, high, n_quantiles)
-    test = cumulative_histogram(test_values, low, high, n_quantiles)
+    low, high = sinbad_utils.fit_ranges(normal_values)
+    normal = sinbad_utils.cumulative_histogram(normal_values, low, high, n_quantiles)
+    test = sinbad_utils.cumulative_histogram(test_values, low, high, n_quantiles)
     shrinkage = float(ledoit_wolf_shrinkage(normal.double().cpu().numpy()))
-    whitening = fit_whitening(normal, min(max(shrinkage, MIN_SHRINKAGE), 1.0))
+    whitening = sinbad_utils.fit_whitening(normal, min(max(shrinkage, MIN_SHRINKAGE), 1.0))
     return whitening.squared_norms(test).cpu().numpy()
 
 
 def score_seed(
-    data: DataSet, seed: int, n_projections: int, n_quantiles: int, device: torch.device
+    data: uea.DataSet, seed: int, n_projections: int, n_quantiles: int, device: torch.device
 ) -> list[float]:
     """Return the ROC-AUC in percent of every class, sorted by name, for one draw of directions."""
     _, channels, n_steps = data.train.shape
     n_dilations = count_dilations(n_steps)
     n_features = n_dilations * channels * WINDOW
-    directions = random_directions(n_projections, n_features, key=(seed,)).to(device)
+    directions = sinbad_utils.random_directions(n_projections, n_features, key=(seed,)).to(device)
     zeros = torch.from_numpy(data.zeros).to(device)
     train, test = (
-        torch.cat([project(directions, window_elements(batch, zeros, n_dilations))
-                   for batch in torch.from_numpy(series).to(device).split(SERIES_A_BATCH)])
+        torch.cat(
+            [
+                sinbad_utils.project(directions, window_elements(batch, zeros, n_dilations))
+                for batch in torch.from_numpy(series).to(device).split(SERIES_A_BATCH)
+            ]
+        )
         for series in (data.train, data.test)
-    )  # fmt: skip
+    )
     roc_auc = []
     for name in np.unique(data.train_labels):
         is_normal = torch.from_numpy(data.train_labels == name).to(device)
@@ -157,7 +152,7 @@ def read_results(
         if overwrite:
             return {}
         rule = f"{path} must be a file of this version, got another"
-        raise UserError(f"{rule}; pass --overwrite or another --out") from None
+        raise errors.UserError(f"{rule}; pass --overwrite or another --out") from None
     if overwrite:
         kept = found.keys() - files if there == settings else ()
         return {name: found[name] for name in kept}
@@ -165,11 +160,11 @@ def read_results(
     for name, value in settings.items():
         if there[name] != value:
             rule = f"{name} must be {there[name]}, that of the results in {path}"
-            raise UserError(f"{rule}, got {value}; {cure}")
+            raise errors.UserError(f"{rule}, got {value}; {cure}")
     for name in files.keys() & found.keys():
         if found[name]["files"] != files[name]:
             rule = f"files must be those of the results of {name} in {path}"
-            raise UserError(f"{rule}, got another {' and '.join(files[name])}; {cure}")
+            raise errors.UserError(f"{rule}, got another {' and '.join(files[name])}; {cure}")
     return found
 
 
@@ -194,8 +189,8 @@ def save_results(out: Path, results: dict[str, Result], settings: dict[str, int]
             "files": result["files"],
         }
     record = {"settings": settings, "unit": "ROC-AUC, percent", "datasets": summary}
-    write_whole(out / "time_series.csv", csv_text(rows))
-    write_whole(out / "time_series.json", to_json(record) + "\n")
+    atomic.atomic_write(out / "time_series.csv", tables.csv_text(rows))
+    atomic.atomic_write(out / "time_series.json", atomic.to_json(record) + "\n")
 
 
 def format_table(results: dict[str, Result], seeds: list[int]) -> str:
@@ -211,10 +206,10 @@ def format_table(results: dict[str, Result], seeds: list[int]) -> str:
         if published is not None:
             rows[-1][4:] = [f"{published:.1f}", f"{means.mean() - published:+.1f}"]
     counted = f"{len(seeds)} seeds; std over seeds, n - 1" if len(seeds) > 1 else "1 seed"
-    return f"{markdown(rows)}\n\nROC-AUC in percent, {counted}."
+    return f"{tables.markdown(rows)}\n\nROC-AUC in percent, {counted}."
 
 
-def _percents(result: Result, seeds: list[int]) -> Scores:
+def _percents(result: Result, seeds: list[int]) -> sinbad_utils.Scores:
     """Return (n_seeds, n_classes)."""
     return np.array([result["seeds"][str(seed)] for seed in seeds])
 
@@ -224,18 +219,36 @@ def _percents(result: Result, seeds: list[int]) -> Scores:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
-    parser = ScriptParser(__doc__)
+    parser = cli.ScriptParser(__doc__)
     add = parser.add_argument
-    add("--dataset_dir", type=Path, default=Path("../dataset_uea"),
-        help="folder with a folder for each data set")  # fmt: skip
-    add("--dataset", nargs="+", required=True, metavar="NAME",
-        help=f"all ({', '.join(PUBLISHED)}) or names of folders")  # fmt: skip
-    add("--format", choices=["auto", *FORMATS], default="auto",
-        help="files to read; auto: .ts where both are there")  # fmt: skip
-    add("--seeds", nargs="+", type=integer_ranges, default=[[0]],
-        help="of the random directions, numbers or ranges like 0-9 (default: 0)")  # fmt: skip
-    add("--n_projections", type=integer_from(1), default=100, help="random directions")
-    add("--n_quantiles", type=integer_from(1), default=20, help="thresholds a direction")
+    add(
+        "--dataset_dir",
+        type=Path,
+        default=Path("../dataset_uea"),
+        help="folder with a folder for each data set",
+    )
+    add(
+        "--dataset",
+        nargs="+",
+        required=True,
+        metavar="NAME",
+        help=f"all ({', '.join(PUBLISHED)}) or names of folders",
+    )
+    add(
+        "--format",
+        choices=["auto", *uea.FORMATS],
+        default="auto",
+        help="files to read; auto: .ts where both are there",
+    )
+    add(
+        "--seeds",
+        nargs="+",
+        type=cli.integer_ranges,
+        default=[[0]],
+        help="of the random directions, numbers or ranges like 0-9 (default: 0)",
+    )
+    add("--n_projections", type=cli.integer_from(1), default=100, help="random directions")
+    add("--n_quantiles", type=cli.integer_from(1), default=20, help="thresholds a direction")
     add("--out", type=Path, default=Path("../sinbad_runs/time_series"), help="the results' folder")
     add("--overwrite", action="store_true", help="compute again what is there")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:<i>")
@@ -245,29 +258,33 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     """Read every data set, score its classes with every seed, save, print the table."""
     args = parse_args(argv)
-    device = choose_device(args.device)
-    settings = {"n_projections": args.n_projections, "n_quantiles": args.n_quantiles,
-                "window": WINDOW, "max_dilations": MAX_DILATIONS}  # fmt: skip
-    seeds = flatten(args.seeds)
+    device = backbones.choose_device(args.device)
+    settings = {
+        "n_projections": args.n_projections,
+        "n_quantiles": args.n_quantiles,
+        "window": WINDOW,
+        "max_dilations": MAX_DILATIONS,
+    }
+    seeds = cli.flatten(args.seeds)
     wanted = list(PUBLISHED) if "all" in args.dataset else list(dict.fromkeys(args.dataset))
-    paths = {name: find_files(args.dataset_dir, name, args.format) for name in wanted}
+    paths = {name: uea.find_files(args.dataset_dir, name, args.format) for name in wanted}
     files = {
         name: {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths[name]}
         for name in wanted
     }
     results = read_results(args.out, settings, files, args.overwrite)
     for name in wanted:
-        data = load_data_set(paths[name], KEPT_LENGTHS.get(name, (0, np.inf)), min_steps=WINDOW)
+        data = uea.load_data_set(paths[name], KEPT_LENGTHS.get(name, (0, np.inf)), min_steps=WINDOW)
         classes = np.unique(data.train_labels).tolist()
-        say(
+        errors.say(
             f"{name}: {len(data.train)} training and {len(data.test)} test series of "
             f"{len(classes)} classes, {data.train.shape[1]} channels, {data.train.shape[2]} steps"
         )
         result = results.setdefault(name, {"files": files[name], "classes": classes, "seeds": {}})
         missing = [seed for seed in seeds if str(seed) not in result["seeds"]]
         if len(missing) < len(seeds):
-            say(f"{name}: {len(seeds) - len(missing)} seeds are in {args.out} already")
-        for seed in progress(missing, desc=name, unit="seed"):
+            errors.say(f"{name}: {len(seeds) - len(missing)} seeds are in {args.out} already")
+        for seed in cli.progress(missing, desc=name, unit="seed"):
             result["seeds"][str(seed)] = score_seed(
                 data, seed, args.n_projections, args.n_quantiles, device
             )
@@ -276,4 +293,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    errors.run_script(main)

@@ -23,12 +23,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import sinbad_time_series
-from sinbad.errors import run_script
-from sinbad.files import write_whole
-from sinbad.flags import ScriptParser, integer_from
-from sinbad.plan import made_with
-from sinbad.report.tables import csv_text, markdown
-from sinbad.series import DataSet
+from sinbad import atomic, cli, errors, score_plans, uea
+from sinbad.report import tables
 
 SERIES_SIZES = (500, 1000, 2000, 4000)  # training series, and as many test series
 SERIES_SHAPE = (13, 50)  # channels and steps: SpokenArabicDigits'
@@ -37,10 +33,12 @@ CPU = torch.device("cpu")
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
-    parser = ScriptParser(__doc__)
+    parser = cli.ScriptParser(__doc__)
     add = parser.add_argument
     add("--net", default="resnet18")
-    add("--n_images", type=integer_from(8), nargs="+", default=[50, 100, 200], help="of a class")
+    add(
+        "--n_images", type=cli.integer_from(8), nargs="+", default=[50, 100, 200], help="of a class"
+    )
     add("--work", type=Path, default=Path("../sinbad_runs/scaling"), help="of one machine and code")
     add("--out", type=Path, default=Path("results/scaling.csv"))
     return parser.parse_args(argv)
@@ -64,7 +62,7 @@ def time_series(n_series: int) -> list[object]:
     rng = np.random.default_rng(0)
     train, test = rng.standard_normal((2, n_series, *SERIES_SHAPE), dtype=np.float32)
     labels = (np.arange(n_series) % 10).astype(str)
-    data = DataSet(train, test, labels, labels, np.zeros(SERIES_SHAPE[0], np.float32))
+    data = uea.DataSet(train, test, labels, labels, np.zeros(SERIES_SHAPE[0], np.float32))
     started = time.perf_counter()
     sinbad_time_series.score_seed(data, 0, 100, 20, CPU)
     return ["time series", n_series, "", f"{time.perf_counter() - started:.1f}", "", ""]
@@ -73,14 +71,17 @@ def time_series(n_series: int) -> list[object]:
 def main(argv: list[str] | None = None) -> None:
     """Measure, print the table, write the rows."""
     args = parse_args(argv)
-    rows: list[list[object]] = [["what", "number", "crop forwards", "seconds",
-                                 "seconds, bare network", "peak memory, GB"]]  # fmt: skip
+    rows: list[list[object]] = [
+        ["what", "number", "crop forwards", "seconds", "seconds, bare network", "peak memory, GB"]
+    ]
     rows += [time_images(args.net, n, args.work / f"{n}.json") for n in args.n_images]
     rows += [time_series(n) for n in SERIES_SIZES]
     head = f"# python benchmarks/bench_scaling.py {' '.join(sys.argv[1:])}; "
-    write_whole(args.out, f"{head}{made_with(32, CPU)}\n{csv_text(rows)}")
-    print(markdown([list(map(str, row)) for row in rows]))
+    atomic.atomic_write(
+        args.out, f"{head}{score_plans.made_with(32, CPU)}\n{tables.csv_text(rows)}"
+    )
+    print(tables.markdown([list(map(str, row)) for row in rows]))
 
 
 if __name__ == "__main__":
-    run_script(main)
+    errors.run_script(main)

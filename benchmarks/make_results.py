@@ -30,17 +30,8 @@ import data_to_matrices
 import reproduce_paper
 import sinbad_single_layer
 import sinbad_time_series
-from sinbad.backbones import choose_device
-from sinbad.detectors import Detector, DetectorOptions
-from sinbad.ensembles import EnsembleOptions, load_data_set
-from sinbad.errors import run_script, say
-from sinbad.files import to_json, write_whole, written_whole
-from sinbad.flags import ScriptParser, flatten, integer_from, integer_ranges, progress
-from sinbad.folders import open_image
-from sinbad.plan import made_with
-from sinbad.report.figures import png_of
-from sinbad.report.metrics import auroc
-from sinbad.report.tables import csv_text
+from sinbad import atomic, backbones, cli, detectors, ensembles, errors, layouts, score_plans
+from sinbad.report import figures, metrics, tables
 
 SHARED = Path("../shared")
 MVTYPE = "juice_bottle_loco"
@@ -64,8 +55,13 @@ CHANGES = {
     "training images": ("10", "20", "40", "80"),
 }
 # Authors' code for time series, unmodified, run on the same files with three seeds, in percent.
-AUTHORS = {"NATOPS": 96.2, "Epilepsy": 99.1, "RacketSports": 91.8, "CharacterTrajectories": 99.7,
-           "SpokenArabicDigits": 97.4}  # fmt: skip
+AUTHORS = {
+    "NATOPS": 96.2,
+    "Epilepsy": 99.1,
+    "RacketSports": 91.8,
+    "CharacterTrajectories": 99.7,
+    "SpokenArabicDigits": 97.4,
+}
 # Of the detector's verdicts: promised rates; pictures fitted on, and that calibrate (0: folds).
 RATES = (0.05, 0.1)
 SIZES = [(n_train, n_valid) for n_train in (20, 40, 80) for n_valid in (0, 40)]
@@ -73,41 +69,60 @@ SIZES = [(n_train, n_valid) for n_train in (20, 40, 80) for n_valid in (0, 40)]
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
-    parser = ScriptParser(__doc__)
+    parser = cli.ScriptParser(__doc__)
     add = parser.add_argument
     add("--loco_dir", type=Path, default=SHARED / "data/loco")
     add("--uea_dir", type=Path, default=SHARED / "data/uea")
     add("--weights_dir", type=Path, default=SHARED / "weights")
-    add("--seeds", nargs="+", type=integer_ranges, default=[list(range(5))], help="of the images")
-    add("--n_splits", type=integer_from(1), default=40, help="of the verdicts' pictures")
+    add(
+        "--seeds",
+        nargs="+",
+        type=cli.integer_ranges,
+        default=[list(range(5))],
+        help="of the images",
+    )
+    add("--n_splits", type=cli.integer_from(1), default=40, help="of the verdicts' pictures")
     add("--device", default="cpu", help="of all but time_series: cpu, cuda or cuda:<i>")
     add("--only", nargs="+", choices=("time_series", "images", "ablation", "verdicts"))
-    add("--work", type=Path, default=Path("../sinbad_runs/measured"),
-        help="matrices and scores, of one device and one version of the code")  # fmt: skip
+    add(
+        "--work",
+        type=Path,
+        default=Path("../sinbad_runs/measured"),
+        help="matrices and scores, of one device and one version of the code",
+    )
     add("--out", type=Path, default=Path("results"))
     return parser.parse_args(argv)
 
 
 def save(args: argparse.Namespace, name: str, seeds: list[int], rows: list[list[object]]) -> None:
     """Write one table, with what it was made by in its first line."""
-    device = choose_device("cpu" if name == "time_series" else args.device)
-    made = made_with(32, device)
+    device = backbones.choose_device("cpu" if name == "time_series" else args.device)
+    made = score_plans.made_with(32, device)
     kept = ("commit", "python", "torch", "torchvision", "numpy", "device")
     about = {key: made[key] for key in kept}
     about |= {"machine": platform.machine(), "cpus": os.cpu_count()}
     head = f"# python benchmarks/make_results.py --only {name}; seeds {seeds}; {about}\n"
-    write_whole(args.out / f"{name}.csv", head + csv_text(rows))
-    say(f"written: {args.out / f'{name}.csv'}")
+    atomic.atomic_write(args.out / f"{name}.csv", head + tables.csv_text(rows))
+    errors.say(f"written: {args.out / f'{name}.csv'}")
 
 
 def time_series(args: argparse.Namespace) -> None:
     """Score the five UEA sets with seeds 0 to 9."""
     out = args.work / "time_series"
-    sinbad_time_series.main(["--dataset_dir", str(args.uea_dir), "--dataset", "all", "--seeds",
-                             "0-9", "--out", str(out)])  # fmt: skip
+    sinbad_time_series.main(
+        [
+            "--dataset_dir",
+            str(args.uea_dir),
+            "--dataset",
+            "all",
+            "--seeds",
+            "0-9",
+            "--out",
+            str(out),
+        ]
+    )
     found = json.loads((out / "time_series.json").read_text(encoding="utf-8"))["datasets"]
-    rows: list[list[object]] = [["data set", "published", "authors' code", "seed",
-                                   "ROC-AUC, %"]]  # fmt: skip
+    rows: list[list[object]] = [["data set", "published", "authors' code", "seed", "ROC-AUC, %"]]
     for name, own in sorted(found.items()):
         pairs = zip(own["seeds"], own["mean_of_each_seed"], strict=True)
         figures = own["published"], AUTHORS[name]
@@ -128,7 +143,7 @@ def run(
     words += ["--device", args.device]
     words += ["--weights", args.weights_dir / NETS[net][0], "--no-figures", "--out", out]
     words += ["--data_dir", args.work / "matrices", "--results_dir", args.work / "scores"]
-    words += ["--seeds", *flatten(args.seeds), "--version_name", version, *flags]
+    words += ["--seeds", *cli.flatten(args.seeds), "--version_name", version, *flags]
     words += ["--pyramid_level", *levels]
     reproduce_paper.main(list(map(str, words)))
     report = json.loads((out / "metrics.json").read_text(encoding="utf-8"))
@@ -143,10 +158,10 @@ def images(args: argparse.Namespace) -> None:
         for way, flags in WAYS.items():
             version = f"{net}_official" if way == "official" else net
             found = run(args, net, version, flags, levels)
-            for seed, own in zip(flatten(args.seeds), found, strict=True):
+            for seed, own in zip(cli.flatten(args.seeds), found, strict=True):
                 values = {**own["auroc"], **own["auroc_by_grid"]}
                 rows += [[net, way, what, seed, f"{100 * values[what]:.3f}"] for what in values]
-    save(args, "images", flatten(args.seeds), rows)
+    save(args, "images", cli.flatten(args.seeds), rows)
 
 
 def few_images(args: argparse.Namespace, n_train: int) -> Path:
@@ -154,14 +169,22 @@ def few_images(args: argparse.Namespace, n_train: int) -> Path:
     root, source = args.work / f"train_{n_train}", args.loco_dir.resolve() / "juice_bottle"
     target = root / "dataset/juice_bottle"
     if not target.exists():
-        with written_whole(target) as made:
+        with atomic.atomic_path(target) as made:
             (made / "train/good").mkdir(parents=True)
             for part in ("validation", "test"):
                 (made / part).symlink_to(source / part)
             for image in sorted((source / "train/good").iterdir())[:n_train]:
                 (made / "train/good" / image.name).symlink_to(image)
-    data_to_matrices.main(["--dataset_dir", str(root / "dataset"), "--mvtype", MVTYPE,
-                           "--out_dir", str(root / "matrices")])  # fmt: skip
+    data_to_matrices.main(
+        [
+            "--dataset_dir",
+            str(root / "dataset"),
+            "--mvtype",
+            MVTYPE,
+            "--out_dir",
+            str(root / "matrices"),
+        ]
+    )
     return root / "matrices"
 
 
@@ -186,10 +209,12 @@ def score_changed(args: argparse.Namespace, name: str, value: str) -> dict[str, 
     aurocs = []
     for rep in range(5):
         folder = str(results / f"{version}_pyramid_lvl_#")
-        scores = load_data_set(EnsembleOptions(folder, folder, (14,), rep, 0, 0.1), MVTYPE)
-        aurocs.append(100 * auroc(scores.labels, scores.ensemble))
+        scores = ensembles.load_data_set(
+            ensembles.EnsembleOptions(folder, folder, (14,), rep, 0, 0.1), MVTYPE
+        )
+        aurocs.append(100 * metrics.auroc(scores.labels, scores.ensemble))
     found = {"auroc": aurocs, "seconds": seconds}
-    write_whole(record, to_json(found))
+    atomic.atomic_write(record, atomic.to_json(found))
     return found
 
 
@@ -199,10 +224,12 @@ def ablation(args: argparse.Namespace) -> None:
     for name, values in CHANGES.items():
         for value in sorted(values, key=lambda text: [*map(float, text.split())][::-1]):
             found = score_changed(args, name, value)
-            rows += [[name, value, rep, f"{own:.3f}", f"{found['seconds']:.0f}"]
-                     for rep, own in enumerate(found["auroc"])]  # fmt: skip
+            rows += [
+                [name, value, rep, f"{own:.3f}", f"{found['seconds']:.0f}"]
+                for rep, own in enumerate(found["auroc"])
+            ]
     save(args, "ablation", [0], rows)
-    write_whole(args.out / "ablation.png", png_of(ablation_figure, rows[1:]))
+    atomic.atomic_write(args.out / "ablation.png", figures.png_of(ablation_figure, rows[1:]))
 
 
 def ablation_figure(rows: list[list[Any]]) -> Figure:
@@ -223,9 +250,12 @@ def ablation_figure(rows: list[list[Any]]) -> Figure:
         panel.set_title(name, fontsize=9)
         panel.grid(axis="y", alpha=0.3)
     panels[0].set_ylabel("ROC-AUC (%)")
-    figure.suptitle("juice_bottle (a part), logical; ResNet-18, level 14. A point: a draw of "
-                    "directions, line: median, bold: the paper's, s: of CPU time",
-                    x=0.01, ha="left")  # fmt: skip
+    figure.suptitle(
+        "juice_bottle (a part), logical; ResNet-18, level 14. A point: a draw of "
+        "directions, line: median, bold: the paper's, s: of CPU time",
+        x=0.01,
+        ha="left",
+    )
     return figure
 
 
@@ -242,9 +272,10 @@ def judge_split(
     train, valid, rest = (
         [good[i] for i in part] for part in np.split(order, [sizes[0], sum(sizes)])
     )
-    options = DetectorOptions("resnet18", str(weights), pyramid_level=(14,),
-                              crop_size_ratio=(0.99,), seed=seed)  # fmt: skip
-    detector = Detector.fit(train, valid, options, device)
+    options = detectors.DetectorOptions(
+        "resnet18", str(weights), pyramid_level=(14,), crop_size_ratio=(0.99,), seed=seed
+    )
+    detector = detectors.Detector.fit(train, valid, options, device)
     scores = np.array([verdict.score for verdict in detector.score(rest + bad, max(RATES))])
     shares = []
     for rate in RATES:
@@ -257,17 +288,25 @@ def verdicts(args: argparse.Namespace) -> None:
     """Compare promised and seen false alarms: the good pictures are split anew each time."""
     folder = args.loco_dir / "juice_bottle"
     parts = [folder / split / "good" for split in ("train", "validation", "test")]
-    good = [open_image(path) for part in parts for path in sorted(part.iterdir())]
-    bad = [open_image(path) for path in sorted((folder / "test/logical_anomalies").iterdir())]
+    good = [layouts.open_image(path) for part in parts for path in sorted(part.iterdir())]
+    bad = [
+        layouts.open_image(path) for path in sorted((folder / "test/logical_anomalies").iterdir())
+    ]
     weights = args.weights_dir / NETS["resnet18"][0]
-    rows: list[list[object]] = [["n_train", "n_valid", "split", *(
-        f"{what}_{rate}" for rate in RATES for what in ("false_alarms", "found"))]]  # fmt: skip
-    for sizes in progress(SIZES, "verdicts", "sizes"):
+    rows: list[list[object]] = [
+        [
+            "n_train",
+            "n_valid",
+            "split",
+            *(f"{what}_{rate}" for rate in RATES for what in ("false_alarms", "found")),
+        ]
+    ]
+    for sizes in cli.progress(SIZES, "verdicts", "sizes"):
         for seed in range(args.n_splits):
             record = args.work / "verdicts" / f"{sizes[0]}_{sizes[1]}_{seed}.json"
             if not record.exists():
                 found = judge_split(good, bad, sizes, seed, weights, args.device)
-                write_whole(record, to_json(found))
+                atomic.atomic_write(record, atomic.to_json(found))
             rows.append([*sizes, seed, *json.loads(record.read_text(encoding="utf-8"))])
     save(args, "verdicts", list(range(args.n_splits)), rows)
 
@@ -282,8 +321,8 @@ def main(argv: list[str] | None = None) -> None:
         if folder.is_dir():
             measure(args)
         else:
-            say(f"note: {measure.__name__} is left out, there is no {folder}")
+            errors.say(f"note: {measure.__name__} is left out, there is no {folder}")
 
 
 if __name__ == "__main__":
-    run_script(main)
+    errors.run_script(main)

@@ -21,16 +21,20 @@ OVERSAMPLING = 2  # pixels drawn per pixel written, each way
 # Class -> kind -> defect -> its value in the mask.
 DEFECTS = {
     "juice_bottle": {
-        "logical_anomalies": {"wrong_juice_type": 240, "missing_top_label": 255,
-                              "swapped_labels": 253, "wrong_fill_level_not_enough": 245,
-                              "empty_bottle": 247},
+        "logical_anomalies": {
+            "wrong_juice_type": 240,
+            "missing_top_label": 255,
+            "swapped_labels": 253,
+            "wrong_fill_level_not_enough": 245,
+            "empty_bottle": 247,
+        },
         "structural_anomalies": {"damaged_label": 252, "contamination": 238},
     },
     "pushpins": {
         "logical_anomalies": {"missing_pushpin": 253, "1_additional_pushpin": 255},
         "structural_anomalies": {"front_bent": 251, "broken": 250, "contamination": 248},
     },
-}  # fmt: skip
+}
 JUICES = {"orange": (206, 150, 30), "banana": (200, 186, 144), "cherry": (104, 34, 24)}
 
 
@@ -105,13 +109,17 @@ PRINTS: dict[str, tuple[Colour, list[Points]]] = {
     "text": ((50, 30, 16), [_shape(0, line, 84, 7) for line in (-26, 0, 26)]),
     "orange": ((238, 130, 30), [_shape(0, 0, 84, 84, 1)]),
     "banana": (
-        (214, 200, 40), [np.concatenate([_ARC * (130, 140), _ARC[::-1] * (118, 70)]) - (50, 62)]
+        (214, 200, 40),
+        [np.concatenate([_ARC * (130, 140), _ARC[::-1] * (118, 70)]) - (50, 62)],
     ),
-    "cherry": ((170, 24, 30), [
-        *(_shape(x, 46, 42, 42, 1) for x in (-45, 45)),
-        *(np.array([(x, 30), (-10, -90), (2, -90)]) for x in (-44, 44)),
-    ]),
-}  # fmt: skip
+    "cherry": (
+        (170, 24, 30),
+        [
+            *(_shape(x, 46, 42, 42, 1) for x in (-45, 45)),
+            *(np.array([(x, 30), (-10, -90), (2, -90)]) for x in (-44, 44)),
+        ],
+    ),
+}
 
 
 def _draw_label(canvas: Canvas, name: str, place: Place) -> None:

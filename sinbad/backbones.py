@@ -19,7 +19,7 @@ import torchvision
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from sinbad.errors import UserError, say
+from sinbad import errors
 
 STAGE_OF_LEVEL = {56: 1, 28: 2, 14: 3, 7: 4}  # of a torchvision ResNet
 INPUT_SIDE = 224  # pixels
@@ -46,10 +46,12 @@ def choose_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     form = re.fullmatch(r"cpu|cuda(?::([0-9]{1,4}))?", name)
     if form is None:
-        raise UserError(f"device must be auto, cpu, cuda or cuda:<i>, got {name}; see --help")
+        raise errors.UserError(
+            f"device must be auto, cpu, cuda or cuda:<i>, got {name}; see --help"
+        )
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name != "cpu" and int(form[1] or 0) >= count:
-        raise UserError(
+        raise errors.UserError(
             f"device must be on this machine ({count} CUDA devices), got {name}; pass --device cpu"
         )
     return torch.device(name)
@@ -90,7 +92,9 @@ def load_weights(net: str, weights: str) -> Weights:
         return _timm_imagenet(net)
     path = _download(net) if weights == "imagenet" else Path(weights)
     if not path.is_file():
-        raise UserError(f"weights must be imagenet, random or a file, got {weights} (no such file)")
+        raise errors.UserError(
+            f"weights must be imagenet, random or a file, got {weights} (no such file)"
+        )
     name = "imagenet" if weights == "imagenet" else path.name
     return Weights(name, _read_state(path), hashlib.sha256(path.read_bytes()).hexdigest())
 
@@ -105,26 +109,26 @@ def _read_state(path: Path) -> dict[str, Tensor]:
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except ImportError as error:
-        raise UserError(
+        raise errors.UserError(
             f"reading {path} needs safetensors, got {error}; pip install -r requirements-timm.txt"
         ) from error
     except Exception as error:  # both raise half a dozen kinds for a file that is not theirs
-        raise UserError(
+        raise errors.UserError(
             f"weights must be a file written by torch.save or safetensors, got {path} "
             f"({type(error).__name__}); download it again, or pass --weights FILE"
         ) from error
     for wrapper in WRAPPERS:
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
             state = state[wrapper]
-            say(f"note: weights are those under {wrapper!r} of {path.name}")
+            errors.say(f"note: weights are those under {wrapper!r} of {path.name}")
     if not isinstance(state, dict) or not state or not all(map(torch.is_tensor, state.values())):
-        raise UserError(
+        raise errors.UserError(
             f"weights must hold a state_dict of tensors, got {path}; pass --weights FILE"
         )
     for prefix in PREFIXES:
         if all(name.startswith(prefix) for name in state):
             state = {name.removeprefix(prefix): value for name, value in state.items()}
-            say(f"note: prefix {prefix!r} taken off the names in {path.name}")
+            errors.say(f"note: prefix {prefix!r} taken off the names in {path.name}")
     return state
 
 
@@ -133,13 +137,13 @@ def _download(net: str) -> Path:
     url = torchvision.models.get_model_weights(net).IMAGENET1K_V1.url  # type: ignore[attr-defined]
     path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
     if not path.is_file():
-        say(f"downloading {url}")
+        errors.say(f"downloading {url}")
         try:
             with redirect_stdout(sys.stderr):  # torch prints there
                 torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True)
         except (HTTPException, OSError, RuntimeError, ValueError) as error:
             reason = getattr(error, "reason", error)
-            raise UserError(
+            raise errors.UserError(
                 f"weights must be reachable, got {reason} for {url}; download that file on another "
                 f"machine and pass --weights FILE, or put it at {path}"
             ) from error
@@ -168,7 +172,7 @@ def _load_state(model: nn.Module, all_names: set[str], weights: Weights) -> None
     }
     for verb, names in found.items():
         if names:
-            raise UserError(
+            raise errors.UserError(
                 f"weights must be of the net and levels asked for, got {weights.name}, which "
                 f"{verb} {names[0]}; choose the --net these weights are of, or other --weights"
             )
@@ -215,7 +219,7 @@ def _check_levels(net: str, levels: tuple[int, ...], there: dict[int, int]) -> N
     """Stop if a net has no map of a level's side."""
     for level in levels:
         if level not in there:
-            raise UserError(
+            raise errors.UserError(
                 f"pyramid_level must be the side of a feature map of {net} ("
                 f"{', '.join(map(str, sorted(there)))}), or 224 for raw pixels, got {level}"
             )
@@ -293,14 +297,14 @@ def _import_timm(net: str) -> Any:  # noqa: ANN401  a module
     try:
         import timm
     except ImportError:
-        raise UserError(
+        raise errors.UserError(
             f"net must be one of torchvision's {', '.join(torchvision_names())}, or a model of "
             f"timm, which is not installed, got {net}; pip install -r requirements-timm.txt"
         ) from None
     name = net.removeprefix("timm:")
     if not timm.is_model(name):
         like = timm.list_models(f"*{name}*")[:5]
-        raise UserError(
+        raise errors.UserError(
             f"net must be a ResNet of torchvision or a model of timm, got {net}; "
             f"{'like it: ' + ', '.join(like) if like else 'timm.list_models() names all'}"
         )
@@ -315,7 +319,9 @@ def _create_timm(net: str, pretrained: bool) -> nn.Module:
     except TypeError:  # a convolutional network takes any size
         model = timm.create_model(name, pretrained=pretrained)
     if not hasattr(model, "forward_intermediates"):
-        raise UserError(f"net must be a model that gives feature maps, got {net}; choose another")
+        raise errors.UserError(
+            f"net must be a model that gives feature maps, got {net}; choose another"
+        )
     return model
 
 
@@ -324,7 +330,7 @@ def _timm_imagenet(net: str) -> Weights:
     try:
         state = _create_timm(net, pretrained=True).state_dict()
     except (OSError, RuntimeError, ValueError, HTTPException) as error:
-        raise UserError(
+        raise errors.UserError(
             f"weights must be reachable, got {type(error).__name__} for {net} of timm; download "
             f"https://huggingface.co/timm/{net.removeprefix('timm:')} on another machine and pass "
             "--weights FILE (model.safetensors)"
@@ -390,13 +396,15 @@ class FeatureExtractor:
                 break
             except torch.cuda.OutOfMemoryError as error:
                 if chunk == 1:
-                    raise UserError(
+                    raise errors.UserError(
                         "device must have memory for one crop, got out of memory; free the GPU, or "
                         "pass --device cpu"
                     ) from error
             # Only here, when the error with its frames is gone, is their memory free again.
             self.chunk = (chunk + 1) // 2
-            say(f"GPU memory is too small for {chunk} crops at once, going on with {self.chunk}")
+            errors.say(
+                f"GPU memory is too small for {chunk} crops at once, going on with {self.chunk}"
+            )
             torch.cuda.empty_cache()
         if len(parts) == 1:
             return parts[0]
@@ -412,7 +420,7 @@ class FeatureExtractor:
                 elements = self.network(pixels)
             except torch._dynamo.exc.BackendCompilerFailed as error:
                 reason = " ".join(str(error).splitlines()[:2]).strip()
-                raise UserError(
+                raise errors.UserError(
                     f"--compile must find a compiler that works, got {reason}; install one (g++), "
                     "or leave the flag out"
                 ) from error

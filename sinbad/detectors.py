@@ -22,43 +22,20 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sinbad.backbones import (
-    INPUT_SIDE,
-    FeatureExtractor,
-    build_backbone,
-    choose_device,
-    load_weights,
+import sinbad_utils
+from sinbad import (
+    atomic,
+    backbones,
+    ensembles,
+    errors,
+    images,
+    layouts,
+    loco,
+    matrices,
+    score_files,
+    score_plans,
+    scoring,
 )
-from sinbad.datasets import (
-    CROP_NUM_EDGE,
-    IM_SIZE,
-    LAMBDA_FACTOR,
-    N_QUANTILES,
-    NETWORK_SETTINGS,
-    PAPER_LEVELS,
-    PIXEL_LEVEL,
-    PIXEL_SETTINGS,
-    crop_corners,
-    network_levels,
-)
-from sinbad.ensembles import DataSetScores, EnsembleOptions, ScoreFile, join
-from sinbad.errors import UserError, say
-from sinbad.files import to_json, write_whole
-from sinbad.folders import fitted_size
-from sinbad.matrices import IMAGES_AT_ONCE
-from sinbad.pictures import (
-    NAME,
-    Picture,
-    as_image,
-    matrices_in_file,
-    matrix_set,
-    name_of,
-    read_pictures,
-)
-from sinbad.plan import ScorePlan, ScoreTask
-from sinbad.results import LevelScores
-from sinbad.scoring import ClassScorer
-from sinbad_utils import Scores, Whitening, fit_whitening, nearest_distances
 
 FORMAT = 1  # of the file
 Grid = tuple[int, int]  # level, number of crops
@@ -77,37 +54,41 @@ class DetectorOptions:
     precision: str = "fp32"
     compile: bool = False
     batch_size: int | None = None
-    pyramid_level: tuple[int, ...] = (*PAPER_LEVELS, PIXEL_LEVEL)
-    crop_size_ratio: tuple[float, ...] = NETWORK_SETTINGS.crop_ratios
-    rep_num_224: int = PIXEL_SETTINGS.n_reps
+    pyramid_level: tuple[int, ...] = (*loco.PAPER_LEVELS, loco.PIXEL_LEVEL)
+    crop_size_ratio: tuple[float, ...] = loco.NETWORK_SETTINGS.crop_ratios
+    rep_num_224: int = loco.PIXEL_SETTINGS.n_reps
     seed: int = 0
     n_projections: int | None = None
-    n_quantiles: int = N_QUANTILES
+    n_quantiles: int = loco.N_QUANTILES
     shrinkage_factor: float | None = None
-    crop_num_edge: int = CROP_NUM_EDGE
-    initial_res: int = IM_SIZE
-    lambda_factor: float = LAMBDA_FACTOR
+    crop_num_edge: int = loco.CROP_NUM_EDGE
+    initial_res: int = loco.IM_SIZE
+    lambda_factor: float = loco.LAMBDA_FACTOR
     folds: int = 10
     num_workers: int | None = None
 
-    def plan(self) -> ScorePlan:
+    def plan(self) -> score_plans.ScorePlan:
         """Return the scores to compute: every level and grid, and the raw pixels' repetitions."""
-        levels = network_levels(self.pyramid_level)
+        levels = loco.network_levels(self.pyramid_level)
         wanted = [(level, ratio, 0) for level in levels for ratio in self.crop_size_ratio]
-        if PIXEL_LEVEL in self.pyramid_level:
-            (ratio,) = PIXEL_SETTINGS.crop_ratios
-            wanted += [(PIXEL_LEVEL, ratio, rep) for rep in range(self.rep_num_224)]
-        tasks = tuple(ScoreTask(NAME, *own[:2], self.seed, own[2], "") for own in wanted)
+        if loco.PIXEL_LEVEL in self.pyramid_level:
+            (ratio,) = loco.PIXEL_SETTINGS.crop_ratios
+            wanted += [(loco.PIXEL_LEVEL, ratio, rep) for rep in range(self.rep_num_224)]
+        tasks = tuple(
+            score_plans.ScoreTask(images.NAME, *own[:2], self.seed, own[2], "") for own in wanted
+        )
         own = asdict(self) | {"num_workers": self.num_workers or os.cpu_count() or 1}
-        used = {name: own[name] for name in ScorePlan.__dataclass_fields__ if name in own}
+        used = {
+            name: own[name] for name in score_plans.ScorePlan.__dataclass_fields__ if name in own
+        }
         here = Path()  # nothing is read or written by these
-        return ScorePlan(
+        return score_plans.ScorePlan(
             tasks, data_dir=here, results_dir=here, overwrite=False, official=False, **used
         )
 
-    def grid(self, task: ScoreTask) -> Grid:
+    def grid(self, task: score_plans.ScoreTask) -> Grid:
         """Return a task's level and number of crops."""
-        corners = crop_corners(self.initial_res, task.ratio, self.crop_num_edge)
+        corners = loco.crop_corners(self.initial_res, task.ratio, self.crop_num_edge)
         return task.level, len(corners)
 
 
@@ -148,7 +129,7 @@ class Fitted:
     ranges: Tensor
     counts: NDArray[Any]
     n_elements: int
-    whitenings: list[Whitening] = field(default_factory=list)
+    whitenings: list[sinbad_utils.Whitening] = field(default_factory=list)
 
     def descriptors(self, draw: int) -> Tensor:
         """Return the training descriptors of a draw, (n_train, n_directions * n_bins), float32."""
@@ -178,8 +159,8 @@ class Detector:
         options: DetectorOptions,
         about: dict[str, Any],
         positions: dict[Position, Fitted],
-        crops: dict[Grid, Scores],
-        extractor: FeatureExtractor | None,
+        crops: dict[Grid, sinbad_utils.Scores],
+        extractor: backbones.FeatureExtractor | None,
         device: torch.device,
     ) -> None:
         self.options, self.about, self.positions, self.crops = options, about, positions, crops
@@ -189,8 +170,8 @@ class Detector:
     @classmethod
     def fit(
         cls,
-        train: Sequence[Picture],
-        valid: Sequence[Picture] = (),
+        train: Sequence[images.Picture],
+        valid: Sequence[images.Picture] = (),
         options: DetectorOptions | None = None,
         device: str = "auto",
     ) -> "Detector":
@@ -209,30 +190,47 @@ class Detector:
         UserError
             If a picture cannot be read, or there are too few.
         """
-        options, where = options or DetectorOptions(), choose_device(device)
+        options, where = options or DetectorOptions(), backbones.choose_device(device)
         if len(train) < 4:
-            raise UserError(f"training pictures must be at least 4, got {len(train)}; add some")
-        size = as_image(train[0]).size
-        width, height = fitted_size(*size, options.initial_res)
-        settings = {"im_size": options.initial_res, "width": width, "height": height,
-                    "aspect": list(size), "pillow": PIL.__version__}  # fmt: skip
-        splits = {"train": matrices_in_file(train, settings),
-                  "valid": matrices_in_file(valid, settings)}  # fmt: skip
+            raise errors.UserError(
+                f"training pictures must be at least 4, got {len(train)}; add some"
+            )
+        size = images.as_image(train[0]).size
+        width, height = layouts.fitted_size(*size, options.initial_res)
+        settings = {
+            "im_size": options.initial_res,
+            "width": width,
+            "height": height,
+            "aspect": list(size),
+            "pillow": PIL.__version__,
+        }
+        splits = {
+            "train": images.matrices_in_file(train, settings),
+            "valid": images.matrices_in_file(valid, settings),
+        }
         digests = [{hashlib.sha256(m).hexdigest() for m in own} for own in splits.values()]
         n_same = len(digests[0] & digests[1])
         if n_same:
-            say(f"warning: {n_same} validation pictures are training pictures too: they score "
-                "about 0, so others score too high")  # fmt: skip
+            errors.say(
+                f"warning: {n_same} validation pictures are training pictures too: they score "
+                "about 0, so others score too high"
+            )
         extractor, sha256 = _load_network(options, where)
-        about = {"matrices": settings, "weights_sha256": sha256, "n_train": len(train),
-                 "n_valid": len(valid)}  # fmt: skip
-        scorer = ClassScorer(
-            options.plan(), {NAME: matrix_set(settings, **splits)}, extractor, where
+        about = {
+            "matrices": settings,
+            "weights_sha256": sha256,
+            "n_train": len(train),
+            "n_valid": len(valid),
+        }
+        scorer = scoring.ClassScorer(
+            options.plan(), {images.NAME: images.matrix_set(settings, **splits)}, extractor, where
         )
         positions, crops = _fit_positions(scorer, options)
         return cls(options, about, positions, crops, extractor, where)
 
-    def score(self, pictures: Sequence[Picture], false_alarms: float = 0.05) -> list[Verdict]:
+    def score(
+        self, pictures: Sequence[images.Picture], false_alarms: float = 0.05
+    ) -> list[Verdict]:
         """Score pictures (see `fit`) and judge them.
 
         Raises
@@ -243,19 +241,19 @@ class Detector:
         return [verdict for verdict, _, _ in self.examine(pictures, false_alarms)]
 
     def examine(
-        self, pictures: Sequence[Picture], false_alarms: float
-    ) -> Iterator[tuple[Verdict, DataSetScores | None, int]]:
+        self, pictures: Sequence[images.Picture], false_alarms: float
+    ) -> Iterator[tuple[Verdict, ensembles.DataSetScores | None, int]]:
         """Yield the verdict on each picture, the scores it is part of, and its place in them."""
         self.threshold(false_alarms)  # an error before long work
-        for first in range(0, len(pictures), IMAGES_AT_ONCE):
-            part = pictures[first : first + IMAGES_AT_ONCE]
-            read = list(read_pictures(part, self.about["matrices"], first))
-            whole = [matrix for matrix in read if not isinstance(matrix, UserError)]
+        for first in range(0, len(pictures), matrices.IMAGES_AT_ONCE):
+            part = pictures[first : first + matrices.IMAGES_AT_ONCE]
+            read = list(images.read_pictures(part, self.about["matrices"], first))
+            whole = [matrix for matrix in read if not isinstance(matrix, errors.UserError)]
             scores = self._join(self._score_crops(whole)) if whole else None
             places = iter(range(len(whole)))
             for number, (picture, matrix) in enumerate(zip(part, read, strict=True), first):
-                name = name_of(picture, number)
-                if isinstance(matrix, UserError):
+                name = images.name_of(picture, number)
+                if isinstance(matrix, errors.UserError):
                     yield Verdict(name, error=str(matrix)), None, 0
                     continue
                 place = next(places)
@@ -265,15 +263,15 @@ class Detector:
                 levels = {level: float(own[place]) for level, own in scores.levels.items()}
                 verdict = Verdict(name, score, p_value, p_value <= false_alarms, levels)
                 yield verdict, scores, place
-            if len(pictures) > IMAGES_AT_ONCE:
-                say(f"{first + len(part)} of {len(pictures)} pictures")
+            if len(pictures) > matrices.IMAGES_AT_ONCE:
+                errors.say(f"{first + len(part)} of {len(pictures)} pictures")
 
     def threshold(self, false_alarms: float) -> float:
         """Return the score above which a picture is called anomalous."""
         n = len(self.calibration)
         n_above = math.floor(false_alarms * (n + 1) + 1e-9)
         if n_above < 1:
-            raise UserError(
+            raise errors.UserError(
                 f"false_alarms must be at least 1 / ({n} + 1) for {n} good pictures, got "
                 f"{false_alarms:g}; it takes {math.ceil(1 / false_alarms - 1e-9) - 1} good pictures"
             )
@@ -285,16 +283,19 @@ class Detector:
         """Write the detector, whole or not at all; equal runs give equal bytes."""
         options = asdict(replace(self.options, num_workers=None))  # of the machine, not of scores
         about = {"format": FORMAT, "options": options, "about": self.about}
-        arrays: dict[str, Any] = {"about": np.array(to_json(about))}
+        arrays: dict[str, Any] = {"about": np.array(atomic.to_json(about))}
         for (level, n_crops), scores in self.crops.items():
             arrays[f"crops_{level}_{n_crops}"] = scores
         for key, own in self.positions.items():
             name = "_".join(map(str, key))
-            arrays |= {f"ranges_{name}": own.ranges.numpy(), f"counts_{name}": own.counts,
-                       f"elements_{name}": np.array(own.n_elements)}  # fmt: skip
+            arrays |= {
+                f"ranges_{name}": own.ranges.numpy(),
+                f"counts_{name}": own.counts,
+                f"elements_{name}": np.array(own.n_elements),
+            }
         buffer = io.BytesIO()
         np.savez(buffer, **arrays)
-        write_whole(Path(path), buffer.getvalue())
+        atomic.atomic_write(Path(path), buffer.getvalue())
 
     @classmethod
     def load(
@@ -325,19 +326,22 @@ class Detector:
         except (FileNotFoundError, PermissionError, IsADirectoryError):
             raise
         except Exception as error:  # a cut zip raises BadZipFile, zlib.error, KeyError, ...
-            raise UserError(
+            raise errors.UserError(
                 f"{path} must be a whole file of sinbad_detector.py fit, got a damaged one or "
                 f"another ({type(error).__name__}); fit it again"
             ) from error
         if record["format"] != FORMAT:
-            raise UserError(
+            raise errors.UserError(
                 f"{path} must be a detector of format {FORMAT}, got {record['format']}; fit it "
                 "again with this version"
             )
-        options, where = replace(options, weights=weights or options.weights), choose_device(device)
+        options, where = (
+            replace(options, weights=weights or options.weights),
+            backbones.choose_device(device),
+        )
         extractor, sha256 = _load_network(options, where)
         if sha256 != about["weights_sha256"]:
-            raise UserError(
+            raise errors.UserError(
                 f"weights must be those that {path} was fitted with (sha256 "
                 f"{about['weights_sha256']}), got {options.weights} with {sha256}; pass --weights"
             )
@@ -345,14 +349,16 @@ class Detector:
 
     # ------------------------------------------------------------ scores
 
-    def _score_crops(self, matrices: list[NDArray[np.uint8]]) -> dict[Grid, Scores]:
+    def _score_crops(self, matrices: list[NDArray[np.uint8]]) -> dict[Grid, sinbad_utils.Scores]:
         """Return the crop scores of pictures, as `crops`; where there is only padding 0."""
-        data_set = matrix_set(self.about["matrices"], test=np.stack(matrices))
+        data_set = images.matrix_set(self.about["matrices"], test=np.stack(matrices))
         known = {
             key: list(own.ranges.to(self.device).unbind(1)) for key, own in self.positions.items()
         }
         plan = self.options.plan()
-        scorer = ClassScorer(plan, {NAME: data_set}, self.extractor, self.device, known)
+        scorer = scoring.ClassScorer(
+            plan, {images.NAME: data_set}, self.extractor, self.device, known
+        )
         crops = {key: np.zeros((*own.shape[:2], len(matrices))) for key, own in self.crops.items()}
         for job in scorer.crop_jobs(list(plan.tasks)):
             for task in job.tasks if not job.is_empty else []:
@@ -361,49 +367,56 @@ class Detector:
                     shrinkage = plan.descriptor(task.level).shrinkage
                     described = map(own.descriptors, range(len(own.counts)))
                     own.whitenings = [
-                        fit_whitening(d.to(self.device), shrinkage) for d in described
+                        sinbad_utils.fit_whitening(d.to(self.device), shrinkage) for d in described
                     ]
                 descriptors = scorer.descriptors(job, task, "test")
-                scores = nearest_distances(own.whitenings[task.rep], descriptors)
+                scores = sinbad_utils.nearest_distances(own.whitenings[task.rep], descriptors)
                 crops[task.level, job.n_crops][task.rep, job.crop] = scores
         return crops
 
-    def _join(self, crops: dict[Grid, Scores]) -> DataSetScores:
+    def _join(self, crops: dict[Grid, sinbad_utils.Scores]) -> ensembles.DataSetScores:
         """Ensemble crop scores (as `crops`), normalised by the calibration pictures'."""
         options = self.options
-        where_crops_lie = {"matrices": self.about["matrices"], "initial_res": options.initial_res,
-                           "crop_num_edge": options.crop_num_edge}  # fmt: skip
+        where_crops_lie = {
+            "matrices": self.about["matrices"],
+            "initial_res": options.initial_res,
+            "crop_num_edge": options.crop_num_edge,
+        }
         files = []
         for task in options.plan().tasks:
             level, n_crops = key = options.grid(task)
             scores, valid = crops[key][task.rep], self.crops[key][task.rep]
             run = {"settings": {**where_crops_lie, "crop_size_ratio": task.ratio}}
-            made = LevelScores(scores, valid, np.zeros(scores.shape[1]), [], run)
-            files.append(ScoreFile(Path(), level, (n_crops,), made))
+            made = score_files.LevelScores(scores, valid, np.zeros(scores.shape[1]), [], run)
+            files.append(ensembles.ScoreFile(Path(), level, (n_crops,), made))
         files.sort(key=lambda file: -file.grids[0])  # as they are read from a folder
-        levels, n_reps = network_levels(options.pyramid_level), options.rep_num_224
-        return join(NAME, files, EnsembleOptions("", "", levels, 0, n_reps, options.lambda_factor))
+        levels, n_reps = loco.network_levels(options.pyramid_level), options.rep_num_224
+        return ensembles.join(
+            images.NAME,
+            files,
+            ensembles.EnsembleOptions("", "", levels, 0, n_reps, options.lambda_factor),
+        )
 
 
 def _load_network(
     options: DetectorOptions, device: torch.device
-) -> tuple[FeatureExtractor | None, str | None]:
+) -> tuple[backbones.FeatureExtractor | None, str | None]:
     """Return the network and its weights' sha256; None and None for raw pixels alone."""
-    levels = network_levels(options.pyramid_level)
+    levels = loco.network_levels(options.pyramid_level)
     if not levels:
         return None, None
-    weights = load_weights(options.net, options.weights)
-    backbone = build_backbone(options.net, weights, levels)
-    extractor = FeatureExtractor(backbone, device, options.precision, options.compile)
+    weights = backbones.load_weights(options.net, options.weights)
+    backbone = backbones.build_backbone(options.net, weights, levels)
+    extractor = backbones.FeatureExtractor(backbone, device, options.precision, options.compile)
     return extractor, weights.sha256
 
 
 def _fit_positions(
-    scorer: ClassScorer, options: DetectorOptions
-) -> tuple[dict[Position, Fitted], dict[Grid, Scores]]:
+    scorer: scoring.ClassScorer, options: DetectorOptions
+) -> tuple[dict[Position, Fitted], dict[Grid, sinbad_utils.Scores]]:
     """Describe the training pictures at every crop position, and score the calibration ones."""
-    plan, group = scorer.plan, scorer.groups[NAME, "train"]
-    train, valid = (scorer.pool.ids[NAME, split] for split in ("train", "valid"))
+    plan, group = scorer.plan, scorer.groups[images.NAME, "train"]
+    train, valid = (scorer.pool.ids[images.NAME, split] for split in ("train", "valid"))
     positions, crops = {}, {}
     for task in plan.tasks:
         n_crops = options.grid(task)[1]
@@ -414,7 +427,7 @@ def _fit_positions(
             own = [task for task in job.tasks if task.level == level]
             described = [scorer.descriptors(job, task, "train") for task in own]
             ranges = next(b.ranges for b in job.builders[level] if b.group is group)
-            n_elements = INPUT_SIDE**2 if level == PIXEL_LEVEL else level**2
+            n_elements = backbones.INPUT_SIDE**2 if level == loco.PIXEL_LEVEL else level**2
             counts = (torch.stack(described).double() * n_elements).round().cpu().numpy()
             positions[level, job.n_crops, job.crop] = Fitted(
                 torch.stack([torch.stack(pair).cpu() for pair in ranges], dim=1),
@@ -423,21 +436,25 @@ def _fit_positions(
             )
             for task, descriptors in zip(own, described, strict=True):
                 if valid:
-                    whitening = fit_whitening(descriptors, shrinkage)
-                    scores = nearest_distances(whitening, scorer.descriptors(job, task, "valid"))
+                    whitening = sinbad_utils.fit_whitening(descriptors, shrinkage)
+                    scores = sinbad_utils.nearest_distances(
+                        whitening, scorer.descriptors(job, task, "valid")
+                    )
                 else:
                     scores = fold_scores(descriptors, shrinkage, options.folds, options.seed)
                 crops[key][task.rep, job.crop] = scores
     return positions, crops
 
 
-def fold_scores(descriptors: Tensor, shrinkage: float, n_folds: int, seed: int) -> Scores:
+def fold_scores(
+    descriptors: Tensor, shrinkage: float, n_folds: int, seed: int
+) -> sinbad_utils.Scores:
     """Score each training descriptor (n, p) by the whitening and neighbours of the other folds."""
     n_train = len(descriptors)
     fold_of = np.random.default_rng(seed).permutation(n_train) % min(n_folds, n_train // 2)
     scores = np.empty(n_train)
     for fold in range(fold_of.max() + 1):
         own = torch.from_numpy(fold_of == fold).to(descriptors.device)
-        whitening = fit_whitening(descriptors[~own], shrinkage)
-        scores[fold_of == fold] = nearest_distances(whitening, descriptors[own])
+        whitening = sinbad_utils.fit_whitening(descriptors[~own], shrinkage)
+        scores[fold_of == fold] = sinbad_utils.nearest_distances(whitening, descriptors[own])
     return scores

@@ -19,12 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 from tqdm import tqdm
 
-from sinbad.datasets import DEFAULT_DATA_DIR, KINDS, split_mvtype
-from sinbad.errors import UserError, say
-from sinbad.files import to_json, written_whole
-from sinbad.flags import progress_bar
-from sinbad.folders import Plan, open_image
-from sinbad.results import first_difference
+from sinbad import atomic, cli, errors, layouts, loco, score_files
 
 SPLITS = {"train": "train_data.npy", "valid": "valid_data.npy", "test": "test_data.npy"}
 SHARED_SPLITS = ("train", "valid")  # of a class' data sets
@@ -104,7 +99,7 @@ def picture_to_matrix(
     im_size, width, height = settings["im_size"], settings["width"], settings["height"]
     true_width, true_height = settings["aspect"]
     if abs(image.width - image.height * true_width / true_height) > 1.0 + image.width / 1000.0:
-        raise UserError(
+        raise errors.UserError(
             f"{name} must have the aspect {true_width} x {true_height} of its class, got "
             f"{image.width} x {image.height} pixels; all images of a class share one aspect"
         )
@@ -117,7 +112,7 @@ def picture_to_matrix(
 
 def image_to_matrix(path: Path, settings: dict[str, Any]) -> NDArray[np.uint8]:
     """Read an image's file as a matrix, see `picture_to_matrix`."""
-    return picture_to_matrix(open_image(path), settings, path)
+    return picture_to_matrix(layouts.open_image(path), settings, path)
 
 
 def stamp_of(path: Path) -> Stamp:
@@ -145,7 +140,7 @@ def write_matrix(
                 bar.update()
 
 
-def make_data_set(plan: Plan, out_dir: Path, n_workers: int, link: bool) -> None:
+def make_data_set(plan: layouts.Plan, out_dir: Path, n_workers: int, link: bool) -> None:
     """Write the matrices of one data set and put the finished folder into place.
 
     With `link`, train and validation matrices of another data set of the class are linked (copied
@@ -158,7 +153,7 @@ def make_data_set(plan: Plan, out_dir: Path, n_workers: int, link: bool) -> None
     total = sum(len(own) for split, own in images.items() if split not in linked)
     target = out_dir / plan.mvtype
     is_new = not target.exists()
-    with written_whole(target) as made, progress_bar(total, plan.mvtype, "images") as bar:
+    with atomic.atomic_path(target) as made, cli.progress_bar(total, plan.mvtype, "images") as bar:
         made.mkdir()
         for split, name in SPLITS.items():
             if split not in linked:
@@ -170,15 +165,15 @@ def make_data_set(plan: Plan, out_dir: Path, n_workers: int, link: bool) -> None
                 shutil.copyfile(twin / name, made / name)
         np.save(made / LABELS_FILE, plan.labels)
         record = {**plan.paths, "files": stamps, "settings": plan.settings}
-        (made / PATHS_FILE).write_text(to_json(record), encoding="utf-8")
+        (made / PATHS_FILE).write_text(atomic.to_json(record), encoding="utf-8")
     if is_new:
         is_current(target, plan)  # another process may have been faster: with the same settings
 
 
-def find_twin(plan: Plan, stamps: dict[str, list[Stamp]], out_dir: Path) -> Path | None:
+def find_twin(plan: layouts.Plan, stamps: dict[str, list[Stamp]], out_dir: Path) -> Path | None:
     """Return the folder of another data set of the class with the same train and valid images."""
-    class_name, own_kind = split_mvtype(plan.mvtype)
-    for kind in KINDS:
+    class_name, own_kind = loco.split_mvtype(plan.mvtype)
+    for kind in loco.KINDS:
         folder = out_dir / f"{class_name}_{kind}"
         if kind != own_kind and (folder / PATHS_FILE).exists():
             twin = load_matrices(out_dir, folder.name)
@@ -188,7 +183,7 @@ def find_twin(plan: Plan, stamps: dict[str, list[Stamp]], out_dir: Path) -> Path
     return None
 
 
-def is_current(folder: Path, plan: Plan) -> bool:
+def is_current(folder: Path, plan: layouts.Plan) -> bool:
     """Tell whether a data set's matrices are there with the same settings and the same images.
 
     An image is the same if its path, size and time are the recorded ones, else its sha256 decides.
@@ -202,29 +197,33 @@ def is_current(folder: Path, plan: Plan) -> bool:
         return False
     cure = "choose another --out_dir, or pass --overwrite to replace it"
     if not (folder / PATHS_FILE).exists():
-        raise UserError(
+        raise errors.UserError(
             f"{folder} must be new or hold matrices of this script, got files without {PATHS_FILE} "
             f"(the authors' own?); {cure}"
         )
     matrices = load_matrices(folder.parent, folder.name)
     made_by, now = matrices.settings["pillow"], plan.settings["pillow"]
-    difference = first_difference(matrices.settings | {"pillow": now}, plan.settings)
-    difference = difference or first_difference(matrices.paths, plan.paths)
+    difference = score_files.first_difference(matrices.settings | {"pillow": now}, plan.settings)
+    difference = difference or score_files.first_difference(matrices.paths, plan.paths)
     if difference is not None:
         name, old, new = difference
         if name in SPLITS:
             old, new = f"list of {len(old)} images", f"another list, of {len(new)}"
-        raise UserError(f"{folder} was made with {name} {old}, now {name} is {new}; {cure}")
+        raise errors.UserError(f"{folder} was made with {name} {old}, now {name} is {new}; {cure}")
     changed = _changed_images(matrices, plan)
     if changed:
-        say(f"{plan.mvtype}: made again, {len(changed)} images have changed, as {changed[0]}")
+        errors.say(
+            f"{plan.mvtype}: made again, {len(changed)} images have changed, as {changed[0]}"
+        )
     elif made_by != now:
-        say(f"warning: {folder} was made by Pillow {made_by}, now it is {now}: single pixels may "
-            "differ by 1; --overwrite makes it again")  # fmt: skip
+        errors.say(
+            f"warning: {folder} was made by Pillow {made_by}, now it is {now}: single pixels may "
+            "differ by 1; --overwrite makes it again"
+        )
     return not changed
 
 
-def _changed_images(matrices: MatrixSet, plan: Plan) -> list[Path]:
+def _changed_images(matrices: MatrixSet, plan: layouts.Plan) -> list[Path]:
     """Return the images that are not those that the matrices were made of."""
     changed = []
     for split, names in plan.paths.items():
@@ -249,13 +248,13 @@ def load_matrices(data_dir: Path, mvtype: str) -> MatrixSet:
         If a file is missing, cut short or does not fit the others.
     """
     folder = data_dir / mvtype
-    command = f"python data_to_matrices.py --mvtype {split_mvtype(mvtype)[0]}"
-    if data_dir != DEFAULT_DATA_DIR:
+    command = f"python data_to_matrices.py --mvtype {loco.split_mvtype(mvtype)[0]}"
+    if data_dir != loco.DEFAULT_DATA_DIR:
         command += f" --dataset_dir <images> --out_dir {data_dir}"
     needed = [*SPLITS.values(), LABELS_FILE]
     missing = [name for name in needed if not (folder / name).is_file()]
     if missing:
-        raise UserError(
+        raise errors.UserError(
             f"{folder} must hold {', '.join(needed)}, got no {missing[0]}; run `{command}`"
         )
     redo = f"`{command} --overwrite` makes it again"
@@ -270,18 +269,18 @@ def load_matrices(data_dir: Path, mvtype: str) -> MatrixSet:
     for split, array in images.items():
         path, shape = folder / SPLITS[split], array.shape
         if shape[1:] != (3, side, side) or not len(array):
-            raise UserError(f"{path} must be (n, 3, {side}, {side}), got {shape}; {redo}")
+            raise errors.UserError(f"{path} must be (n, 3, {side}, {side}), got {shape}; {redo}")
         if array.dtype not in (np.uint8, np.float32):
-            raise UserError(
+            raise errors.UserError(
                 f"{path} must be uint8 (or float32 of k/255), got {array.dtype}; {redo}"
             )
         if len(record["paths"][split]) != len(array):
-            raise UserError(
+            raise errors.UserError(
                 f"{folder / PATHS_FILE} must name {len(array)} {split} images, got "
                 f"{len(record['paths'][split])}; {redo}"
             )
     if labels.shape != (len(images["test"]),) or not np.isin(labels, (0, 1)).all():
-        raise UserError(
+        raise errors.UserError(
             f"{folder / LABELS_FILE} must hold {len(images['test'])} labels, 0 or 1, got "
             f"{labels.size} of type {labels.dtype}; {redo}"
         )
@@ -295,7 +294,9 @@ def _map(path: Path, redo: str) -> NDArray[Any]:
     except OSError:
         raise
     except Exception as error:  # a damaged header raises whatever Python's own parser does
-        raise UserError(f"{path} must be a whole .npy file, got a damaged one; {redo}") from error
+        raise errors.UserError(
+            f"{path} must be a whole .npy file, got a damaged one; {redo}"
+        ) from error
 
 
 def _read_record(path: Path, redo: str) -> dict[str, Any]:
@@ -305,7 +306,7 @@ def _read_record(path: Path, redo: str) -> dict[str, Any]:
         paths, files = ({s: list(of[s]) for s in SPLITS} for of in (record, record["files"]))
         return {"paths": paths, "files": files, "settings": dict(record["settings"])}
     except (ValueError, TypeError, KeyError) as error:
-        raise UserError(
+        raise errors.UserError(
             f"{path} must be JSON with train, valid, test, files and settings, got another "
             f"({type(error).__name__}: {error}); {redo}"
         ) from error
@@ -336,7 +337,9 @@ def crop_pixels(
         return pixels
     values = np.rint(pixels * 255.0)
     if not (values.min() >= 0.0 and values.max() <= 255.0):  # NaN is neither
-        raise UserError("float32 matrices must hold k/255, got other values; make them again")
+        raise errors.UserError(
+            "float32 matrices must hold k/255, got other values; make them again"
+        )
     return values.astype(np.uint8)
 
 
@@ -357,7 +360,7 @@ class ImagePool:
         self.resident: Tensor | None = None
         known: dict[tuple[str, str], int] = {}
         for data_set in data_sets:
-            made_by = to_json(data_set.settings)
+            made_by = atomic.to_json(data_set.settings)
             for split, images in data_set.images.items():
                 ids = self.ids[data_set.mvtype, split] = []
                 for row, sha256 in enumerate(data_set.sha256(split)):

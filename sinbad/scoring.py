@@ -18,27 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sinbad.backbones import INPUT_SIDE, FeatureExtractor, pixel_elements
-from sinbad.datasets import (
-    PIXEL_LEVEL,
-    crop_corners,
-    crop_side,
-)
-from sinbad.errors import UserError
-from sinbad.flags import progress_bar
-from sinbad.matrices import ImagePool, MatrixSet, nearest_source
-from sinbad.plan import ScorePlan, ScoreTask
-from sinbad_utils import (
-    FIT_SETS,
-    Scores,
-    Whitening,
-    cumulative_histogram,
-    fit_ranges,
-    fit_whitening,
-    nearest_distances,
-    project,
-    random_directions,
-)
+import sinbad_utils
+from sinbad import backbones, cli, errors, loco, matrices, score_plans
 
 BATCHES_AHEAD = 2
 # Projected values worked on at a time: what stays in a processor's cache; half a GB of a GPU.
@@ -61,7 +42,7 @@ class RangeGroup:
 
 
 def range_groups(
-    pool: ImagePool, mvtypes: list[str], official: bool
+    pool: matrices.ImagePool, mvtypes: list[str], official: bool
 ) -> dict[tuple[str, str], RangeGroup]:
     """Assign a range group to every (mvtype, split).
 
@@ -73,7 +54,9 @@ def range_groups(
     for mvtype in mvtypes:
         for split in ("train", "valid", "test"):
             ids = pool.ids[mvtype, split]
-            fit_ids = tuple((ids if official else pool.ids[mvtype, "train"])[:FIT_SETS])
+            fit_ids = tuple(
+                (ids if official else pool.ids[mvtype, "train"])[: sinbad_utils.FIT_SETS]
+            )
             group = groups.setdefault(fit_ids, RangeGroup(fit_ids, {}))
             for index in ids:
                 group.members.setdefault(index, len(group.members))
@@ -119,13 +102,15 @@ class DescriptorBuilder:
             elements = torch.cat([part for _, part in self.waiting])
             self.waiting.clear()
             first = elements[as_index([ids.index(index) for index in self.group.fit_ids])]
-            self.ranges = [fit_ranges(project(own, first)) for own in self.directions]
+            self.ranges = [
+                sinbad_utils.fit_ranges(sinbad_utils.project(own, first)) for own in self.directions
+            ]
         step = self._step(len(self.directions[0]) * elements.shape[2])
         for start in range(0, len(ids), step):
             rows = self._rows(ids[start : start + step])
             for draw, directions in enumerate(self.directions):
-                values = project(directions, elements[start : start + step])
-                shares = cumulative_histogram(values, *self.ranges[draw], self.n_bins)
+                values = sinbad_utils.project(directions, elements[start : start + step])
+                shares = sinbad_utils.cumulative_histogram(values, *self.ranges[draw], self.n_bins)
                 self.described[draw, rows] = shares
 
     def _step(self, n_values: int) -> int:
@@ -155,7 +140,7 @@ class CropJob:
     finite : level -> whether the elements of each image so far are finite, batch by batch
     """
 
-    tasks: list[ScoreTask]
+    tasks: list[score_plans.ScoreTask]
     crop: int
     n_crops: int
     corner: tuple[int, int]
@@ -174,7 +159,7 @@ class CropJob:
             flags = torch.cat(parts).tolist()  # one wait for the GPU
             bad = [name for name, is_finite in zip(names, flags, strict=True) if not is_finite]
             if bad:
-                raise UserError(
+                raise errors.UserError(
                     f"features must be finite, got NaN or infinity for image {bad[0]} at level "
                     f"{level} ({len(bad)} images in all); check the weights and the --precision"
                 )
@@ -198,37 +183,41 @@ class ClassScorer:
 
     def __init__(
         self,
-        plan: ScorePlan,
-        data_sets: dict[str, MatrixSet],
-        extractor: FeatureExtractor | None,
+        plan: score_plans.ScorePlan,
+        data_sets: dict[str, matrices.MatrixSet],
+        extractor: backbones.FeatureExtractor | None,
         device: torch.device,
         known: Mapping[tuple[int, int, int], Ranges] | None = None,
     ) -> None:
         for mvtype, data_set in data_sets.items():
             n_train = len(data_set.images["train"])
             if n_train < 2 and known is None:
-                raise UserError(
+                raise errors.UserError(
                     f"train images must be at least 2, got {n_train} of {mvtype}; add some, and "
                     "make the matrices again"
                 )
         self.plan, self.extractor, self.device, self.known = plan, extractor, device, known
         self.batch_size = plan.batch_size_on(device)
         self.im_size = next(iter(data_sets.values())).im_size
-        self.pool = ImagePool(data_sets.values(), device)
+        self.pool = matrices.ImagePool(data_sets.values(), device)
         self.pool.move_to_device(plan.num_workers)
         self.groups = range_groups(self.pool, list(data_sets), plan.official)
 
-    def score(self, tasks: list[ScoreTask]) -> Iterator[tuple[ScoreTask, Scores, Scores]]:
+    def score(
+        self, tasks: list[score_plans.ScoreTask]
+    ) -> Iterator[tuple[score_plans.ScoreTask, sinbad_utils.Scores, sinbad_utils.Scores]]:
         """Yield every task as soon as its last crop is scored.
 
         Yields
         ------
         task, (n_crops, n_test) and (n_crops, n_valid) scores, float64, higher = more anomalous
         """
-        splits, n_done = ("test", "valid"), Counter[ScoreTask]()
-        scores: dict[ScoreTask, list[Scores]] = {}
+        splits, n_done = ("test", "valid"), Counter[score_plans.ScoreTask]()
+        scores: dict[score_plans.ScoreTask, list[sinbad_utils.Scores]] = {}
         for job in self.crop_jobs(tasks):
-            fitted: dict[tuple[int, ...], Whitening] = {}  # shared by a class' data sets
+            fitted: dict[
+                tuple[int, ...], sinbad_utils.Whitening
+            ] = {}  # shared by a class' data sets
             for task in job.tasks:
                 ids = {split: self.pool.ids[task.mvtype, split] for split in ("train", *splits)}
                 shapes = [(job.n_crops, len(ids[split])) for split in splits]
@@ -238,29 +227,34 @@ class ClassScorer:
                     if key not in fitted:
                         shrinkage = self.plan.descriptor(task.level).shrinkage
                         train = self.descriptors(job, task, "train")
-                        fitted[key] = fit_whitening(train, shrinkage, squared=self.plan.official)
+                        fitted[key] = sinbad_utils.fit_whitening(
+                            train, shrinkage, squared=self.plan.official
+                        )
                     for split, rows in zip(splits, own, strict=True):
                         described = self.descriptors(job, task, split)
-                        rows[job.crop] = nearest_distances(fitted[key], described)
+                        rows[job.crop] = sinbad_utils.nearest_distances(fitted[key], described)
                 n_done[task] += 1
                 if n_done[task] == job.n_crops:
                     yield task, *scores.pop(task)
 
-    def crop_jobs(self, tasks: list[ScoreTask]) -> Iterator[CropJob]:
+    def crop_jobs(self, tasks: list[score_plans.ScoreTask]) -> Iterator[CropJob]:
         """Yield every crop position with all images described; it is emptied afterwards."""
-        network = [task for task in tasks if task.level != PIXEL_LEVEL]
-        pixels = [task for task in tasks if task.level == PIXEL_LEVEL]
+        network = [task for task in tasks if task.level != loco.PIXEL_LEVEL]
+        pixels = [task for task in tasks if task.level == loco.PIXEL_LEVEL]
         if network:
             assert self.extractor is not None
             yield from self._stream(network, self.extractor.extract)
         if pixels:
-            yield from self._stream(pixels, lambda crops: {PIXEL_LEVEL: pixel_elements(crops)})
+            yield from self._stream(
+                pixels, lambda crops: {loco.PIXEL_LEVEL: backbones.pixel_elements(crops)}
+            )
 
-    def _stream(self, tasks: list[ScoreTask], extract: Extract) -> Iterator[CropJob]:
+    def _stream(self, tasks: list[score_plans.ScoreTask], extract: Extract) -> Iterator[CropJob]:
         """Describe the crops of tasks whose elements come from the same `extract`."""
         mvtypes = list(dict.fromkeys(task.mvtype for task in tasks))
-        images = sorted({i for (name, _), ids in self.pool.ids.items() if name in mvtypes
-                         for i in ids})  # fmt: skip
+        images = sorted(
+            {i for (name, _), ids in self.pool.ids.items() if name in mvtypes for i in ids}
+        )
         names = [self.pool.names[index] for index in images]
         groups = [group for (name, _), group in self.groups.items() if name in mvtypes]
         ratios = dict.fromkeys(task.ratio for task in tasks)
@@ -268,7 +262,7 @@ class ClassScorer:
         yield from (job for job in jobs if job.is_empty)
         jobs = [job for job in jobs if not job.is_empty]
         levels = ",".join(dict.fromkeys(str(task.level) for task in tasks))
-        with progress_bar(
+        with cli.progress_bar(
             len(images) * len(jobs), f"{'+'.join(mvtypes)} level {levels}", "crops"
         ) as bar:
             for batch, crops in self._gathered(full_batches(jobs, images, self.batch_size)):
@@ -284,11 +278,11 @@ class ClassScorer:
                         yield job
                         job.builders.clear()
 
-    def _grid(self, ratio: float, tasks: list[ScoreTask]) -> list[CropJob]:
+    def _grid(self, ratio: float, tasks: list[score_plans.ScoreTask]) -> list[CropJob]:
         """Return the crop positions of one ratio."""
         own = [task for task in tasks if task.ratio == ratio]
-        side = crop_side(self.im_size, ratio)
-        corners = crop_corners(self.im_size, ratio, self.plan.crop_num_edge)
+        side = loco.crop_side(self.im_size, ratio)
+        corners = loco.crop_corners(self.im_size, ratio, self.plan.crop_num_edge)
         jobs = []
         for crop, corner in enumerate(corners):
             if self.known is None:
@@ -311,7 +305,9 @@ class ClassScorer:
             own = self.plan.descriptor(level)
             shape = (own.n_projections, elements.shape[1])
             keys = [(*draw, level, job.n_crops, job.crop) for draw in job.draws(level)]
-            directions = [random_directions(*shape, key).to(self.device) for key in keys]
+            directions = [
+                sinbad_utils.random_directions(*shape, key).to(self.device) for key in keys
+            ]
             ranges = (self.known or {}).get((level, job.n_crops, job.crop), ())
             job.builders[level] = [
                 DescriptorBuilder(group, directions, own.n_quantiles, ranges)
@@ -336,14 +332,16 @@ class ClassScorer:
     def _gather(self, batch: Batch) -> Tensor:
         """Return the pixels of a batch; the last one is padded, so every batch is full."""
         parts = [
-            self.pool.gather(ids, job.corner, nearest_source(job.side, INPUT_SIDE))
+            self.pool.gather(
+                ids, job.corner, matrices.nearest_source(job.side, backbones.INPUT_SIDE)
+            )
             for job, ids in batch
         ]
         n_padding = self.batch_size - sum(len(part) for part in parts)
         crops = torch.cat([*parts, parts[0].new_zeros(n_padding, *parts[0].shape[1:])])
         return crops.pin_memory() if self.device.type == "cuda" and not crops.is_cuda else crops
 
-    def descriptors(self, job: CropJob, task: ScoreTask, split: str) -> Tensor:
+    def descriptors(self, job: CropJob, task: score_plans.ScoreTask, split: str) -> Tensor:
         """Return the descriptors of a split's images at one crop position."""
         group = self.groups[task.mvtype, split]
         builder = next(own for own in job.builders[task.level] if own.group is group)

@@ -22,19 +22,27 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from sinbad import datasets, flags
-from sinbad.errors import UserError, say
-from sinbad.files import write_whole
+from sinbad import atomic, cli, errors, loco
 
 Task = tuple[str, str]  # a line of tasks.tsv: outputs as a bash brace pattern, command
 Ratios = dict[str, float]  # crop ratios by the files that they write
 Alive = dict[int, tuple[str, str]]  # task -> id of its array's job, reason of one that waits or ""
 
 TASK_PROGRAM = Path(__file__).resolve().parents[1] / "sinbad_single_layer.py"
-OF_THE_TASKS = (flags.network_flags, flags.scoring_flags, flags.results_flags, flags.device_flags)
+OF_THE_TASKS = (cli.network_flags, cli.scoring_flags, cli.results_flags, cli.device_flags)
 OF_SUBMISSION = ("throttle", "max_array_size", "then_ensemble", "ensemble_out", "dataset_dir")
-OF_SBATCH = ("partition", "account", "qos", "gres", "mem", "cpus-per-task", "time", "exclude",
-             "constraint", "mail-user")  # fmt: skip
+OF_SBATCH = (
+    "partition",
+    "account",
+    "qos",
+    "gres",
+    "mem",
+    "cpus-per-task",
+    "time",
+    "exclude",
+    "constraint",
+    "mail-user",
+)
 SCORES = re.compile(r"(.+_pyramid_lvl_)(\d+)/rep_num_(\d+)/([^/]+)/[^/]+")
 
 ARRAY = """\
@@ -110,40 +118,61 @@ def absolute(path: Path | str) -> Path:
 
 
 def array_parser(
-    description: str | None, paper: datasets.LevelSettings, name: str, sibling: str
-) -> flags.ScriptParser:
+    description: str | None, paper: loco.LevelSettings, name: str, sibling: str
+) -> cli.ScriptParser:
     """Make the parser of a generator; defaults are `paper`, of its levels, and the folder `name`.
 
     `sibling` is the other generator's folder, whose scores the ensemble takes too.
     """
-    parser = flags.ScriptParser(description, [group() for group in OF_THE_TASKS])
+    parser = cli.ScriptParser(description, [group() for group in OF_THE_TASKS])
     parser.set_defaults(num_workers=None)  # of the tasks' machine, not of this one
-    add, above = parser.add_argument, flags.integer_from
-    add("--data_dir", type=Path, default=datasets.DEFAULT_DATA_DIR, help="folder of the matrices")
+    add, above = parser.add_argument, cli.integer_from
+    add("--data_dir", type=Path, default=loco.DEFAULT_DATA_DIR, help="folder of the matrices")
     add("--seed", type=above(0), default=0, help="of the random directions")
     add("--mvtype", nargs="+", default=["all"], help="data sets, classes, loco, struct or all")
-    add("--crop_size_ratio", nargs="+", type=flags.ratio_type, default=list(paper.crop_ratios),
-        help="side of a crop, of the image's")  # fmt: skip
-    add("--rep", nargs="+", type=flags.integer_ranges, default=[list(range(paper.n_reps))],
-        help=f"repetitions, as 3 or 0-99 (default: 0 to {paper.n_reps - 1})")  # fmt: skip
+    add(
+        "--crop_size_ratio",
+        nargs="+",
+        type=cli.ratio_type,
+        default=list(paper.crop_ratios),
+        help="side of a crop, of the image's",
+    )
+    add(
+        "--rep",
+        nargs="+",
+        type=cli.integer_ranges,
+        default=[list(range(paper.n_reps))],
+        help=f"repetitions, as 3 or 0-99 (default: 0 to {paper.n_reps - 1})",
+    )
     add("--group", choices=("none", "class"), default="none", help="class: a task is a whole class")
     add("--reps_per_task", type=above(1), metavar="N", help="repetitions in a task (default: all)")
-    runs, images = datasets.DEFAULT_RUNS_DIR, str(datasets.DEFAULT_DATASET_DIR)
+    runs, images = loco.DEFAULT_RUNS_DIR, str(loco.DEFAULT_DATASET_DIR)
     add("--out_dir", type=Path, default=runs / name, help="the folder to write")
     add("--status", action="store_true", help="say what is done, running, missing and why")
     add("--submit", action="store_true", help="submit what is missing, as batch_master.sh does")
     add("--local", type=above(1), metavar="N", help="run what is missing here, N at a time")
-    add("--then_ensemble", nargs="?", const=Path(sibling), metavar="SIBLING",
-        type=lambda text: absolute(text) if "/" in text else Path(text), help="calc_anom_ensm.py "
-        f"follows this and another folder: a path, or a name beside, else {sibling}")  # fmt: skip
+    add(
+        "--then_ensemble",
+        nargs="?",
+        const=Path(sibling),
+        metavar="SIBLING",
+        type=lambda text: absolute(text) if "/" in text else Path(text),
+        help="calc_anom_ensm.py "
+        f"follows this and another folder: a path, or a name beside, else {sibling}",
+    )
     add("--ensemble_out", type=absolute, metavar="DIR", help="its tables (default: by the scores)")
     add("--dataset_dir", type=absolute, default=images, help="its images and masks")
     add("--throttle", type=above(1), metavar="N", help="at most N tasks at a time")
     add("--max_array_size", type=above(1), metavar="N", help="tasks in an array (default: Slurm's)")
     add("--setup", action="append", default=[], metavar="LINE", help="shell line before a task")
     for option in OF_SBATCH:
-        add(f"--{option.split('-')[0]}", dest=option, metavar="TEXT", help=f"#SBATCH --{option}",
-            default="gpu:1" if option == "gres" else None)  # fmt: skip
+        add(
+            f"--{option.split('-')[0]}",
+            dest=option,
+            metavar="TEXT",
+            help=f"#SBATCH --{option}",
+            default="gpu:1" if option == "gres" else None,
+        )
     add("--requeue", action=BooleanOptionalAction, help="start a preempted task again")
     return parser
 
@@ -151,13 +180,13 @@ def array_parser(
 def plan_tasks(args: Namespace, levels: list[int], ratios: Ratios) -> list[Task]:
     """Split the work into tasks; their commands run anywhere and hold only what is no default."""
     present = [path.parent.name for path in args.data_dir.glob("*/train_data.npy")]
-    mvtypes, reps = datasets.choose_mvtypes(args.mvtype, present), flags.flatten(args.rep)
+    mvtypes, reps = loco.choose_mvtypes(args.mvtype, present), cli.flatten(args.rep)
     by_file = [{file: ratio} for file, ratio in ratios.items()]
     parts: list[list[Any]] = [[[own] for own in mvtypes], [[own] for own in levels], by_file]
     if args.group == "class":
         classes: dict[str, list[str]] = {}
         for mvtype in mvtypes:
-            classes.setdefault(datasets.split_mvtype(mvtype)[0], []).append(mvtype)
+            classes.setdefault(loco.split_mvtype(mvtype)[0], []).append(mvtype)
         parts = [list(classes.values()), [levels], [ratios]]
     step = args.reps_per_task or len(reps)
     parts.append([reps[i : i + step] for i in range(0, len(reps), step)])
@@ -174,10 +203,10 @@ def plan_tasks(args: Namespace, levels: list[int], ratios: Ratios) -> list[Task]
         words = [sys.executable, TASK_PROGRAM, "--mvtype", *own, "--pyramid_level", *own_levels]
         words += ["--crop_size_ratio", *own_ratios.values(), "--rep"]
         command = shlex.join(map(str, [*words, *shorten_numbers(own_reps).split(","), *common]))
-        folder = datasets.scores_folder(*where, *map(brace_pattern, (own_levels, own_reps, own)))
+        folder = loco.scores_folder(*where, *map(brace_pattern, (own_levels, own_reps, own)))
         unfit = re.search("[\t\r\n\ud800-\udfff]", command) or (own[1:] and "," in "".join(own))
         if unfit or re.search("[{}#]", "".join(map(str, (*where, *own)))):
-            raise UserError(
+            raise errors.UserError(
                 "names and paths must be UTF-8 without braces, #, tabs and line ends, without "
                 f"commas where a task has several, got {command if unfit else str(folder)!r}; "
                 "rename or choose others"
@@ -191,7 +220,7 @@ def check_finished(args: Namespace, tasks: list[Task], level: int, ratios: Ratio
     files = [Path(path) for outputs, _ in tasks for path in expand_pattern(outputs)]
     files = [path for path in files if path.exists()]
     wanted = {name: value for name, value in vars(args).items() if not isinstance(value, list)}
-    paper = datasets.level_settings(level)
+    paper = loco.level_settings(level)
     wanted["n_projections"] = args.n_projections or paper.n_projections
     wanted["shrinkage_factor"] = args.shrinkage_factor or paper.shrinkage
     wanted["weights_sha256"] = args.weights if args.weights == "random" else "that of imagenet"
@@ -207,14 +236,16 @@ def check_finished(args: Namespace, tasks: list[Task], level: int, ratios: Ratio
         except KeyError:  # the authors' files hold no record
             continue
         except (zipfile.BadZipFile, ValueError) as error:
-            raise UserError(f"{path} must be a whole .npz file, got {error}; remove it") from None
+            raise errors.UserError(
+                f"{path} must be a whole .npz file, got {error}; remove it"
+            ) from None
         if "net" in found:
             found.setdefault("compile", False)  # recorded where it is on
         if args.weights == "imagenet" and found.get("weights_sha256") != "random":
             found.pop("weights_sha256", None)  # not known before they are loaded: may be any file's
         for name, value in wanted.items():
             if found.get(name, value) != value:
-                raise UserError(
+                raise errors.UserError(
                     f"{path} was made with {name} {found[name]}, now {name} is {value}; choose "
                     "another --version_name or --results_dir, or remove it"
                 )
@@ -223,7 +254,7 @@ def check_finished(args: Namespace, tasks: list[Task], level: int, ratios: Ratio
 def generate(args: Namespace, levels: list[int], folder: Path, script: str) -> None:
     """Write the folder of a generator; the list of tasks last."""
     grid = args.initial_res, args.crop_size_ratio, args.crop_num_edge
-    ratios = datasets.ratios_by_file(levels[0], *grid)
+    ratios = loco.ratios_by_file(levels[0], *grid)
     tasks = plan_tasks(args, levels, ratios)
     check_finished(args, tasks, levels[0], ratios)
     options = {name: getattr(args, name) for name in OF_SBATCH if getattr(args, name) is not None}
@@ -233,7 +264,7 @@ def generate(args: Namespace, levels: list[int], folder: Path, script: str) -> N
         options["mail-type"] = "END,FAIL"
     texts = [*options.values(), *args.setup]
     if any(len(text.splitlines()) != 1 for text in texts) or set(str(folder)) & {"%", "\\"}:
-        raise UserError(
+        raise errors.UserError(
             f"values for sbatch must be one line each, --out_dir without % and \\, got {texts} and "
             f"{folder}; give --setup once a line"
         )
@@ -244,10 +275,10 @@ def generate(args: Namespace, levels: list[int], folder: Path, script: str) -> N
     submission = [f"--{name}={value}" for name, value in kept.items() if value is not None]
     program = shlex.join([sys.executable, str(Path(script).resolve())])
     array, master = folder / "array.sbatch", folder / "batch_master.sh"
-    write_whole(array, ARRAY.format(options="\n".join(lines), setup="\n".join(args.setup)))
-    write_whole(master, BATCH_MASTER.format(program=program, flags=shlex.join(submission)))
-    write_whole(folder / "tasks.tsv", format_tasks(tasks))
-    say(f"{len(tasks)} tasks; submit them: sh {shlex.quote(str(master))}")
+    atomic.atomic_write(array, ARRAY.format(options="\n".join(lines), setup="\n".join(args.setup)))
+    atomic.atomic_write(master, BATCH_MASTER.format(program=program, flags=shlex.join(submission)))
+    atomic.atomic_write(folder / "tasks.tsv", format_tasks(tasks))
+    errors.say(f"{len(tasks)} tasks; submit them: sh {shlex.quote(str(master))}")
 
 
 def format_tasks(tasks: list[Task]) -> str:
@@ -261,7 +292,7 @@ def read_tasks(folder: Path) -> list[Task]:
     text = path.read_bytes().decode("utf-8", "replace") if path.is_file() else ""
     tasks = re.findall(r"^\d+\t(.*)\t(.*)$", text, re.M)
     if not tasks or format_tasks(tasks) != text:
-        raise UserError(
+        raise errors.UserError(
             f"{path} must hold whole lines of index, outputs and command, got none or others; write"
             " it with create_batch_array_sinbad.py or create_batch_array_sinbad_224.py"
         )
@@ -289,8 +320,10 @@ def run_array(args: Namespace, levels: list[int], script: str) -> int:
     n_waiting = sum(bool(reason) for _, reason in alive.values())
     waiting = f" ({n_waiting} of them waiting)" if n_waiting else ""
     n_done = len(tasks) - len(alive) - len(missing)
-    say(f"{len(tasks)} tasks: {n_done} done, {len(alive)} running{waiting}, {len(missing)} missing;"
-        f" folder {folder}")  # fmt: skip
+    errors.say(
+        f"{len(tasks)} tasks: {n_done} done, {len(alive)} running{waiting}, {len(missing)} missing;"
+        f" folder {folder}"
+    )
     if args.local:
         return run_locally(folder, args, tasks, missing)
     submit(folder, args, alive, missing)
@@ -347,10 +380,17 @@ def ask_slurm(words: list[str], folder: Path | None = None) -> str:
     # Without the person's own format and filters; else squeue cuts indices at 64 characters.
     own = {name: text for name, text in os.environ.items() if not name.startswith("SQUEUE_")}
     own["SLURM_BITSTR_LEN"] = "0"
-    run = subprocess.run(["env", *words], cwd=folder, env=own, capture_output=True,
-                         encoding="utf-8", errors="replace", check=False)  # fmt: skip
+    run = subprocess.run(
+        ["env", *words],
+        cwd=folder,
+        env=own,
+        capture_output=True,
+        encoding="utf-8",
+        errors="replace",
+        check=False,
+    )
     if run.returncode:
-        raise UserError(
+        raise errors.UserError(
             f"`{shlex.join(words)}` must succeed, got exit status {run.returncode}: "
             f"{' '.join(run.stderr.split())}; what was submitted before is kept, try again on a "
             "login node, or run the tasks here without Slurm: sh batch_master.sh --local 2"
@@ -373,10 +413,10 @@ def find_alive(name: str, needed: bool) -> Alive:
     alive: Alive = {}
     try:
         listing = ask_slurm(words)
-    except UserError as error:
+    except errors.UserError as error:
         if needed:
             raise
-        say(f"note: {error}")
+        errors.say(f"note: {error}")
         return alive
     form = rf"^(\d+)\|(.*)\|(\w+)\|{name}(?:\+(\d+))?\|(.*)$"
     for job, indices, state, offset, reason in re.findall(form, listing, re.M):
@@ -390,7 +430,7 @@ def sbatch(folder: Path, words: list[str]) -> str:
     answer = ask_slurm(["sbatch", "--parsable", *words], folder)
     ids = re.findall(r"^(\d+)(?:;.*)?$", answer, re.M)
     if not ids:
-        raise UserError(
+        raise errors.UserError(
             f"sbatch --parsable must print a job's id, got {answer!r}; look at squeue --me, what "
             "is there will not be submitted again"
         )
@@ -416,13 +456,13 @@ def submit(folder: Path, args: Namespace, alive: Alive, missing: list[int]) -> N
         words += [array] if size else []
         job = sbatch(folder, [*words, "array.sbatch", str(first)])
         before = [job]
-        say(f"submitted {array} as job {job}, of the tasks from {first}")
+        errors.say(f"submitted {array} as job {job}, of the tasks from {first}")
     if args.then_ensemble:
         state, earlier, words = plan_ensemble(folder, args, needed=True)
         if missing and earlier:  # it waits for less
             ask_slurm(["scancel", *earlier])
             state = ""
-        say(f"ensemble {state or 'submitted as job ' + sbatch(folder, words)}")
+        errors.say(f"ensemble {state or 'submitted as job ' + sbatch(folder, words)}")
 
 
 def plan_ensemble(folder: Path, args: Namespace, needed: bool) -> tuple[str, list[str], list[str]]:
@@ -444,7 +484,7 @@ def plan_ensemble(folder: Path, args: Namespace, needed: bool) -> tuple[str, lis
         columns = zip(*(SCORES.fullmatch(path).groups() for path in paths), strict=True)
         parts.append([list(dict.fromkeys(column)) for column in columns])
         scores += paths
-    parts.sort(key=lambda part: part[1] == [str(datasets.PIXEL_LEVEL)])
+    parts.sort(key=lambda part: part[1] == [str(loco.PIXEL_LEVEL)])
     (version, levels, reps, mvtypes), (version_224, _, reps_224, _) = parts
     out = args.ensemble_out or Path(version[0]).parent / "ensemble"
     tables = [path.stat().st_mtime for path in out.glob("scores*.csv")]
@@ -470,16 +510,16 @@ def run_locally(folder: Path, args: Namespace, tasks: list[Task], missing: list[
     run_here(folder, pool, "\n".join(map(str, missing)))
     failed = [task for task in missing if not is_done(tasks[task])]
     for line in why_failed(folder, tasks, failed):
-        say(f"task {line}")
+        errors.say(f"task {line}")
     if failed:
-        say(f"tasks {shorten_numbers(failed)} failed; the same command runs them again")
+        errors.say(f"tasks {shorten_numbers(failed)} failed; the same command runs them again")
     elif args.then_ensemble:
         state, _, words = plan_ensemble(folder, args, needed=False)
         if not state:
             script = 'exec bash array.sbatch 0 "$0" >logs/ensemble_local.log 2>&1'
             failed = [0] if run_here(folder, ["sh", "-c", script, words[-1]]) else []
             state = f"{'failed' if failed else 'done'}, see {folder}/logs/ensemble_local.log"
-        say(f"ensemble {state}")
+        errors.say(f"ensemble {state}")
     return int(bool(failed))
 
 

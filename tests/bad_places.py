@@ -10,8 +10,7 @@ from conftest import IM_SIZE, Place
 import calc_anom_ensm
 import data_to_matrices
 import sinbad_single_layer
-from sinbad.errors import run_script
-from sinbad.results import LevelScores, save_scores
+from sinbad import errors, score_files
 
 Case = tuple[Callable[..., None], list[str]]
 
@@ -36,7 +35,7 @@ def fails(case: Case, capsys: pytest.CaptureFixture[str]) -> str:
     main, argv = case
     capsys.readouterr()
     with pytest.raises(SystemExit) as end:
-        run_script(main, argv)
+        errors.run_script(main, argv)
     captured = capsys.readouterr()
     lines = [line for line in captured.err.splitlines() if line.startswith("error: ")]
     assert end.value.code == 2
@@ -53,9 +52,11 @@ def write_scores(place: Place, level: int, n_crops: int, n_test: int = 4) -> Non
     rng = np.random.default_rng(n_crops)
     labels = np.array([0.0, 1.0] * (n_test // 2))
     paths = [f"test/{i}.png" for i in range(n_test)]
-    scores = LevelScores(rng.random((n_crops, n_test)), rng.random((n_crops, 3)), labels, paths, {})
+    scores = score_files.LevelScores(
+        rng.random((n_crops, n_test)), rng.random((n_crops, 3)), labels, paths, {}
+    )
     folder = root / f"v_pyramid_lvl_{level}" / "rep_num_0" / "pushpins_loco"
-    save_scores(folder / f"{n_crops}_crop_anom_maps.npz", scores)
+    score_files.save_scores(folder / f"{n_crops}_crop_anom_maps.npz", scores)
 
 
 def ensemble_case(place: Place, *flags: str) -> Case:

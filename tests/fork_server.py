@@ -21,7 +21,7 @@ import reproduce_paper
 import sinbad_detector
 import sinbad_single_layer
 import sinbad_time_series
-from sinbad.errors import run_script
+from sinbad import errors
 
 MAINS: dict[str, Callable[[list[str]], int | None]] = {
     "calc_anom_ensm": calc_anom_ensm.main,
@@ -42,7 +42,7 @@ def start(script: str, argv: list[str]) -> int:
     status = 1
     try:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        run_script(MAINS[script], argv)
+        errors.run_script(MAINS[script], argv)
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else 1
     finally:

@@ -5,7 +5,7 @@ from pathlib import Path
 from conftest import IM_SIZE
 
 import sinbad_single_layer
-from sinbad.results import LevelScores, read_scores
+from sinbad import score_files
 
 N_DIRECTIONS = 8
 FLAGS = [
@@ -20,8 +20,8 @@ def score(data_dir: Path, results: Path, *flags: str) -> None:
     sinbad_single_layer.main([*paths, *FLAGS, *flags])
 
 
-def single(data_dir: Path, results: Path, *flags: str) -> LevelScores:
+def single(data_dir: Path, results: Path, *flags: str) -> score_files.LevelScores:
     """Run the script for one file of scores and read it."""
     score(data_dir, results, *flags)
     (path,) = results.rglob("*.npz")
-    return read_scores(path)
+    return score_files.read_scores(path)

@@ -12,17 +12,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from sinbad import backbones
-from sinbad.backbones import (
-    Backbone,
-    FeatureExtractor,
-    Weights,
-    build_backbone,
-    choose_device,
-    load_weights,
-    pixel_elements,
-)
-from sinbad.errors import UserError
+from sinbad import backbones, errors
 
 CPU = torch.device("cpu")
 LEVELS = (56, 28, 14, 7)
@@ -72,8 +62,10 @@ def slow_stages(model: nn.Module, crops: Tensor, n_stages: int) -> list[Tensor]:
 @pytest.mark.parametrize(("net", "levels"), [("resnet18", LEVELS), ("resnet50", LEVELS[:1])])
 def test_every_level_is_its_stage_of_the_network(net: str, levels: tuple[int, ...]) -> None:
     model, crops = trained(net), some_crops(2)
-    backbone = build_backbone(net, Weights("w.pth", model.state_dict(), "abc"), levels)
-    found = FeatureExtractor(backbone, CPU).extract(crops)
+    backbone = backbones.build_backbone(
+        net, backbones.Weights("w.pth", model.state_dict(), "abc"), levels
+    )
+    found = backbones.FeatureExtractor(backbone, CPU).extract(crops)
     assert sorted(found) == sorted(levels)
     for level, features in zip(levels, slow_stages(model, crops, len(levels)), strict=True):
         assert found[level].shape == (2, features.shape[1], level * level)
@@ -87,33 +79,33 @@ def test_every_level_is_its_stage_of_the_network(net: str, levels: tuple[int, ..
 def test_stages_above_the_wanted_levels_are_cut_off(tmp_path: Path) -> None:
     model = trained("resnet18")
     state = {k: v for k, v in model.state_dict().items() if not k.startswith(("layer4", "fc"))}
-    weights = load_weights("resnet18", saved(tmp_path / "w.pth", state))
-    backbone = build_backbone("resnet18", weights, (14,))
+    weights = backbones.load_weights("resnet18", saved(tmp_path / "w.pth", state))
+    backbone = backbones.build_backbone("resnet18", weights, (14,))
     assert len(backbone.stages) == 3
     found = backbone(torch.zeros(1, 3, 224, 224))
     assert {level: values.shape for level, values in found.items()} == {14: (1, 256, 196)}
     assert not any(parameter.requires_grad for parameter in backbone.parameters())
     assert not any(module.training for module in backbone.modules())
-    with pytest.raises(UserError, match=r"got w\.pth, which lacks layer4\.0\.conv1\.weight"):
-        build_backbone("resnet18", weights, (7, 14))
+    with pytest.raises(errors.UserError, match=r"got w\.pth, which lacks layer4\.0\.conv1\.weight"):
+        backbones.build_backbone("resnet18", weights, (7, 14))
 
 
 def test_a_level_that_the_net_has_not() -> None:
-    random = load_weights("resnet18", "random")
-    with pytest.raises(UserError, match=r"resnet18 \(7, 14, 28, 56\), or 224 .* got 10"):
-        build_backbone("resnet18", random, (7, 10))
+    random = backbones.load_weights("resnet18", "random")
+    with pytest.raises(errors.UserError, match=r"resnet18 \(7, 14, 28, 56\), or 224 .* got 10"):
+        backbones.build_backbone("resnet18", random, (7, 10))
 
 
 def test_random_weights_are_the_same_in_every_run() -> None:
     torch.manual_seed(1)
     state = torch.get_rng_state()
-    random = load_weights("resnet18", "random")
-    first = build_backbone("resnet18", random, (56,))
+    random = backbones.load_weights("resnet18", "random")
+    first = backbones.build_backbone("resnet18", random, (56,))
     assert torch.equal(torch.get_rng_state(), state)  # the global generator is left alone
     torch.manual_seed(0)
     model = torchvision.models.resnet18(weights=None).eval()
     pixels = some_crops(1)
-    found = FeatureExtractor(first, CPU).extract(pixels)[56]
+    found = backbones.FeatureExtractor(first, CPU).extract(pixels)[56]
     np.testing.assert_allclose(found, slow_stages(model, pixels, 1)[0].flatten(2), atol=1e-4)
 
 
@@ -128,7 +120,7 @@ def test_weights_wrapped_or_with_a_prefix(
     state = {"conv1.weight": torch.ones(2), "fc.bias": torch.zeros(1)}
     content = {f"{prefix}{name}": value for name, value in state.items()}
     path = saved(tmp_path / "w.pth", content if wrapper is None else {wrapper: content})
-    found = load_weights("resnet18", path)
+    found = backbones.load_weights("resnet18", path)
     assert found.name == "w.pth"
     assert found.sha256 == hashlib.sha256(Path(path).read_bytes()).hexdigest()
     assert found.state is not None
@@ -138,7 +130,7 @@ def test_weights_wrapped_or_with_a_prefix(
 
 def test_a_prefix_that_not_all_names_have_stays(tmp_path: Path) -> None:
     state = {"model.a": torch.ones(2), "b": torch.ones(2)}
-    found = load_weights("resnet18", saved(tmp_path / "w.pth", state)).state
+    found = backbones.load_weights("resnet18", saved(tmp_path / "w.pth", state)).state
     assert found is not None
     assert list(found) == ["model.a", "b"]
 
@@ -146,7 +138,7 @@ def test_a_prefix_that_not_all_names_have_stays(tmp_path: Path) -> None:
 def test_weights_in_safetensors(tmp_path: Path) -> None:
     save_file = pytest.importorskip("safetensors.torch").save_file
     save_file({"a": torch.arange(3.0)}, tmp_path / "w.safetensors")
-    found = load_weights("resnet18", str(tmp_path / "w.safetensors")).state
+    found = backbones.load_weights("resnet18", str(tmp_path / "w.safetensors")).state
     assert found is not None
     assert found["a"].tolist() == [0.0, 1.0, 2.0]
 
@@ -154,17 +146,17 @@ def test_weights_in_safetensors(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", [[torch.ones(1)], {}, {"a": 1}, {"a": torch.ones(1), "b": "c"}])
 def test_a_file_that_holds_no_state_dict(content: object, tmp_path: Path) -> None:
     path = saved(tmp_path / "w.pth", content)
-    with pytest.raises(UserError, match="must hold a state_dict of tensors"):
-        load_weights("resnet18", path)
+    with pytest.raises(errors.UserError, match="must hold a state_dict of tensors"):
+        backbones.load_weights("resnet18", path)
 
 
 def test_no_file_and_a_damaged_one(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"imagenet, random or a file, got .*no such file"):
-        load_weights("resnet18", str(tmp_path / "none.pth"))
+    with pytest.raises(errors.UserError, match=r"imagenet, random or a file, got .*no such file"):
+        backbones.load_weights("resnet18", str(tmp_path / "none.pth"))
     for name in ("w.pth", "w.safetensors"):
         (tmp_path / name).write_bytes(b"text")
-        with pytest.raises(UserError, match=r"written by torch\.save or safetensors"):
-            load_weights("resnet18", str(tmp_path / name))
+        with pytest.raises(errors.UserError, match=r"written by torch\.save or safetensors"):
+            backbones.load_weights("resnet18", str(tmp_path / name))
 
 
 OTHER_SHAPE = "has another shape or layout of"
@@ -186,15 +178,15 @@ NOT_FINITE = "holds no finite floating point numbers in"
 )
 def test_weights_that_are_not_of_the_net(name: str, value: Tensor, what: str) -> None:
     state = torchvision.models.resnet18(weights=None).state_dict()
-    weights = Weights("w.pth", {**state, name: value}, "abc")
-    with pytest.raises(UserError, match=f"got w.pth, which {what} {name}; choose"):
-        build_backbone("resnet18", weights, (56,))
+    weights = backbones.Weights("w.pth", {**state, name: value}, "abc")
+    with pytest.raises(errors.UserError, match=f"got w.pth, which {what} {name}; choose"):
+        backbones.build_backbone("resnet18", weights, (56,))
 
 
 def test_what_counts_batches_may_be_missing() -> None:
     state = torchvision.models.resnet18(weights=None).state_dict()
     state = {k: v for k, v in state.items() if not k.endswith("num_batches_tracked")}
-    build_backbone("resnet18", Weights("w.pth", state, "abc"), (56,))
+    backbones.build_backbone("resnet18", backbones.Weights("w.pth", state, "abc"), (56,))
 
 
 def test_imagenet_weights_are_those_of_torchs_cache(
@@ -212,7 +204,7 @@ def test_imagenet_weights_are_those_of_torchs_cache(
 
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", fetch)
     for _ in range(2):  # the second time it is there
-        found = load_weights("resnet18", "imagenet")
+        found = backbones.load_weights("resnet18", "imagenet")
         assert found.name == "imagenet"
         assert found.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
     assert asked == [(f"https://download.pytorch.org/models/{path.name}", True)]
@@ -229,8 +221,10 @@ def test_imagenet_weights_that_cannot_be_reached(
 
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", fetch)
-    with pytest.raises(UserError, match=r"got no network for https://.*put it at .*resnet18-.*pth"):
-        load_weights("resnet18", "imagenet")
+    with pytest.raises(
+        errors.UserError, match=r"got no network for https://.*put it at .*resnet18-.*pth"
+    ):
+        backbones.load_weights("resnet18", "imagenet")
 
 
 # ---------------------------------------------------------------- timm
@@ -240,8 +234,8 @@ def test_a_model_of_timm_gives_its_stages(tmp_path: Path) -> None:
     timm = pytest.importorskip("timm")
     torch.manual_seed(4)
     model = timm.create_model("resnet18").eval()
-    weights = load_weights("timm:resnet18", saved(tmp_path / "w.pth", model.state_dict()))
-    backbone = build_backbone("timm:resnet18", weights, (7, 28))
+    weights = backbones.load_weights("timm:resnet18", saved(tmp_path / "w.pth", model.state_dict()))
+    backbone = backbones.build_backbone("timm:resnet18", weights, (7, 28))
     assert backbone.mean.flatten().tolist() == pytest.approx(model.pretrained_cfg["mean"])
     assert backbone.std.flatten().tolist() == pytest.approx(model.pretrained_cfg["std"])
     pixels = torch.randn(1, 3, 224, 224)
@@ -251,13 +245,17 @@ def test_a_model_of_timm_gives_its_stages(tmp_path: Path) -> None:
     assert sorted(found) == [7, 28]
     for level, features in {28: maps[2], 7: maps[4]}.items():
         np.testing.assert_allclose(found[level], features.flatten(2), atol=1e-5)
-    with pytest.raises(UserError, match=r"timm:resnet18 \(7, 14, 28, 56, 112\), or 224 .* got 8"):
-        build_backbone("timm:resnet18", weights, (8,))
+    with pytest.raises(
+        errors.UserError, match=r"timm:resnet18 \(7, 14, 28, 56, 112\), or 224 .* got 8"
+    ):
+        backbones.build_backbone("timm:resnet18", weights, (8,))
 
 
 def test_of_several_maps_of_one_side_the_last_counts() -> None:
     timm = pytest.importorskip("timm")
-    backbone = build_backbone("vit_tiny_patch16_224", Weights("random", None, "random"), (14,))
+    backbone = backbones.build_backbone(
+        "vit_tiny_patch16_224", backbones.Weights("random", None, "random"), (14,)
+    )
     pixels = torch.randn(1, 3, 224, 224)
     torch.manual_seed(0)
     model = timm.create_model("vit_tiny_patch16_224", img_size=224).eval()
@@ -268,14 +266,22 @@ def test_of_several_maps_of_one_side_the_last_counts() -> None:
 
 def test_a_net_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("timm")
-    with pytest.raises(UserError, match=r"got resnet1\d\d\d; timm\.list_models\(\) names all"):
-        load_weights("resnet1999", "random")
-    with pytest.raises(UserError, match=r"got efficientnet_lit; like it: .*efficientnet_lite4$"):
-        load_weights("efficientnet_lit", "random")
+    with pytest.raises(
+        errors.UserError, match=r"got resnet1\d\d\d; timm\.list_models\(\) names all"
+    ):
+        backbones.load_weights("resnet1999", "random")
+    with pytest.raises(
+        errors.UserError, match=r"got efficientnet_lit; like it: .*efficientnet_lite4$"
+    ):
+        backbones.load_weights("efficientnet_lit", "random")
     monkeypatch.setitem(sys.modules, "timm", None)
-    with pytest.raises(UserError, match=r"torchvision's resnet101, .* not installed, got lenet"):
-        load_weights("lenet", "random")
-    assert load_weights("resnext50_32x4d", "random") == Weights("random", None, "random")
+    with pytest.raises(
+        errors.UserError, match=r"torchvision's resnet101, .* not installed, got lenet"
+    ):
+        backbones.load_weights("lenet", "random")
+    assert backbones.load_weights("resnext50_32x4d", "random") == backbones.Weights(
+        "random", None, "random"
+    )
 
 
 def test_weights_of_timm_and_their_sha256(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -290,15 +296,15 @@ def test_weights_of_timm_and_their_sha256(monkeypatch: pytest.MonkeyPatch) -> No
         return own
 
     monkeypatch.setattr(timm, "create_model", create)
-    found = load_weights("timm:resnet18", "imagenet")
+    found = backbones.load_weights("timm:resnet18", "imagenet")
     digest = hashlib.sha256()
     for name, value in own.state_dict().items():
         digest.update(name.encode() + value.numpy().tobytes())
     assert (found.name, found.sha256) == ("imagenet", digest.hexdigest())
     assert created == [("resnet18", True)] * 2
     monkeypatch.setattr(timm, "create_model", lambda *_, **__: nn.Identity())
-    with pytest.raises(UserError, match="must be a model that gives feature maps"):
-        load_weights("timm:resnet18", "imagenet")
+    with pytest.raises(errors.UserError, match="must be a model that gives feature maps"):
+        backbones.load_weights("timm:resnet18", "imagenet")
 
 
 def test_weights_of_timm_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -308,8 +314,10 @@ def test_weights_of_timm_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch)
         raise OSError("no network")
 
     monkeypatch.setattr(timm, "create_model", create)
-    with pytest.raises(UserError, match=r"got OSError .*huggingface\.co/timm/resnet18 on another"):
-        load_weights("timm:resnet18", "imagenet")
+    with pytest.raises(
+        errors.UserError, match=r"got OSError .*huggingface\.co/timm/resnet18 on another"
+    ):
+        backbones.load_weights("timm:resnet18", "imagenet")
 
 
 # ---------------------------------------------------------------- devices, precision, memory
@@ -319,21 +327,27 @@ def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     for present, names in ((0, ["cpu", "auto"]), (2, ["cpu", "auto", "cuda", "cuda:1"])):
         monkeypatch.setattr(torch.cuda, "is_available", lambda n=present: n > 0)
         monkeypatch.setattr(torch.cuda, "device_count", lambda n=present: n)
-        chosen = [str(choose_device(name)) for name in names]
+        chosen = [str(backbones.choose_device(name)) for name in names]
         assert chosen == ["cpu", "cuda" if present else "cpu", "cuda", "cuda:1"][: len(names)]
         for name in ("cuda:2", "cuda:9999", *(() if present else ("cuda", "cuda:0"))):
-            with pytest.raises(UserError, match=rf"\({present} CUDA devices\), got {name};"):
-                choose_device(name)
+            with pytest.raises(errors.UserError, match=rf"\({present} CUDA devices\), got {name};"):
+                backbones.choose_device(name)
     for name in ("gpu", "cuda:", "cuda:x", "cuda:10000", "cpu:0"):
-        with pytest.raises(UserError, match=f"must be auto, cpu, cuda or cuda:<i>, got {name};"):
-            choose_device(name)
+        with pytest.raises(
+            errors.UserError, match=f"must be auto, cpu, cuda or cuda:<i>, got {name};"
+        ):
+            backbones.choose_device(name)
 
 
 def test_bf16_rounds_and_tf32_is_fp32_on_a_cpu() -> None:
-    backbone = build_backbone("resnet18", load_weights("resnet18", "random"), (56,))
+    backbone = backbones.build_backbone(
+        "resnet18", backbones.load_weights("resnet18", "random"), (56,)
+    )
     crops = some_crops(1)
-    found = {p: FeatureExtractor(backbone, CPU, p).extract(crops)[56]
-             for p in ("fp32", "tf32", "bf16")}  # fmt: skip
+    found = {
+        p: backbones.FeatureExtractor(backbone, CPU, p).extract(crops)[56]
+        for p in ("fp32", "tf32", "bf16")
+    }
     assert torch.equal(found["tf32"], found["fp32"])
     assert found["bf16"].dtype == torch.float32
     error = float((found["bf16"] - found["fp32"]).abs().mean() / found["fp32"].abs().mean())
@@ -344,12 +358,14 @@ def test_bf16_rounds_and_tf32_is_fp32_on_a_cpu() -> None:
 def test_a_compiled_network_gives_the_same_but_for_last_bits() -> None:
     backbone = Conv((14,), MEAN, STD).to(memory_format=torch.channels_last).eval()
     crops = some_crops(3, 28)
-    extractor = FeatureExtractor(backbone, CPU, compiled=True)
+    extractor = backbones.FeatureExtractor(backbone, CPU, compiled=True)
     assert extractor.network is not backbone
     torch.testing.assert_close(
-        extractor.extract(crops), FeatureExtractor(backbone, CPU).extract(crops),
-        rtol=1e-4, atol=1e-5,
-    )  # fmt: skip
+        extractor.extract(crops),
+        backbones.FeatureExtractor(backbone, CPU).extract(crops),
+        rtol=1e-4,
+        atol=1e-5,
+    )
 
 
 def test_a_network_that_cannot_be_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -358,14 +374,14 @@ def test_a_network_that_cannot_be_compiled(monkeypatch: pytest.MonkeyPatch) -> N
 
     compile_with = torch.compile
     monkeypatch.setattr(torch, "compile", lambda m, **_: compile_with(m, backend=compiler))
-    extractor = FeatureExtractor(Conv((14,), MEAN, STD), CPU, compiled=True)
+    extractor = backbones.FeatureExtractor(Conv((14,), MEAN, STD), CPU, compiled=True)
     with pytest.raises(
-        UserError, match=r"--compile must find a compiler .* no g\+\+ here; install"
+        errors.UserError, match=r"--compile must find a compiler .* no g\+\+ here; install"
     ):
         extractor.extract(some_crops(2, 28))
 
 
-class Conv(Backbone):
+class Conv(backbones.Backbone):
     """A network of one convolution."""
 
     def __init__(self, levels: tuple[int, ...], mean: object, std: object) -> None:
@@ -382,12 +398,12 @@ def test_switches_of_the_gpu_are_set_for_every_pass(precision: str) -> None:
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
     cudnn.benchmark, cudnn.deterministic, matmul.allow_tf32 = True, False, True
     cudnn.allow_tf32 = precision != "tf32"
-    FeatureExtractor(Small(9), CPU, precision).extract(some_crops(1, 4))
+    backbones.FeatureExtractor(Small(9), CPU, precision).extract(some_crops(1, 4))
     assert (cudnn.benchmark, cudnn.deterministic, matmul.allow_tf32) == (False, True, False)
     assert cudnn.allow_tf32 == (precision == "tf32")
 
 
-class Small(Backbone):
+class Small(backbones.Backbone):
     """A network that returns its pixels, and that memory for more than some crops is lacking."""
 
     def __init__(self, most: int) -> None:
@@ -407,22 +423,22 @@ def test_a_batch_too_large_for_the_memory_is_halved_and_stays_so(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     backbone, crops = Small(3), some_crops(9, 4)
-    extractor = FeatureExtractor(backbone, CPU)
+    extractor = backbones.FeatureExtractor(backbone, CPU)
     found = extractor.extract(crops)[7]
     assert backbone.sizes == [9, 5, 3, 3, 3]
-    assert torch.equal(found, pixel_elements(crops))
+    assert torch.equal(found, backbones.pixel_elements(crops))
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 2
     assert said[1].endswith("too small for 5 crops at once, going on with 3")
     extractor.extract(crops[:4])
     assert backbone.sizes[5:] == [3, 1]
-    with pytest.raises(UserError, match="must have memory for one crop"):
-        FeatureExtractor(Small(0), CPU).extract(crops[:2])
+    with pytest.raises(errors.UserError, match="must have memory for one crop"):
+        backbones.FeatureExtractor(Small(0), CPU).extract(crops[:2])
 
 
 def test_pixels_as_elements_against_loops() -> None:
     crops = some_crops(2, 3)
-    found = pixel_elements(crops)
+    found = backbones.pixel_elements(crops)
     assert found.shape == (2, 3, 9)
     for image in range(2):
         for channel in range(3):

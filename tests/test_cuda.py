@@ -10,22 +10,29 @@ import torch
 from conftest import files_below
 
 import sinbad_single_layer
-from sinbad.detectors import Detector, DetectorOptions
-from sinbad.results import read_scores
-from sinbad_utils import (
-    cumulative_histogram,
-    fit_ranges,
-    fit_whitening,
-    nearest_distances,
-    project,
-    score_crop,
-)
+import sinbad_utils
+from sinbad import detectors, score_files
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
 ROOT = Path(__file__).parents[1]
-FLAGS = ["--mvtype", "pushpins", "--net", "resnet18", "--weights", "random", "--initial_res", "64",
-         "--crop_size_ratio", ".5", ".99", "--n_projections", "50", "--rep", "0-1"]  # fmt: skip
+FLAGS = [
+    "--mvtype",
+    "pushpins",
+    "--net",
+    "resnet18",
+    "--weights",
+    "random",
+    "--initial_res",
+    "64",
+    "--crop_size_ratio",
+    ".5",
+    ".99",
+    "--n_projections",
+    "50",
+    "--rep",
+    "0-1",
+]
 
 
 def score(data_dir: Path, out: Path, *flags: str) -> dict[str, np.ndarray]:
@@ -35,7 +42,7 @@ def score(data_dir: Path, out: Path, *flags: str) -> dict[str, np.ndarray]:
     words += ["--shrinkage_factor", "1", "--crop_size_ratio", ".999"]
     sinbad_single_layer.main([*words, "--pyramid_level", "224"])
     files = [out / name for name in files_below(out) if name.endswith(".npz")]
-    read = {str(path.relative_to(out)): read_scores(path) for path in files}
+    read = {str(path.relative_to(out)): score_files.read_scores(path) for path in files}
     return {name: np.concatenate([own.test, own.valid], axis=1) for name, own in read.items()}
 
 
@@ -49,18 +56,22 @@ def test_each_step_is_the_cpus() -> None:
     generator = torch.Generator().manual_seed(0)
     elements = torch.randn(40, 30, 49, generator=generator)
     directions = torch.randn(20, 30, generator=generator)
-    values = project(directions, elements)
-    torch.testing.assert_close(project(directions.cuda(), elements.cuda()).cpu(), values)
-    low, high = fit_ranges(values)
-    for found, expected in zip(fit_ranges(values.cuda()), (low, high), strict=True):
+    values = sinbad_utils.project(directions, elements)
+    torch.testing.assert_close(
+        sinbad_utils.project(directions.cuda(), elements.cuda()).cpu(), values
+    )
+    low, high = sinbad_utils.fit_ranges(values)
+    for found, expected in zip(sinbad_utils.fit_ranges(values.cuda()), (low, high), strict=True):
         torch.testing.assert_close(found.cpu(), expected, rtol=1e-6, atol=1e-6)
-    described = cumulative_histogram(values, low, high, 5)
-    found = cumulative_histogram(values.cuda(), low.cuda(), high.cuda(), 5)
+    described = sinbad_utils.cumulative_histogram(values, low, high, 5)
+    found = sinbad_utils.cumulative_histogram(values.cuda(), low.cuda(), high.cuda(), 5)
     assert torch.equal(found.cpu(), described)
     for squared in (False, True):
-        expected = nearest_distances(fit_whitening(described[:20], 0.1, squared), described[20:])
-        whitening = fit_whitening(described[:20].cuda(), 0.1, squared)
-        found = nearest_distances(whitening, described[20:].cuda())
+        expected = sinbad_utils.nearest_distances(
+            sinbad_utils.fit_whitening(described[:20], 0.1, squared), described[20:]
+        )
+        whitening = sinbad_utils.fit_whitening(described[:20].cuda(), 0.1, squared)
+        found = sinbad_utils.nearest_distances(whitening, described[20:].cuda())
         np.testing.assert_allclose(found, expected, rtol=1e-10)
 
 
@@ -69,9 +80,9 @@ def test_the_page_scores_as_on_the_cpu(official: bool) -> None:
     generator = torch.Generator().manual_seed(1)
     train, images = (torch.randn(n, 64, 49, generator=generator) for n in (40, 12))
     method = (0, 0, 7, 1, 0), 200, 5, 0.1, official
-    expected = score_crop(train, images, *method)
+    expected = sinbad_utils.score_crop(train, images, *method)
     np.testing.assert_allclose(
-        score_crop(train.cuda(), images.cuda(), *method), expected, rtol=2e-3
+        sinbad_utils.score_crop(train.cuda(), images.cuda(), *method), expected, rtol=2e-3
     )
 
 
@@ -123,21 +134,24 @@ def test_a_gpu_with_little_memory_gets_smaller_batches(
     assert run.returncode == 0, run.stderr
     assert "GPU memory is too small for 256 crops at once, going on with 128" in run.stderr
     for path in run.stdout.split():
-        own, name = read_scores(Path(path)), str(Path(path).relative_to(tmp_path))
+        own, name = score_files.read_scores(Path(path)), str(Path(path).relative_to(tmp_path))
         scores = np.concatenate([own.test, own.valid], axis=1)
         np.testing.assert_allclose(scores, on_cpu[name], rtol=5e-2)
 
 
 def test_a_detector_fitted_on_a_gpu_is_the_cpus(dataset_dir: Path, tmp_path: Path) -> None:
-    options = DetectorOptions("resnet18", "random", initial_res=64, n_projections=50, rep_num_224=3)
-    train, test = (sorted((dataset_dir / "pushpins" / part).iterdir())
-                   for part in ("train/good", "test/good"))  # fmt: skip
+    options = detectors.DetectorOptions(
+        "resnet18", "random", initial_res=64, n_projections=50, rep_num_224=3
+    )
+    train, test = (
+        sorted((dataset_dir / "pushpins" / part).iterdir()) for part in ("train/good", "test/good")
+    )
     scores = []
     for device in ("cpu", "cuda"):
         path = tmp_path / f"{device}.npz"
-        Detector.fit(train, options=options, device=device).save(path)
+        detectors.Detector.fit(train, options=options, device=device).save(path)
         for asked_on in ("cpu", "cuda"):
-            verdicts = Detector.load(path, device=asked_on).score(test, 0.5)
+            verdicts = detectors.Detector.load(path, device=asked_on).score(test, 0.5)
             scores.append([verdict.score for verdict in verdicts])
     for found in scores[1:]:
         np.testing.assert_allclose(found, scores[0], rtol=2e-2)

@@ -21,11 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from sinbad import matrices, scoring
-from sinbad.backbones import Backbone, FeatureExtractor, build_backbone, load_weights
-from sinbad.matrices import ImagePool, load_matrices, nearest_source
-from sinbad.plan import ScorePlan, ScoreTask
-from sinbad.scoring import ClassScorer
+from sinbad import backbones, matrices, score_plans, scoring
 from sinbad_single_layer import parse_args
 
 GPU = torch.device("cuda:0")
@@ -80,16 +76,18 @@ def fake_gpu(free_bytes: int) -> Iterator[list[torch.Size]]:
         mock.patch.object(FakeTensor, "tolist", to_list),
         mock.patch.object(matrices, "ThreadPoolExecutor", InLine),
         mock.patch.object(scoring, "ThreadPoolExecutor", InLine),
-        mock.patch.object(scoring, "FIT_SETS", 3),
+        mock.patch("sinbad_utils.FIT_SETS", 3),
         FakeTensorMode(allow_non_fake_inputs=True),
     ):
         yield waits
 
 
-def fake_extractor(backbone: Backbone) -> FeatureExtractor:
+def fake_extractor(backbone: backbones.Backbone) -> backbones.FeatureExtractor:
     """Return an extractor whose network has its parameters on the GPU of `fake_gpu`."""
 
-    def move(device: torch.device) -> Backbone:  # torch's own swaps tensors, fakes cannot be
+    def move(
+        device: torch.device,
+    ) -> backbones.Backbone:  # torch's own swaps tensors, fakes cannot be
         for module in list(backbone.modules()):
             for name, parameter in list(module.named_parameters(recurse=False)):
                 moved = parameter.to(device)
@@ -98,7 +96,7 @@ def fake_extractor(backbone: Backbone) -> FeatureExtractor:
         return backbone
 
     with mock.patch.object(backbone, "to", move):
-        return FeatureExtractor(backbone, GPU, "tf32")
+        return backbones.FeatureExtractor(backbone, GPU, "tf32")
 
 
 def test_devices_cannot_be_mixed_unnoticed() -> None:
@@ -123,15 +121,17 @@ def slow_crops(data_dir: Path, ids: list[int], corner: tuple[int, int], side: in
 @pytest.mark.parametrize("resident", [False, True], ids=["images stay", "images on the GPU"])
 def test_the_gathered_pixels_are_those_of_the_images(resident: bool, data_dir: Path) -> None:
     """The GPU's way too: its indexing is the same on a CPU."""
-    pool = ImagePool([load_matrices(data_dir, "pushpins_loco")], torch.device("cpu"))
+    pool = matrices.ImagePool(
+        [matrices.load_matrices(data_dir, "pushpins_loco")], torch.device("cpu")
+    )
     if resident:
         pool.resident = torch.from_numpy(np.stack([images[row] for images, row in pool.sources]))
     corner, side = (3, 17), 30
-    found = pool.gather([0, 4, 2, 9, 12], corner, nearest_source(side, 20))
+    found = pool.gather([0, 4, 2, 9, 12], corner, matrices.nearest_source(side, 20))
     assert torch.equal(found, slow_crops(data_dir, [0, 4, 2, 9, 12], corner, side))
 
 
-def move(pool: ImagePool, free_bytes: int) -> Tensor | None:
+def move(pool: matrices.ImagePool, free_bytes: int) -> Tensor | None:
     """Let the pool move its images to a GPU of some free memory, which is the CPU's."""
     empty, pool.device = torch.empty, GPU
     memory = mock.patch.object(torch.cuda, "mem_get_info", return_value=(free_bytes, free_bytes))
@@ -144,8 +144,8 @@ def move(pool: ImagePool, free_bytes: int) -> Tensor | None:
 
 
 def test_images_move_where_they_take_no_more_than_half_of_the_memory(data_dir: Path) -> None:
-    data_set = load_matrices(data_dir, "pushpins_loco")
-    pool = ImagePool([data_set], torch.device("cpu"))
+    data_set = matrices.load_matrices(data_dir, "pushpins_loco")
+    pool = matrices.ImagePool([data_set], torch.device("cpu"))
     pool.move_to_device(2)
     assert pool.resident is None
     n_bytes = len(pool) * 3 * IM_SIZE * IM_SIZE
@@ -153,15 +153,15 @@ def test_images_move_where_they_take_no_more_than_half_of_the_memory(data_dir: P
     expected = np.concatenate(list(data_set.images.values()))
     np.testing.assert_array_equal(move(pool, 2 * n_bytes), expected)
     floats = {split: images.astype(np.float32) for split, images in data_set.images.items()}
-    assert move(ImagePool([replace(data_set, images=floats)], GPU), 1 << 40) is None
+    assert move(matrices.ImagePool([replace(data_set, images=floats)], GPU), 1 << 40) is None
 
 
 def test_pages_that_were_read_are_let_go_of(data_dir: Path) -> None:
-    data_set = load_matrices(data_dir, "pushpins_loco")
+    data_set = matrices.load_matrices(data_dir, "pushpins_loco")
     mapped = data_set.images["test"]
     mapped._mmap = mock.Mock()
     images = {**data_set.images, "train": np.array(data_set.images["train"]), "test": mapped}
-    pool = ImagePool([replace(data_set, images=images)], torch.device("cpu"))
+    pool = matrices.ImagePool([replace(data_set, images=images)], torch.device("cpu"))
     pool.release()  # training images are in memory, nothing is mapped
     assert mapped._mmap.madvise.mock_calls == [mock.call(mmap.MADV_DONTNEED)]
 
@@ -169,7 +169,9 @@ def test_pages_that_were_read_are_let_go_of(data_dir: Path) -> None:
 def test_pages_are_let_go_of_while_a_class_is_searched_for_padding(
     data_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pool = ImagePool([load_matrices(data_dir, "pushpins_loco")], torch.device("cpu"))
+    pool = matrices.ImagePool(
+        [matrices.load_matrices(data_dir, "pushpins_loco")], torch.device("cpu")
+    )
     monkeypatch.setattr(matrices, "IMAGES_AT_ONCE", 4)
     releases: list[None] = []
     monkeypatch.setattr(pool, "release", lambda: releases.append(None))
@@ -184,17 +186,19 @@ def test_pages_are_let_go_of_while_a_class_is_searched_for_padding(
 def test_scoring_mixes_no_devices_and_waits_for_no_more_than_it_must(
     data_dir: Path, free_bytes: int, official: bool
 ) -> None:
-    data_sets = {mvtype: load_matrices(data_dir, mvtype) for mvtype in MVTYPES}
+    data_sets = {mvtype: matrices.load_matrices(data_dir, mvtype) for mvtype in MVTYPES}
     tasks = [
-        ScoreTask(mvtype, level, 0.7, 0, rep, "ver1")
+        score_plans.ScoreTask(mvtype, level, 0.7, 0, rep, "ver1")
         for mvtype in MVTYPES
         for level in LEVELS
         for rep in (0, 1)
     ]
     flags = ["--mvtype", "pushpins", "--n_projections", str(N_DIRECTIONS), "--batch_size", "8"]
     flags += ["--shrinkage_factor", ".1", "--num_workers", "1", *["--official"] * official]
-    plan = ScorePlan.of(parse_args(flags), tasks, data_dir)
-    backbone = build_backbone("resnet18", load_weights("resnet18", "random"), (7, 14))
+    score_plan = score_plans.ScorePlan.of(parse_args(flags), tasks, data_dir)
+    backbone = backbones.build_backbone(
+        "resnet18", backbones.load_weights("resnet18", "random"), (7, 14)
+    )
     pinned: list[bool] = []
 
     def pin(crops: Tensor) -> Tensor:
@@ -203,7 +207,7 @@ def test_scoring_mixes_no_devices_and_waits_for_no_more_than_it_must(
         return crops
 
     with fake_gpu(free_bytes) as waits, mock.patch.object(Tensor, "pin_memory", pin):
-        scorer = ClassScorer(plan, data_sets, fake_extractor(backbone), GPU)
+        scorer = scoring.ClassScorer(score_plan, data_sets, fake_extractor(backbone), GPU)
         scored = {task: (test.shape, valid.shape) for task, test, valid in scorer.score(tasks)}
     assert (scorer.pool.resident is None) == (free_bytes == 0)
     assert bool(pinned) == (free_bytes == 0)

@@ -13,13 +13,15 @@ from PIL import Image, ImageChops, ImageFilter
 
 from demo import drawings, make_dataset, weights
 from demo.drawings import DEFECTS, SIZES, Canvas
-from sinbad.datasets import KINDS, LOCO_CLASSES
-from sinbad.errors import UserError
-from sinbad.files import PARTIAL
+from sinbad import atomic, errors, loco
 
 FEW = ["--n_train", "2", "--n_valid", "1", "--n_test", "3", "--scale", "0.05"]
-ANOMALIES = [(name, kind, number) for name, kinds in DEFECTS.items() for kind in KINDS.values()
-             for number in range(len(kinds[kind]))]  # fmt: skip
+ANOMALIES = [
+    (name, kind, number)
+    for name, kinds in DEFECTS.items()
+    for kind in loco.KINDS.values()
+    for number in range(len(kinds[kind]))
+]
 
 
 def make(folder: Path, *flags: str) -> dict[str, bytes]:
@@ -36,10 +38,12 @@ def test_same_seed_same_bytes_in_locos_layout(tmp_path: Path) -> None:
     pictures = [files[name] for files in (drawn, other) for name in files if "/good/" in name]
     assert len(set(pictures)) == len(pictures) == 2 * 2 * (2 + 1 + 3)
     counts = {"train/good": 2, "validation/good": 1, "test/good": 3}
-    counts |= {f"{part}/{kind}": 3 for part in ("test", "ground_truth") for kind in KINDS.values()}
+    counts |= {
+        f"{part}/{kind}": 3 for part in ("test", "ground_truth") for kind in loco.KINDS.values()
+    }
     for class_name, full in SIZES.items():
-        loco = LOCO_CLASSES[class_name]
-        assert full == (loco.width, loco.height)
+        facts = loco.LOCO_CLASSES[class_name]
+        assert full == (facts.width, facts.height)
         for folder, count in counts.items():
             own = [name for name in drawn if name.startswith(f"{class_name}/{folder}/")]
             assert len(own) == count
@@ -87,7 +91,7 @@ def test_what_is_there_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str
     foreign = tmp_path / "foreign"
     (foreign / "pushpins").mkdir(parents=True)
     for folder in (out, foreign):
-        with pytest.raises(UserError, match=f"same settings, got {folder}"):
+        with pytest.raises(errors.UserError, match=f"same settings, got {folder}"):
             make(folder, "--seed", "1")
     assert files_below(out) == kept
     assert [path.name for path in foreign.iterdir()] == ["pushpins"]
@@ -102,7 +106,7 @@ def test_killed_and_started_again_gives_the_same_bytes(tmp_path: Path) -> None:
     process.kill()
     assert process.wait() != 0
     assert not out.exists()
-    assert [path for path in tmp_path.iterdir() if PARTIAL.fullmatch(path.name)]
+    assert [path for path in tmp_path.iterdir() if atomic.PARTIAL.fullmatch(path.name)]
     drawn = make(out)
     assert [path.name for path in tmp_path.iterdir()] == ["data"]
     assert drawn == make(tmp_path / "never_killed")

@@ -19,14 +19,20 @@ import calc_anom_ensm
 import data_to_matrices
 import sinbad_detector
 import sinbad_single_layer
-from sinbad.detectors import Detector, DetectorOptions, fold_scores
-from sinbad.errors import UserError, run_script
-from sinbad_utils import fit_whitening, nearest_distances
+import sinbad_utils
+from sinbad import detectors, errors
 
 ROOT = Path(__file__).parents[1]
-SMALL = {"net": "test_resnet", "weights": "random", "initial_res": 64, "n_projections": 20,
-         "batch_size": 4, "pyramid_level": (14, 28, 224), "rep_num_224": 3,
-         "crop_size_ratio": (0.7, 0.99)}  # fmt: skip
+SMALL = {
+    "net": "test_resnet",
+    "weights": "random",
+    "initial_res": 64,
+    "n_projections": 20,
+    "batch_size": 4,
+    "pyramid_level": (14, 28, 224),
+    "rep_num_224": 3,
+    "crop_size_ratio": (0.7, 0.99),
+}
 
 
 def flags_of(options: dict[str, object]) -> list[str]:
@@ -45,10 +51,10 @@ def class_dir(dataset_dir: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def detector(class_dir: Path) -> Detector:
+def detector(class_dir: Path) -> detectors.Detector:
     """Return a detector with validation images."""
     train, valid = (sorted((class_dir / s / "good").iterdir()) for s in ("train", "validation"))
-    return Detector.fit(train, valid, DetectorOptions(**SMALL), "cpu")
+    return detectors.Detector.fit(train, valid, detectors.DetectorOptions(**SMALL), "cpu")
 
 
 def test_images(class_dir: Path) -> list[Path]:
@@ -61,11 +67,21 @@ test_images.__test__ = False
 
 
 def test_scores_are_those_of_the_step_by_step_ensemble_to_the_byte(
-    detector: Detector, class_dir: Path, tmp_path: Path
+    detector: detectors.Detector, class_dir: Path, tmp_path: Path
 ) -> None:
     root = str(class_dir.parent)
-    data_to_matrices.main(["--dataset_dir", root, "--out_dir", str(tmp_path / "m"),
-                           "--im_size", "64", "--mvtype", "pushpins_loco"])  # fmt: skip
+    data_to_matrices.main(
+        [
+            "--dataset_dir",
+            root,
+            "--out_dir",
+            str(tmp_path / "m"),
+            "--im_size",
+            "64",
+            "--mvtype",
+            "pushpins_loco",
+        ]
+    )
     common = ["--mvtype", "pushpins_loco", "--data_dir", str(tmp_path / "m")]
     common += ["--results_dir", str(tmp_path / "r"), "--device", "cpu", "--initial_res", "64"]
     common += ["--n_projections", "20", "--batch_size", "4", "--net", "test_resnet"]
@@ -74,10 +90,26 @@ def test_scores_are_those_of_the_step_by_step_ensemble_to_the_byte(
     sinbad_single_layer.main([*common, "--pyramid_level", "14", "28", *grids])
     sinbad_single_layer.main([*common, "--pyramid_level", "224", "--rep", "0-2"])
     version = str(tmp_path / "r/ver1_pyramid_lvl_#")
-    calc_anom_ensm.main(["--mvtype", "pushpins_loco", "--pyramid_level", "14", "28",
-                         "--version", version, "--version_224",
-                         version, "--rep_num_224", "3", "--dataset_dir", root, "--no-figures",
-                         "--out", str(tmp_path / "t")])  # fmt: skip
+    calc_anom_ensm.main(
+        [
+            "--mvtype",
+            "pushpins_loco",
+            "--pyramid_level",
+            "14",
+            "28",
+            "--version",
+            version,
+            "--version_224",
+            version,
+            "--rep_num_224",
+            "3",
+            "--dataset_dir",
+            root,
+            "--no-figures",
+            "--out",
+            str(tmp_path / "t"),
+        ]
+    )
     rows = list(csv.DictReader((tmp_path / "t/scores.csv").open()))
     verdicts = detector.score(test_images(class_dir), 0.5)
     assert [float(row["score"]) for row in rows] == [one.score for one in verdicts]
@@ -87,7 +119,7 @@ def test_scores_are_those_of_the_step_by_step_ensemble_to_the_byte(
 
 
 def test_a_picture_scores_alone_what_it_scores_among_others(
-    detector: Detector, class_dir: Path
+    detector: detectors.Detector, class_dir: Path
 ) -> None:
     images = test_images(class_dir)
     together = detector.score(images, 0.5)
@@ -99,7 +131,7 @@ def test_a_picture_scores_alone_what_it_scores_among_others(
 
 
 def test_saved_and_loaded_in_a_fresh_process(
-    detector: Detector, class_dir: Path, tmp_path: Path
+    detector: detectors.Detector, class_dir: Path, tmp_path: Path
 ) -> None:
     train, valid = class_dir / "train/good", class_dir / "validation/good"
     fit = ["fit", "--train_dir", str(train), "--valid_dir", str(valid), "--device", "cpu"]
@@ -123,7 +155,9 @@ def test_saved_and_loaded_in_a_fresh_process(
     assert np.asarray(Image.open(maps[0]).convert("RGB")).std() > 10
 
 
-def test_counts_are_whole_numbers_that_give_the_descriptors_back(detector: Detector) -> None:
+def test_counts_are_whole_numbers_that_give_the_descriptors_back(
+    detector: detectors.Detector,
+) -> None:
     for (level, _, _), own in detector.positions.items():
         small = level == 14
         assert own.counts.dtype == (np.uint8 if small else np.uint16)
@@ -138,24 +172,26 @@ def test_counts_are_whole_numbers_that_give_the_descriptors_back(detector: Detec
 
 def test_folds_score_each_picture_by_the_others() -> None:
     descriptors = torch.rand(11, 12, generator=torch.Generator().manual_seed(0))
-    scores = fold_scores(descriptors, 0.1, 4, seed=3)
+    scores = detectors.fold_scores(descriptors, 0.1, 4, seed=3)
     fold_of = np.random.default_rng(3).permutation(11) % 4
     for i in range(11):
         others = descriptors[torch.from_numpy(fold_of != fold_of[i])]
-        wanted = nearest_distances(fit_whitening(others, 0.1), descriptors[i : i + 1])
+        wanted = sinbad_utils.nearest_distances(
+            sinbad_utils.fit_whitening(others, 0.1), descriptors[i : i + 1]
+        )
         np.testing.assert_array_equal(scores[i], wanted[0])
 
 
 def test_without_validation_pictures_the_training_pictures_calibrate(class_dir: Path) -> None:
     train = sorted((class_dir / "train/good").iterdir())
-    own = Detector.fit(train, options=DetectorOptions(**SMALL), device="cpu")
+    own = detectors.Detector.fit(train, options=detectors.DetectorOptions(**SMALL), device="cpu")
     assert len(own.calibration) == len(train)
     assert (own.calibration > 0).all()
     (seen,) = own.score(train[:1], 0.5)
     assert seen.score < own.calibration.min()  # a training picture is its own neighbour
 
 
-def test_threshold_and_p_value_agree(detector: Detector) -> None:
+def test_threshold_and_p_value_agree(detector: detectors.Detector) -> None:
     detector.calibration, before = np.arange(1.0, 20.0), detector.calibration
     try:
         assert detector.threshold(0.05) == 19.0
@@ -164,17 +200,17 @@ def test_threshold_and_p_value_agree(detector: Detector) -> None:
             p_value = (1 + (detector.calibration >= score).sum()) / 20
             for rate in (0.05, 0.1, 0.15):
                 assert (p_value <= rate) == (score > detector.threshold(rate))
-        with pytest.raises(UserError, match=r"1 / \(19 \+ 1\) for 19 .* it takes 99 good"):
+        with pytest.raises(errors.UserError, match=r"1 / \(19 \+ 1\) for 19 .* it takes 99 good"):
             detector.threshold(0.01)
         detector.calibration = np.arange(1.0, 19.0)
-        with pytest.raises(UserError, match="it takes 19 good pictures"):
+        with pytest.raises(errors.UserError, match="it takes 19 good pictures"):
             detector.threshold(0.05)
     finally:
         detector.calibration = before
 
 
 @pytest.mark.parametrize("rate", [0.05, 0.1, 0.2])
-def test_false_alarms_are_at_most_as_promised(detector: Detector, rate: float) -> None:
+def test_false_alarms_are_at_most_as_promised(detector: detectors.Detector, rate: float) -> None:
     rng, before, alarms = np.random.default_rng(0), detector.calibration, []
     try:
         for _ in range(2000):
@@ -191,7 +227,10 @@ def test_false_alarms_are_at_most_as_promised(detector: Detector, rate: float) -
 
 
 def test_a_broken_picture_has_a_row_and_the_others_are_scored(
-    detector: Detector, class_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    detector: detectors.Detector,
+    class_dir: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     detector.save(tmp_path / "d.npz")
     good = test_images(class_dir)[0]
@@ -221,7 +260,7 @@ def test_a_broken_picture_has_a_row_and_the_others_are_scored(
     ],
 )
 def test_wrong_input_is_one_line(
-    detector: Detector,
+    detector: detectors.Detector,
     class_dir: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -252,7 +291,7 @@ def test_wrong_input_is_one_line(
         flags = ["--false_alarms", ".01"]
     argv = ["score", "--detector", str(path), str(picture), "--device", "cpu", *flags]
     with pytest.raises(SystemExit) as caught:
-        run_script(sinbad_detector.main, argv)
+        errors.run_script(sinbad_detector.main, argv)
     error = capsys.readouterr().err
     assert caught.value.code == 2
     assert re.search(message, error)
@@ -261,13 +300,15 @@ def test_wrong_input_is_one_line(
 
 def test_too_few_and_doubled_pictures(class_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train = sorted((class_dir / "train/good").iterdir())
-    options = DetectorOptions(**{**SMALL, "pyramid_level": (224,), "rep_num_224": 1})
-    with pytest.raises(UserError, match="training pictures must be at least 4, got 3"):
-        Detector.fit(train[:3], options=options, device="cpu")
-    Detector.fit(train, train[:2], options, "cpu")
+    options = detectors.DetectorOptions(**{**SMALL, "pyramid_level": (224,), "rep_num_224": 1})
+    with pytest.raises(errors.UserError, match="training pictures must be at least 4, got 3"):
+        detectors.Detector.fit(train[:3], options=options, device="cpu")
+    detectors.Detector.fit(train, train[:2], options, "cpu")
     assert "warning: 2 validation pictures are training pictures too" in capsys.readouterr().err
-    with pytest.raises(UserError, match=r"must be \(height, width, 3\) of uint8, got \(4, 4\)"):
-        Detector.fit([np.zeros((4, 4))] * 4, options=options, device="cpu")
+    with pytest.raises(
+        errors.UserError, match=r"must be \(height, width, 3\) of uint8, got \(4, 4\)"
+    ):
+        detectors.Detector.fit([np.zeros((4, 4))] * 4, options=options, device="cpu")
 
 
 def test_the_example_of_the_docs(
@@ -286,5 +327,5 @@ def test_the_example_of_the_docs(
 
 def test_the_authors_numerics_are_refused(class_dir: Path, tmp_path: Path) -> None:
     argv = ["fit", "--train_dir", str(class_dir / "train/good"), "--out", str(tmp_path / "d.npz")]
-    with pytest.raises(UserError, match="--official must be off for a detector"):
+    with pytest.raises(errors.UserError, match="--official must be off for a detector"):
         sinbad_detector.main([*argv, "--official"])

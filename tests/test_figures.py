@@ -10,9 +10,8 @@ import pytest
 from PIL import Image
 from toy_scores import image_paths, load_toy
 
-from sinbad.ensembles import DataSetScores
+from sinbad import ensembles
 from sinbad.report import figures
-from sinbad.report.figures import draw_figures, extreme_images
 
 DPI = 40
 SCORE_PICTURES = ["score_distributions.png", "roc_curves.png", "auroc_by_grid.png"]
@@ -50,11 +49,11 @@ def test_equal_scores_give_equal_bytes(tmp_path: Path) -> None:
     sets = [load_toy(tmp_path, f"pushpins_{kind}") for kind in ("loco", "struct")]
     names = [name for own in sets for name in own.image_paths]
     dataset = draw_images(tmp_path, names)
-    found = draw_figures(sets, dataset)
+    found = figures.draw_figures(sets, dataset)
     sheets = ["images_pushpins_loco.png", "images_pushpins_struct.png"]
     check_pictures(found, [*SCORE_PICTURES, *sheets])
     with matplotlib.rc_context({"font.size": 20, "axes.facecolor": "black"}):  # a user's own
-        assert draw_figures(sets, dataset) == found
+        assert figures.draw_figures(sets, dataset) == found
         assert matplotlib.rcParams["font.size"] == 20
 
 
@@ -63,13 +62,13 @@ def test_many_data_sets_without_images(tmp_path: Path, capsys: pytest.CaptureFix
     bare = {key: replace(grid, settings={}) for key, grid in first.grids.items()}
     names = [f"class_with_a_long_name_{i}_{kind}" for i in range(10) for kind in ("loco", "struct")]
     sets = [replace(first, mvtype=name, grids=bare) for name in names]
-    check_pictures(draw_figures(sets, tmp_path), SCORE_PICTURES)
+    check_pictures(figures.draw_figures(sets, tmp_path), SCORE_PICTURES)
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 1
     assert "no sheets of images for class_with_a_long_name_0_loco, " in said[0]
 
 
-def select(scores: DataSetScores, images: list[int]) -> DataSetScores:
+def select(scores: ensembles.DataSetScores, images: list[int]) -> ensembles.DataSetScores:
     """Return the scores of some of the images."""
     grids = {
         key: replace(g, test=g.test[images], crops=g.crops[:, images], own=g.own[:, images])
@@ -85,9 +84,9 @@ def test_one_test_image_and_raw_pixels_alone(tmp_path: Path) -> None:
     dataset = draw_images(tmp_path, image_paths("pushpins_loco"))
     sheet = [*SCORE_PICTURES, "images_pushpins_loco.png"]
     one = select(load_toy(tmp_path, "pushpins_loco"), [4])
-    check_pictures(draw_figures([one], dataset), sheet)
+    check_pictures(figures.draw_figures([one], dataset), sheet)
     pixels = load_toy(tmp_path, "pushpins_loco", levels=())
-    check_pictures(draw_figures([pixels], dataset), sheet)
+    check_pictures(figures.draw_figures([pixels], dataset), sheet)
 
 
 def test_names_of_all_kinds_are_drawn_as_they_are(
@@ -98,7 +97,9 @@ def test_names_of_all_kinds_are_drawn_as_they_are(
     names = [f"test/good/{stem}.png" for stem in stems]
     scores = replace(load_toy(tmp_path, "pushpins_loco"), image_paths=names)
     dataset = draw_images(tmp_path, names)
-    check_pictures(draw_figures([scores], dataset), [*SCORE_PICTURES, "images_pushpins_loco.png"])
+    check_pictures(
+        figures.draw_figures([scores], dataset), [*SCORE_PICTURES, "images_pushpins_loco.png"]
+    )
     assert not recwarn.list
     said = capsys.readouterr().err.splitlines()
     assert len(said) <= 1
@@ -137,7 +138,7 @@ def test_an_image_lies_beside_or_above_itself_under_its_map(size: tuple[int, int
 def test_no_image_is_shown_twice() -> None:
     for n_images in range(1, 12):
         final = np.random.default_rng(n_images).permutation(n_images).astype(float)
-        chosen = extreme_images(final)
+        chosen = figures.extreme_images(final)
         shown = [i for images in chosen.values() for i in images]
         assert len(shown) == len(set(shown)) == min(n_images, 8)
         assert final[chosen["most anomalous"][0]] == n_images - 1

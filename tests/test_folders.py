@@ -8,15 +8,7 @@ import pytest
 from conftest import draw_class
 from PIL import Image
 
-from sinbad.datasets import LOCO_CLASSES
-from sinbad.errors import UserError
-from sinbad.folders import (
-    defect_images,
-    list_images,
-    mask_pixels,
-    open_image,
-    plan_data_set,
-)
+from sinbad import errors, layouts, loco
 
 SIZE = (80, 120)  # pixels, width and height
 
@@ -34,13 +26,13 @@ def test_exif_orientation_is_applied(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     stored.save(tmp_path / "turned.png", exif=exif)
-    np.testing.assert_array_equal(open_image(tmp_path / "turned.png"), picture())
+    np.testing.assert_array_equal(layouts.open_image(tmp_path / "turned.png"), picture())
 
 
 def test_sixteen_bits_are_scaled_to_eight(tmp_path: Path) -> None:
     grey = picture()[:, :, 0].astype(np.uint16) * 257
     Image.fromarray(grey).save(tmp_path / "gray16.png")
-    read = np.asarray(open_image(tmp_path / "gray16.png"))
+    read = np.asarray(layouts.open_image(tmp_path / "gray16.png"))
     for channel in range(3):
         np.testing.assert_array_equal(read[:, :, channel], picture()[:, :, 0])
 
@@ -48,8 +40,8 @@ def test_sixteen_bits_are_scaled_to_eight(tmp_path: Path) -> None:
 @pytest.mark.parametrize("mode", ["F", "I"])
 def test_numbers_of_unknown_range_are_refused(mode: str, tmp_path: Path) -> None:
     Image.new(mode, SIZE, 70_000).save(tmp_path / "wide.tiff")
-    with pytest.raises(UserError, match=r"wide\.tiff must have 8 or 16 bits a channel"):
-        open_image(tmp_path / "wide.tiff")
+    with pytest.raises(errors.UserError, match=r"wide\.tiff must have 8 or 16 bits a channel"):
+        layouts.open_image(tmp_path / "wide.tiff")
 
 
 def test_every_ending_that_pillow_reads_is_an_image_and_the_rest_is_counted(
@@ -62,7 +54,7 @@ def test_every_ending_that_pillow_reads_is_an_image_and_the_rest_is_counted(
         Image.fromarray(picture()).save(folder / name)
     for other in ("._a.PNG", "notes.txt", "Thumbs.db"):
         (folder / other).write_bytes(b"no image")
-    assert list_images(tmp_path, "train/good") == [f"train/good/{name}" for name in names]
+    assert layouts.list_images(tmp_path, "train/good") == [f"train/good/{name}" for name in names]
     assert f"4 of {len(names) + 4} things in {folder} are no images" in capsys.readouterr().err
 
 
@@ -72,7 +64,7 @@ def test_palette_masks_are_read_as_indices(tmp_path: Path) -> None:
     mask = Image.fromarray(indices, "P")
     mask.putpalette([0, 0, 0, 128, 0, 0, 0, 128, 0])
     mask.save(tmp_path / "000.PNG")
-    assert int((mask_pixels(tmp_path / "000.PNG") > 0).sum()) == 200
+    assert int((layouts.mask_pixels(tmp_path / "000.PNG") > 0).sum()) == 200
 
 
 IMAGES = ["test/good/000.png", *(f"test/logical_anomalies/{n:03d}.png" for n in range(4))]
@@ -103,7 +95,7 @@ def test_masks_tell_which_images_show_which_defect(
     for number, value in ((0, 255), (1, 240), (2, 255)):
         write_mask(folder / form.format(number), value)
     (folder / "._000.png").write_bytes(b"what macOS leaves")
-    found = defect_images(masks, IMAGES)
+    found = layouts.defect_images(masks, IMAGES)
     assert found == {"missing": [1, 3], "swapped or turned": [2]}
     assert "1 images of" in capsys.readouterr().err  # 003 has no mask
 
@@ -111,10 +103,10 @@ def test_masks_tell_which_images_show_which_defect(
 def test_several_masks_of_an_image_count_each(masks: Path) -> None:
     for name, value in (("000.png", 255), ("001.png", 240)):
         write_mask(masks / "ground_truth/logical_anomalies/000" / name, value)
-    assert defect_images(masks, IMAGES[:2]) == {"missing": [1], "swapped or turned": [1]}
+    assert layouts.defect_images(masks, IMAGES[:2]) == {"missing": [1], "swapped or turned": [1]}
 
 
-@pytest.mark.parametrize("name", LOCO_CLASSES)
+@pytest.mark.parametrize("name", loco.LOCO_CLASSES)
 def test_true_sizes_of_locos_classes(name: str, tmp_path: Path) -> None:
     draw_class(tmp_path / name)
     sizes = {
@@ -124,6 +116,6 @@ def test_true_sizes_of_locos_classes(name: str, tmp_path: Path) -> None:
         "screw_bag": [1600, 1100],
         "splicing_connectors": [1700, 850],
     }
-    settings = plan_data_set(tmp_path, f"{name}_loco", 1024).settings
+    settings = layouts.plan_data_set(tmp_path, f"{name}_loco", 1024).settings
     assert settings["aspect"] == sizes[name]
     assert max(settings["width"], settings["height"]) == 1024

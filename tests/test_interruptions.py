@@ -23,14 +23,19 @@ import torch
 from conftest import IM_SIZE, files_below
 from torch import Tensor, nn
 
-from sinbad.backbones import FeatureExtractor
-from sinbad.errors import UserError
-from sinbad.files import folder_beside, write_whole, written_whole
+from sinbad import atomic, backbones, errors
 
 KILLED = -9
 N_KILLS = int(os.environ.get("SINBAD_KILLS", "2"))  # of each script
-SCRIPTS = ["data_to_matrices", "sinbad_single_layer", "calc_anom_ensm", "reproduce_paper",
-           "sinbad_time_series", "sinbad_detector", "create_batch_array_sinbad"]  # fmt: skip
+SCRIPTS = [
+    "data_to_matrices",
+    "sinbad_single_layer",
+    "calc_anom_ensm",
+    "reproduce_paper",
+    "sinbad_time_series",
+    "sinbad_detector",
+    "create_batch_array_sinbad",
+]
 
 
 class Server:
@@ -216,10 +221,10 @@ def test_what_a_killed_run_left_is_removed_but_not_what_a_living_one_writes(tmp_
         left_over(tmp_path, here, os.getpid(), age=day + 60),
     ]
     kept = [left_over(tmp_path, "elsewhere", 2, age=day - 60), left_over(tmp_path, here, 1)]
-    with written_whole(tmp_path / "folder") as living:
+    with atomic.atomic_path(tmp_path / "folder") as living:
         living.mkdir()
         (living / "mine").write_bytes(b"whole")
-        write_whole(tmp_path / "other.txt", "other")
+        atomic.atomic_write(tmp_path / "other.txt", "other")
         assert (living / "mine").read_bytes() == b"whole"
     assert not any(path.exists() for path in gone)
     assert all(path.exists() for path in kept)
@@ -229,7 +234,7 @@ def test_what_a_killed_run_left_is_removed_but_not_what_a_living_one_writes(tmp_
 
 def test_a_folder_is_replaced_whole(tmp_path: Path) -> None:
     for content in ("first", "second"):
-        with written_whole(tmp_path / "folder") as made:
+        with atomic.atomic_path(tmp_path / "folder") as made:
             made.mkdir()
             (made / content).write_text(content)
     assert files_below(tmp_path) == {"folder/second": b"second"}
@@ -239,13 +244,13 @@ def test_unfinished_files_lie_where_no_reader_looks(tmp_path: Path) -> None:
     other = Path("/dev/shm")
     if not other.is_dir() or other.stat().st_dev == tmp_path.stat().st_dev:
         pytest.skip("needs a second file system")
-    assert folder_beside(tmp_path / "rep_num_0/pushpins_loco") == tmp_path / "rep_num_0"
+    assert atomic.folder_beside(tmp_path / "rep_num_0/pushpins_loco") == tmp_path / "rep_num_0"
     linked = other / f"sinbad-test-{os.getpid()}" / "level"
     linked.mkdir(parents=True)
     try:
         (tmp_path / "level").symlink_to(linked)
-        assert folder_beside(tmp_path / "level") == linked.parent
-        write_whole(tmp_path / "level/file", "x", folder_beside(tmp_path / "level"))
+        assert atomic.folder_beside(tmp_path / "level") == linked.parent
+        atomic.atomic_write(tmp_path / "level/file", "x", atomic.folder_beside(tmp_path / "level"))
         assert (linked / "file").read_text() == "x"
     finally:
         shutil.rmtree(linked.parent)
@@ -271,7 +276,7 @@ def test_a_run_with_nothing_to_do_sweeps_too(
 def test_many_runs_may_write_below_one_folder_at_once(tmp_path: Path) -> None:
     def write(number: int) -> None:
         for i in range(30):
-            write_whole(tmp_path / f"{number}_{i}.txt", b"whole")
+            atomic.atomic_write(tmp_path / f"{number}_{i}.txt", b"whole")
 
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(write, range(8)))
@@ -282,14 +287,14 @@ def test_hidden_files_of_others_stay(tmp_path: Path) -> None:
     mine = tmp_path / ".mine.partial"
     mine.touch()
     os.utime(mine, (0, 0))
-    write_whole(tmp_path / "other.txt", b"other")
+    atomic.atomic_write(tmp_path / "other.txt", b"other")
     assert mine.exists()
 
 
 def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
     (tmp_path / "taken").mkdir()
     with pytest.raises(OSError, match="taken"):
-        write_whole(tmp_path / "taken", b"data")
+        atomic.atomic_write(tmp_path / "taken", b"data")
     assert [path.name for path in tmp_path.iterdir()] == ["taken"]
 
 
@@ -319,8 +324,8 @@ def test_out_of_memory_halves_the_batch_once_and_changes_no_number(
     generator = torch.Generator().manual_seed(0)
     crops = torch.randint(0, 256, (7, 3, 224, 224), dtype=torch.uint8, generator=generator)
     roomy, tight = SmallMemory(7), SmallMemory(4)
-    expected = FeatureExtractor(roomy, torch.device("cpu")).extract(crops)
-    extractor = FeatureExtractor(tight, torch.device("cpu"))
+    expected = backbones.FeatureExtractor(roomy, torch.device("cpu")).extract(crops)
+    extractor = backbones.FeatureExtractor(tight, torch.device("cpu"))
     for _ in range(2):
         found = extractor.extract(crops)
         assert torch.equal(found[7], expected[7])
@@ -329,16 +334,16 @@ def test_out_of_memory_halves_the_batch_once_and_changes_no_number(
 
 
 def test_memory_for_no_crop_at_all_is_an_error() -> None:
-    extractor = FeatureExtractor(SmallMemory(0), torch.device("cpu"))
-    with pytest.raises(UserError, match="must have memory for one crop"):
+    extractor = backbones.FeatureExtractor(SmallMemory(0), torch.device("cpu"))
+    with pytest.raises(errors.UserError, match="must have memory for one crop"):
         extractor.extract(torch.zeros(3, 3, 224, 224, dtype=torch.uint8))
 
 
 def test_a_folder_that_another_process_has_made_meanwhile_stays(tmp_path: Path) -> None:
-    with written_whole(tmp_path / "folder") as made:
+    with atomic.atomic_path(tmp_path / "folder") as made:
         made.mkdir()
         (made / "ours").write_text("late")
-        with written_whole(tmp_path / "folder") as theirs:
+        with atomic.atomic_path(tmp_path / "folder") as theirs:
             theirs.mkdir()
             (theirs / "theirs").write_text("early")
         before = (tmp_path / "folder").stat().st_ino

@@ -17,17 +17,8 @@ import calc_anom_ensm
 import data_to_matrices
 import reproduce_paper
 import sinbad_single_layer
-from sinbad.datasets import (
-    LOCO_CLASSES,
-    NETWORK_SETTINGS,
-    choose_mvtypes,
-    expand_mvtypes,
-    split_mvtype,
-)
-from sinbad.errors import UserError
-from sinbad.folders import choose_data_sets, defect_images, find_layouts, plan_data_set
-from sinbad.matrices import load_matrices
-from sinbad.report.tables import is_whole
+from sinbad import errors, layouts, loco, matrices
+from sinbad.report import tables
 
 SIZE = (64, 64)  # pixels
 N_TRAIN, N_GOOD = 12, 3
@@ -107,22 +98,26 @@ LAYOUTS = {
 
 
 def test_names_of_data_sets() -> None:
-    assert split_mvtype("metal_nut_all") == ("metal_nut", "all")
+    assert loco.split_mvtype("metal_nut_all") == ("metal_nut", "all")
     kinds_of = {"pushpins": ("loco", "struct"), "bottle": ("all",)}
-    assert expand_mvtypes(["all"], kinds_of) == ["pushpins_loco", "pushpins_struct", "bottle_all"]
-    assert expand_mvtypes(["loco"], kinds_of) == ["pushpins_loco"]
-    assert expand_mvtypes(["bottle", "cup_all"], kinds_of) == ["bottle_all", "cup_all"]
-    with pytest.raises(UserError, match="<class>_all"):
-        expand_mvtypes(["cup"], kinds_of)
+    assert loco.expand_mvtypes(["all"], kinds_of) == [
+        "pushpins_loco",
+        "pushpins_struct",
+        "bottle_all",
+    ]
+    assert loco.expand_mvtypes(["loco"], kinds_of) == ["pushpins_loco"]
+    assert loco.expand_mvtypes(["bottle", "cup_all"], kinds_of) == ["bottle_all", "cup_all"]
+    with pytest.raises(errors.UserError, match="<class>_all"):
+        loco.expand_mvtypes(["cup"], kinds_of)
 
 
 def test_names_stand_for_what_is_there() -> None:
     present = ["bottle_all", "cup_loco", "pushpins_loco", "pushpins_struct", "notes"]
-    assert choose_mvtypes(["bottle"], present) == ["bottle_all"]
-    assert choose_mvtypes(["cup"], present) == ["cup_loco"]
+    assert loco.choose_mvtypes(["bottle"], present) == ["bottle_all"]
+    assert loco.choose_mvtypes(["cup"], present) == ["cup_loco"]
     everything = ["pushpins_loco", "pushpins_struct", "bottle_all", "cup_loco"]
-    assert choose_mvtypes(["all"], present) == everything
-    assert choose_mvtypes(["all"], ["bottle_all"]) == ["bottle_all"]
+    assert loco.choose_mvtypes(["all"], present) == everything
+    assert loco.choose_mvtypes(["all"], ["bottle_all"]) == ["bottle_all"]
 
 
 # ---------------------------------------------------------------- recognising
@@ -135,22 +130,24 @@ def test_layouts_are_recognised_and_said(
     for draw, *_ in LAYOUTS.values():
         draw(tmp_path)
     found = {"bottle": "MVTec AD", "pins": "LOCO", "widget": "VisA", "杯子": "plain"}
-    assert find_layouts(tmp_path) == found
-    assert choose_data_sets(tmp_path, ["all"]) == [
+    assert layouts.find_layouts(tmp_path) == found
+    assert layouts.choose_data_sets(tmp_path, ["all"]) == [
         *("bottle_all", "pins_loco", "pins_struct", "widget_all", "杯子_all")
     ]
     lines = capsys.readouterr().err.splitlines()
     said = "LOCO (pins); MVTec AD (bottle); VisA (widget); plain (杯子)"
     assert lines == [f"layouts in {tmp_path}: {said}"]
-    assert choose_data_sets(tmp_path, ["bottle"]) == ["bottle_all"]
-    with pytest.raises(UserError, match=r"_all where .* got bottle_loco; found: bottle \(MV"):
-        plan_data_set(tmp_path, "bottle_loco", IM_SIZE)
+    assert layouts.choose_data_sets(tmp_path, ["bottle"]) == ["bottle_all"]
+    with pytest.raises(
+        errors.UserError, match=r"_all where .* got bottle_loco; found: bottle \(MV"
+    ):
+        layouts.plan_data_set(tmp_path, "bottle_loco", IM_SIZE)
 
 
 def test_no_layout_shows_what_was_found_and_all_four(tmp_path: Path) -> None:
     (tmp_path / "bottle/images").mkdir(parents=True)
-    with pytest.raises(UserError) as caught:
-        find_layouts(tmp_path)
+    with pytest.raises(errors.UserError) as caught:
+        layouts.find_layouts(tmp_path)
     for part in ("LOCO (<", "MVTec AD (<", "VisA (split_csv/1cls.csv", "plain (<", "bottle/images"):
         assert part in str(caught.value)
 
@@ -161,11 +158,11 @@ def test_classes_without_anomalies_are_said(
     draw_mvtec(tmp_path)
     for name in DEFECTS:
         shutil.rmtree(tmp_path / "bottle/test" / name)
-    with pytest.raises(UserError, match="must hold anomalies of a class, got none"):
-        choose_data_sets(tmp_path, None)
+    with pytest.raises(errors.UserError, match="must hold anomalies of a class, got none"):
+        layouts.choose_data_sets(tmp_path, None)
     assert "bottle_all left out, there is no" in capsys.readouterr().err
-    with pytest.raises(UserError, match=r"bottle must hold test/<any>, got .*test/good"):
-        plan_data_set(tmp_path, "bottle_all", IM_SIZE)
+    with pytest.raises(errors.UserError, match=r"bottle must hold test/<any>, got .*test/good"):
+        layouts.plan_data_set(tmp_path, "bottle_all", IM_SIZE)
 
 
 def test_what_lies_beside_the_folders_is_said(
@@ -174,25 +171,25 @@ def test_what_lies_beside_the_folders_is_said(
     draw_mvtec(tmp_path)
     save(tmp_path / "bottle/test/loose.png", "test/good", 0)
     save(tmp_path / "bottle/train/bad/000.png", "test/good", 0)
-    plan = plan_data_set(tmp_path, "bottle_all", IM_SIZE)
+    plan = layouts.plan_data_set(tmp_path, "bottle_all", IM_SIZE)
     assert len(plan.paths["train"]) == N_TRAIN - 5
     assert "2 things of" in capsys.readouterr().err
 
 
 def test_all_anomalies_of_a_loco_class(tmp_path: Path) -> None:
     draw_class(tmp_path / "pushpins")
-    plan = plan_data_set(tmp_path, "pushpins_all", IM_SIZE)
+    plan = layouts.plan_data_set(tmp_path, "pushpins_all", IM_SIZE)
     folders = [Path(path).parent.name for path in plan.paths["test"]]
     assert folders == ["good"] * 3 + ["logical_anomalies"] * 2 + ["structural_anomalies"] * 2
     assert plan.labels.tolist() == [0.0] * 3 + [1.0] * 4
-    assert plan.settings == plan_data_set(tmp_path, "pushpins_loco", IM_SIZE).settings
+    assert plan.settings == layouts.plan_data_set(tmp_path, "pushpins_loco", IM_SIZE).settings
 
 
 # ---------------------------------------------------------------- VisA's list
 
 
 def test_visa_list_gives_splits_labels_and_masks(tmp_path: Path) -> None:
-    plan = plan_data_set(draw_visa(tmp_path), "widget_all", IM_SIZE)
+    plan = layouts.plan_data_set(draw_visa(tmp_path), "widget_all", IM_SIZE)
     normal = [f"Data/Images/Normal/{number:04d}.JPG" for number in range(N_TRAIN + N_GOOD)]
     anomalous = [f"Data/Images/Anomaly/{number:03d}.JPG" for number in range(4)]
     assert sorted(plan.paths["train"] + plan.paths["valid"]) == normal[:N_TRAIN]
@@ -214,7 +211,7 @@ def test_visa_list_gives_splits_labels_and_masks(tmp_path: Path) -> None:
 def test_a_wrong_visa_list(old: str, new: str, line: str, tmp_path: Path) -> None:
     path = draw_visa(tmp_path) / "split_csv/1cls.csv"
     path.write_text(path.read_text().replace(old, new))
-    with pytest.raises((UserError, FileNotFoundError), match=line):
+    with pytest.raises((errors.UserError, FileNotFoundError), match=line):
         data_to_matrices.make_matrices(tmp_path, tmp_path / "out", ["widget_all"], IM_SIZE)
 
 
@@ -224,7 +221,7 @@ def test_missing_objects_of_visa_are_said(
     draw_visa(tmp_path)
     with open(tmp_path / "split_csv/1cls.csv", "a") as file:
         file.write("candle,train,normal,candle/Data/Images/Normal/0000.JPG,\n")
-    assert choose_data_sets(tmp_path, None) == ["widget_all"]
+    assert layouts.choose_data_sets(tmp_path, None) == ["widget_all"]
     assert f"not in {tmp_path}: candle" in capsys.readouterr().err
 
 
@@ -236,7 +233,7 @@ def test_validation_images_are_taken_from_train(share: float, n_valid: int, tmp_
     root = draw_mvtec(tmp_path)
     for number in range(N_TRAIN, 20):
         save(root / f"bottle/train/good/{number:03d}.png", "train/good", number)
-    plans = [plan_data_set(root, "bottle_all", IM_SIZE, share, seed) for seed in (0, 0, 1)]
+    plans = [layouts.plan_data_set(root, "bottle_all", IM_SIZE, share, seed) for seed in (0, 0, 1)]
     for plan in plans:
         train, valid = plan.paths["train"], plan.paths["valid"]
         assert len(valid) == n_valid
@@ -253,8 +250,8 @@ def test_too_few_training_images(tmp_path: Path) -> None:
     draw_mvtec(tmp_path)
     for number in range(3):
         (tmp_path / f"bottle/train/good/{number:03d}.png").unlink()
-    with pytest.raises(UserError, match=r"10 training images or more, 5 of them .* got 9"):
-        plan_data_set(tmp_path, "bottle_all", IM_SIZE)
+    with pytest.raises(errors.UserError, match=r"10 training images or more, 5 of them .* got 9"):
+        layouts.plan_data_set(tmp_path, "bottle_all", IM_SIZE)
 
 
 def test_a_validation_folder_takes_the_place_of_drawn_images(tmp_path: Path) -> None:
@@ -262,11 +259,11 @@ def test_a_validation_folder_takes_the_place_of_drawn_images(tmp_path: Path) -> 
     data_to_matrices.make_matrices(root, tmp_path / "out", ["bottle_all"], 32)
     for number in range(2):
         save(root / f"bottle/validation/good/{number:03d}.png", "validation/good", number)
-    assert find_layouts(root) == {"bottle": "plain"}
-    with pytest.raises(UserError, match="was made with valid_seed 0, now valid_seed is N"):
+    assert layouts.find_layouts(root) == {"bottle": "plain"}
+    with pytest.raises(errors.UserError, match="was made with valid_seed 0, now valid_seed is N"):
         data_to_matrices.make_matrices(root, tmp_path / "out", ["bottle_all"], 32)
     data_to_matrices.make_matrices(root, tmp_path / "out", ["bottle_all"], 32, overwrite=True)
-    made = load_matrices(tmp_path / "out", "bottle_all")
+    made = matrices.load_matrices(tmp_path / "out", "bottle_all")
     assert made.paths["valid"] == ["validation/good/000.png", "validation/good/001.png"]
     assert len(made.paths["train"]) == N_TRAIN
     assert "valid_share" not in made.settings
@@ -280,7 +277,7 @@ def test_validation_drawn_in_another_way_needs_overwrite(
     found = []
     for own in ([], [], ["--seed", "1"], ["--valid_share", ".5"], []):
         if own or len(found) == 4:
-            with pytest.raises(UserError, match=r"made with valid_(seed|share) .*overwrite"):
+            with pytest.raises(errors.UserError, match=r"made with valid_(seed|share) .*overwrite"):
                 data_to_matrices.main([*flags, *own])
             own = [*own, "--overwrite"]
         data_to_matrices.main([*flags, *own])
@@ -290,7 +287,7 @@ def test_validation_drawn_in_another_way_needs_overwrite(
     assert found[0] != found[2] != found[3]
     record = json.loads(found[3]["bottle_all/image_paths.json"])
     assert (record["settings"]["valid_share"], len(record["valid"])) == (0.5, 6)
-    with pytest.raises(UserError, match="im_size 32, now im_size is 40"):
+    with pytest.raises(errors.UserError, match="im_size 32, now im_size is 40"):
         data_to_matrices.main([*flags[:-1], "40", "--seed", "1"])
 
 
@@ -300,8 +297,8 @@ def test_validation_drawn_in_another_way_needs_overwrite(
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_defects_by_folder(layout: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     draw, class_name, counts = LAYOUTS[layout]
-    plan = plan_data_set(draw(tmp_path), f"{class_name}_all", IM_SIZE)
-    found = defect_images(plan.class_dir, plan.paths["test"])
+    plan = layouts.plan_data_set(draw(tmp_path), f"{class_name}_all", IM_SIZE)
+    found = layouts.defect_images(plan.class_dir, plan.paths["test"])
     starts = {name: N_GOOD + sum(list(counts.values())[:i]) for i, name in enumerate(counts)}
     assert found == {n: list(range(starts[n], starts[n] + counts[n])) for n in counts}
     assert "mask" not in capsys.readouterr().err
@@ -316,15 +313,19 @@ def test_defects_by_folder(layout: str, tmp_path: Path, capsys: pytest.CaptureFi
 )
 @pytest.mark.parametrize("left", ["nothing", "a black one"])
 def test_images_without_a_mask_are_named(
-    left: str, layout: str, mask: str, image: str, tmp_path: Path,
+    left: str,
+    layout: str,
+    mask: str,
+    image: str,
+    tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+) -> None:
     draw, class_name, counts = LAYOUTS[layout]
-    plan = plan_data_set(draw(tmp_path), f"{class_name}_all", IM_SIZE)
+    plan = layouts.plan_data_set(draw(tmp_path), f"{class_name}_all", IM_SIZE)
     (plan.class_dir / mask).unlink()
     if left == "a black one":
         save_mask(plan.class_dir / mask, 0)
-    found = defect_images(plan.class_dir, plan.paths["test"])
+    found = layouts.defect_images(plan.class_dir, plan.paths["test"])
     assert f"1 images of {plan.class_dir} have no mask, as {image}" in capsys.readouterr().err
     assert {name: len(images) for name, images in found.items()} == counts
 
@@ -332,10 +333,10 @@ def test_images_without_a_mask_are_named(
 def test_masks_without_an_ending_of_their_own_are_found(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    plan = plan_data_set(draw_mvtec(tmp_path), "bottle_all", IM_SIZE)
+    plan = layouts.plan_data_set(draw_mvtec(tmp_path), "bottle_all", IM_SIZE)
     for path in (tmp_path / "bottle/ground_truth").rglob("*_mask.png"):
         path.rename(path.with_name(path.name.replace("_mask", "")))
-    defect_images(plan.class_dir, plan.paths["test"])
+    layouts.defect_images(plan.class_dir, plan.paths["test"])
     assert "mask" not in capsys.readouterr().err
 
 
@@ -345,9 +346,9 @@ def test_masks_without_an_ending_of_their_own_are_found(
 @pytest.fixture(scope="module", autouse=True)
 def small_settings() -> Iterator[None]:
     """Take one crop and few directions, to be quick."""
-    few = replace(NETWORK_SETTINGS, crop_ratios=(0.99,), n_projections=10)
+    few = replace(loco.NETWORK_SETTINGS, crop_ratios=(0.99,), n_projections=10)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sinbad.datasets.NETWORK_SETTINGS", few)
+        patch.setattr("sinbad.loco.NETWORK_SETTINGS", few)
         yield
 
 
@@ -357,11 +358,11 @@ def test_every_layout_to_the_table(
 ) -> None:
     draw, class_name, counts = LAYOUTS[layout]
     images = draw(tmp_path / "images")
-    matrices, results, out = (tmp_path / name for name in ("matrices", "results", "out"))
-    places = ["--data_dir", str(matrices), "--results_dir", str(results), "--device", "cpu"]
+    arrays, results, out = (tmp_path / name for name in ("matrices", "results", "out"))
+    places = ["--data_dir", str(arrays), "--results_dir", str(results), "--device", "cpu"]
     net = ["--net", "test_resnet", "--weights", "random", "--initial_res", str(IM_SIZE)]
     of_images = ["--dataset_dir", str(images)]
-    data_to_matrices.main([*of_images, "--out_dir", str(matrices), "--im_size", str(IM_SIZE)])
+    data_to_matrices.main([*of_images, "--out_dir", str(arrays), "--im_size", str(IM_SIZE)])
     run = [*places, *net, "--mvtype", class_name]
     resnet = ["--pyramid_level", "7", "--crop_size_ratio", ".99", "--n_projections", "10"]
     sinbad_single_layer.main([*run, *resnet])
@@ -384,7 +385,7 @@ def test_every_layout_to_the_table(
     assert files_below(results) == before
     assert (tmp_path / "paper/scores.csv").read_bytes() == (out / "scores.csv").read_bytes()
     assert (tmp_path / f"paper/images_{class_name}_all.png").is_file() == drawn
-    n_test = len(load_matrices(matrices, f"{class_name}_all").labels)
+    n_test = len(matrices.load_matrices(arrays, f"{class_name}_all").labels)
     assert len(list((tmp_path / "maps" / class_name).rglob("*.tiff"))) == n_test
 
 
@@ -418,10 +419,12 @@ def check_report(out: Path, class_name: str, counts: dict[str, int], printed: st
 
 
 def test_published_figures_never_stand_beside_all_anomalies() -> None:
-    facts = LOCO_CLASSES["pushpins"]
+    facts = loco.LOCO_CLASSES["pushpins"]
     entry = {
-        "n_train": facts.train, "n_validation": facts.validation,
-        "n_good": facts.good, "n_anomalous": facts.structural,
-    }  # fmt: skip
-    assert is_whole("pushpins_struct", entry)
-    assert not is_whole("pushpins_all", entry)
+        "n_train": facts.train,
+        "n_validation": facts.validation,
+        "n_good": facts.good,
+        "n_anomalous": facts.structural,
+    }
+    assert tables.is_whole("pushpins_struct", entry)
+    assert not tables.is_whole("pushpins_all", entry)

@@ -17,10 +17,7 @@ from PIL import Image
 
 import data_to_matrices
 from data_to_matrices import make_matrices
-from sinbad import matrices
-from sinbad.errors import UserError
-from sinbad.folders import plan_data_set
-from sinbad.matrices import crop_pixels, image_to_matrix, load_matrices, nearest_source
+from sinbad import errors, layouts, matrices
 
 REAL_IMAGES = SHARED / "data" / "loco"
 ANOMALIES = {"loco": "logical_anomalies", "struct": "structural_anomalies"}
@@ -80,25 +77,25 @@ def test_other_colour_modes_become_rgb(mode: str, tmp_path: Path) -> None:
     draw_image("train/good", 0).convert(mode).save(path)
     settings = {"im_size": 32, "width": 32, "height": 18, "aspect": [1700, 1000]}
     expected = slow_matrix(path, (1700, 1000), 32)
-    np.testing.assert_array_equal(image_to_matrix(path, settings), expected)
+    np.testing.assert_array_equal(matrices.image_to_matrix(path, settings), expected)
 
 
 @pytest.mark.parametrize(("size_in", "size_out"), [(44, 224), (63, 224), (1024, 640), (1024, 602)])
 def test_nearest_source_is_the_floor_of_the_ratio(size_in: int, size_out: int) -> None:
     expected = [i * size_in // size_out for i in range(size_out)]
-    assert nearest_source(size_in, size_out).tolist() == expected
+    assert matrices.nearest_source(size_in, size_out).tolist() == expected
 
 
 def test_crop_pixels_of_either_kind_of_matrix() -> None:
     image = np.random.default_rng(0).integers(0, 256, (3, 20, 20), dtype=np.uint8)
-    source = nearest_source(10, 15)
+    source = matrices.nearest_source(10, 15)
     expected = np.zeros((3, 15, 15), np.uint8)
     for y in range(15):
         for x in range(15):
             expected[:, y, x] = image[:, 4 + y * 10 // 15, 7 + x * 10 // 15]
-    np.testing.assert_array_equal(crop_pixels(image, (4, 7), source), expected)
+    np.testing.assert_array_equal(matrices.crop_pixels(image, (4, 7), source), expected)
     as_authors = image.astype(np.float32) / 255.0
-    np.testing.assert_array_equal(crop_pixels(as_authors, (4, 7), source), expected)
+    np.testing.assert_array_equal(matrices.crop_pixels(as_authors, (4, 7), source), expected)
 
 
 def test_train_and_valid_of_both_data_sets_are_stored_once(data_dir: Path) -> None:
@@ -109,14 +106,14 @@ def test_train_and_valid_of_both_data_sets_are_stored_once(data_dir: Path) -> No
 
 
 def test_loading_gives_back_what_was_written(data_dir: Path) -> None:
-    matrices = load_matrices(data_dir, "pushpins_loco")
-    assert matrices.im_size == IM_SIZE
-    assert {split: len(images) for split, images in matrices.images.items()} == {
+    arrays = matrices.load_matrices(data_dir, "pushpins_loco")
+    assert arrays.im_size == IM_SIZE
+    assert {split: len(images) for split, images in arrays.images.items()} == {
         "train": 5,
         "valid": 3,
         "test": 5,
     }
-    assert matrices.labels.tolist() == [0.0] * 3 + [1.0] * 2
+    assert arrays.labels.tolist() == [0.0] * 3 + [1.0] * 2
 
 
 def test_finished_matrices_are_skipped_and_overwritten_on_demand(
@@ -141,17 +138,17 @@ def test_finished_matrices_are_skipped_and_overwritten_on_demand(
 
 def test_other_settings_are_an_error_that_names_them(dataset_dir: Path, tmp_path: Path) -> None:
     make_matrices(dataset_dir, tmp_path, ["pushpins_loco"], 32)
-    with pytest.raises(UserError, match=r"im_size 32, now im_size is 40; .*--overwrite"):
+    with pytest.raises(errors.UserError, match=r"im_size 32, now im_size is 40; .*--overwrite"):
         make_matrices(dataset_dir, tmp_path, ["pushpins_loco"], 40)
     make_matrices(dataset_dir, tmp_path, ["pushpins_loco"], 40, overwrite=True)
-    assert load_matrices(tmp_path, "pushpins_loco").im_size == 40
+    assert matrices.load_matrices(tmp_path, "pushpins_loco").im_size == 40
 
 
 def test_another_list_of_images_is_an_error(tmp_path: Path) -> None:
     draw_class(tmp_path / "in" / "pushpins")
     make_matrices(tmp_path / "in", tmp_path / "out", ["pushpins_loco"], 32)
     (tmp_path / "in" / "pushpins" / "train/good/004.png").unlink()
-    with pytest.raises(UserError, match=r"train list of 5 images.*another list, of 4"):
+    with pytest.raises(errors.UserError, match=r"train list of 5 images.*another list, of 4"):
         make_matrices(tmp_path / "in", tmp_path / "out", ["pushpins_loco"], 32)
 
 
@@ -172,16 +169,18 @@ def test_matrices_of_images_that_have_changed_are_not_linked(
     make_matrices(images, tmp_path, ["pushpins_loco"], IM_SIZE)
     draw_image("train/good", 4).save(images / "pushpins/train/good/000.png")
     make_matrices(images, tmp_path, ["pushpins_struct"], IM_SIZE)
-    loco, struct = (load_matrices(tmp_path, f"pushpins_{kind}") for kind in ("loco", "struct"))
+    loco, struct = (
+        matrices.load_matrices(tmp_path, f"pushpins_{kind}") for kind in ("loco", "struct")
+    )
     ours, theirs = struct.sha256("train"), loco.sha256("train")
     assert ours[0] == ours[4] != theirs[0]
     assert ours[1:] == theirs[1:]
 
 
 def test_size_time_and_sha256_of_each_image_are_recorded(data_dir: Path, dataset_dir: Path) -> None:
-    matrices = load_matrices(data_dir, "pushpins_loco")
-    for split, paths in matrices.paths.items():
-        for path, (size, time, sha256) in zip(paths, matrices.files[split], strict=True):
+    arrays = matrices.load_matrices(data_dir, "pushpins_loco")
+    for split, paths in arrays.paths.items():
+        for path, (size, time, sha256) in zip(paths, arrays.files[split], strict=True):
             file = dataset_dir / "pushpins" / path
             assert (size, time) == (file.stat().st_size, file.stat().st_mtime_ns)
             assert sha256 == hashlib.sha256(file.read_bytes()).hexdigest()
@@ -221,14 +220,14 @@ def test_counts_that_are_not_locos_are_said(
 @pytest.mark.skipif(not REAL_IMAGES.is_dir(), reason="needs the real images of ../shared/data/loco")
 @pytest.mark.skipif(PIL.__version__ < "13", reason="Pillow before 13 resizes differently by 1")
 def test_matrices_of_real_images_equal_the_authors() -> None:
-    plan = plan_data_set(REAL_IMAGES, "juice_bottle_loco", 1024)
+    plan = layouts.plan_data_set(REAL_IMAGES, "juice_bottle_loco", 1024)
     with np.load(GOLDEN / "juice_bottle_official.npz") as golden:
         np.testing.assert_array_equal(plan.labels, golden["labels"])
         for split, paths in plan.paths.items():
             digest = hashlib.sha256()
             with ThreadPoolExecutor(2) as pool:
                 files = [plan.class_dir / path for path in paths]
-                for matrix in pool.map(lambda f: image_to_matrix(f, plan.settings), files):
+                for matrix in pool.map(lambda f: matrices.image_to_matrix(f, plan.settings), files):
                     digest.update(matrix.tobytes())
             assert digest.hexdigest() == str(golden[f"sha256_{split}"])
 
@@ -244,7 +243,7 @@ def test_another_process_was_faster_with_other_settings(
         real(*args, **kwargs)
 
     monkeypatch.setattr(matrices, "write_matrix", slow)
-    with pytest.raises(UserError, match="was made with im_size 32, now im_size is 64"):
+    with pytest.raises(errors.UserError, match="was made with im_size 32, now im_size is 64"):
         make_matrices(dataset_dir, tmp_path, ["pushpins_loco"], 64)
-    assert load_matrices(tmp_path, "pushpins_loco").im_size == 32
+    assert matrices.load_matrices(tmp_path, "pushpins_loco").im_size == 32
     assert [path.name for path in tmp_path.iterdir()] == ["pushpins_loco"]

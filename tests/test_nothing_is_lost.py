@@ -15,7 +15,7 @@ import torch
 from bad_places import ensemble_case, fails, matrices_case, scores_case, write_scores
 from conftest import IM_SIZE, Place, files_below
 
-from sinbad.errors import run_script
+from sinbad import errors
 
 ROOT = Path(__file__).parents[1]
 
@@ -105,9 +105,14 @@ def test_a_reader_that_goes_away(redirection: str, status: int, words: str) -> N
     reader, pipe = os.pipe()
     os.close(reader)
     result = subprocess.run(
-        ["bash", "-c", command], cwd=ROOT, stdin=pipe, capture_output=True, text=True, check=False,
+        ["bash", "-c", command],
+        cwd=ROOT,
+        stdin=pipe,
+        capture_output=True,
+        text=True,
+        check=False,
         env={},
-    )  # fmt: skip
+    )
     os.close(pipe)
     assert result.returncode == status
     assert words in result.stderr
@@ -117,7 +122,7 @@ def test_a_reader_that_goes_away(redirection: str, status: int, words: str) -> N
 def test_debug_shows_the_traceback(place: Place) -> None:
     main, argv = matrices_case(place, place.root / "nowhere", "--debug")
     with pytest.raises(Exception, match="dataset_dir must"):
-        run_script(main, argv)
+        errors.run_script(main, argv)
 
 
 # ---------------------------------------------------------------- file systems
@@ -185,11 +190,11 @@ def test_no_memory_left_is_one_line(error: Exception, capsys: pytest.CaptureFixt
         raise error
 
     with pytest.raises(SystemExit) as caught:
-        run_script(main, [])
+        errors.run_script(main, [])
     assert caught.value.code == 2
     assert re.fullmatch("error: memory must suffice, got .*; ask for .*\n", capsys.readouterr().err)
     with pytest.raises(type(error)):
-        run_script(main, ["--debug"])
+        errors.run_script(main, ["--debug"])
 
 
 def test_errors_of_ours_show_where_they_come_from() -> None:
@@ -197,4 +202,4 @@ def test_errors_of_ours_show_where_they_come_from() -> None:
         raise RuntimeError("a bug")
 
     with pytest.raises(RuntimeError):
-        run_script(main, [])
+        errors.run_script(main, [])

@@ -87,8 +87,9 @@ def test_every_command_runs_in_the_order_of_the_page(
     assert {path.name for path in scripts()} <= set(run)
 
 
-@pytest.mark.parametrize("page", ["README.md", *sorted(f"docs/{p.name}" for p in
-                                                       (ROOT / "docs").glob("*.md"))])  # fmt: skip
+@pytest.mark.parametrize(
+    "page", ["README.md", *sorted(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))]
+)
 def test_commands_of_a_page_are_understood(
     page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -194,8 +195,12 @@ def test_the_table_of_verdicts_is_that_measured() -> None:
 
 
 def test_the_table_of_the_ablation_is_that_measured() -> None:
-    names = {"n_projections": "directions", "n_quantiles": "thresholds",
-             "shrinkage_factor": "shrinkage", "crop_size_ratio": "crop ratios"}  # fmt: skip
+    names = {
+        "n_projections": "directions",
+        "n_quantiles": "thresholds",
+        "shrinkage_factor": "shrinkage",
+        "crop_size_ratio": "crop ratios",
+    }
     values = defaultdict(list)
     for row in measured("ablation"):
         changed, value, _, auroc, seconds = row.values()
@@ -209,8 +214,9 @@ def test_the_table_of_the_ablation_is_that_measured() -> None:
 
 
 def test_figures_of_a_gpu_are_those_measured() -> None:
-    values = {(row["network"], row["precision"], row["what"]): row["value"]
-              for row in measured("gpu")}  # fmt: skip
+    values = {
+        (row["network"], row["precision"], row["what"]): row["value"] for row in measured("gpu")
+    }
     found, wide = cells_of("benchmarks/README.md"), "wide_resnet50_2"
     text, page = words_of("README.md"), words_of("benchmarks/README.md")
     ranges = "ranges of 10 x 1605632 values"
@@ -223,21 +229,27 @@ def test_figures_of_a_gpu_are_those_measured() -> None:
     assert "fp32 scores are the CPU's within 1e-4, ROC-AUC in tf32 and bf16 within 0.2" in text
     for precision in ("bf16", "tf32"):
         names = {"scoring, seconds": "s", "bare network, seconds": "s", "GPU memory, GB": "GB"}
-        cells = [f"{float(values[wide, precision, f'LOCO, {name}']):.1f} {unit}"
-                 for name, unit in names.items()]  # fmt: skip
+        cells = [
+            f"{float(values[wide, precision, f'LOCO, {name}']):.1f} {unit}"
+            for name, unit in names.items()
+        ]
         assert [precision, *cells] in found
         assert f"{float(cells[0][:-2]):.0f} s in {precision}" in text
     for precision in ("fp32", "tf32", "bf16"):
         names = ("torchvision's", "ours", "compiled")
-        cells = [f"{float(values[wide, precision, f'256 crops, {name}, ms']):.1f} ms"
-                 for name in names]  # fmt: skip
+        cells = [
+            f"{float(values[wide, precision, f'256 crops, {name}, ms']):.1f} ms" for name in names
+        ]
         assert [precision, *cells] in found
         for net in ("resnet18", "tf_efficientnet_lite0"):
             auroc, *cells = (
                 values[net, precision, f"juice_bottle, ensemble, {what}"]
-                for what in ("ROC-AUC, %", "largest relative difference from the CPU",
-                             "rank correlation with the CPU")
-            )  # fmt: skip
+                for what in (
+                    "ROC-AUC, %",
+                    "largest relative difference from the CPU",
+                    "rank correlation with the CPU",
+                )
+            )
             assert [f"{net}, {precision}", f"{float(auroc):.1f}", *cells] in found
             on_cpu = float(values[net, "fp32 on the CPU", "juice_bottle, ensemble, ROC-AUC, %"])
             assert abs(float(auroc) - on_cpu) < 0.2
@@ -251,18 +263,26 @@ def test_figures_of_a_cpu_are_those_measured() -> None:
     for what in ("bare network", "levels 7 and 14", "everything"):
         seconds = value[f"96 images, {what}, seconds"]
         shares.append(f"{100 * bare / seconds:.0f} %")
-        (row,) = (cells for cells in cells_of("benchmarks/README.md")
-                  if cells[0].startswith(what))  # fmt: skip
+        (row,) = (cells for cells in cells_of("benchmarks/README.md") if cells[0].startswith(what))
         assert row[1:] == [f"{seconds:.1f}", f"{96 / seconds:.2f}", shares[-1]]
     peak = f"{value['96 images, peak memory, GB']} GB"
     assert f"levels 7 and 14 at {shares[1]} of the bare network's speed" in text
     assert f"everything (100 raw-pixel repetitions, scoring, writing) at {shares[2]}" in text
     assert f"in {peak}" in text
     assert f"peak memory {peak}" in page
-    of = {what: value[f"rehearsal, {what}"] for what in (
-        "until killed, seconds", "started again, seconds", "files of scores when killed",
-        "files of scores", "peak memory, GB", "images, MB", "matrices, MB", "scores, MB",
-    )}  # fmt: skip
+    of = {
+        what: value[f"rehearsal, {what}"]
+        for what in (
+            "until killed, seconds",
+            "started again, seconds",
+            "files of scores when killed",
+            "files of scores",
+            "peak memory, GB",
+            "images, MB",
+            "matrices, MB",
+            "scores, MB",
+        )
+    }
     killed, again, n_killed, n_files, memory, *disk, n_scores = of.values()
     assert f"{killed + again:,.0f} s from images to the table, killed once" in page
     assert f"after {killed:.0f} s, with {n_killed:.0f} of {n_files:,.0f} files of scores" in page

@@ -21,14 +21,12 @@ import calc_anom_ensm
 import data_to_matrices
 import reproduce_paper
 import sinbad_single_layer
-from sinbad.datasets import NETWORK_SETTINGS, PIXEL_SETTINGS
-from sinbad.errors import UserError
-from sinbad.folders import defect_images
-from sinbad.plan import Descriptor, ScorePlan
-from sinbad.report.metrics import percent
+from sinbad import errors, layouts, loco, score_plans
+from sinbad.report import metrics
 
 NET = ["--net", "resnet18", "--weights", "random", "--initial_res", str(IM_SIZE)]
 N_PROJECTIONS = 20
+PAPER_SETTINGS = loco.NETWORK_SETTINGS
 FEW = ["--pyramid_level", "14", "224", "--rep_num_224", "2", "--no-figures"]
 
 
@@ -46,9 +44,9 @@ def reproduce(dataset_dir: Path, folder: Path, *flags: str) -> None:
 @pytest.fixture(scope="module", autouse=True)
 def small_settings() -> Iterator[None]:
     """Take fewer crops and directions than the paper, to be quick."""
-    few = replace(NETWORK_SETTINGS, crop_ratios=(0.7, 0.99), n_projections=N_PROJECTIONS)
+    few = replace(loco.NETWORK_SETTINGS, crop_ratios=(0.7, 0.99), n_projections=N_PROJECTIONS)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sinbad.datasets.NETWORK_SETTINGS", few)
+        patch.setattr("sinbad.loco.NETWORK_SETTINGS", few)
         yield
 
 
@@ -96,7 +94,7 @@ def test_the_same_command_again_computes_nothing_and_gives_the_same_bytes(
     def never(*args: object) -> None:
         raise AssertionError("computed again")
 
-    monkeypatch.setattr("sinbad_single_layer.ClassScorer", never)
+    monkeypatch.setattr("sinbad.scoring.ClassScorer", never)
     reproduce(dataset_dir, folder, "--seeds", "0", "1")
     assert files_below(folder) == before
 
@@ -105,21 +103,21 @@ def test_figures_of_two_seeds(folder: Path) -> None:
     runs = json.loads((folder / "out" / "metrics.json").read_text())["runs"]
     assert list(runs) == ["seed 0", "seed 1"]
     values = []
-    for name, metrics in runs.items():
+    for name, run in runs.items():
         with open(folder / "out" / f"scores_{name.replace(' ', '_')}.csv", newline="") as file:
             rows = [row for row in csv.DictReader(file) if row["data_set"] == "pushpins_loco"]
         labels = np.array([float(row["label"]) for row in rows])
         scores = np.array([float(row["score"]) for row in rows])
-        entry = metrics["data_sets"]["pushpins_loco"]
+        entry = run["data_sets"]["pushpins_loco"]
         assert len(rows) == COUNTS["test/good"] + COUNTS["test/logical_anomalies"]
         assert entry["auroc"]["ensemble"] == pytest.approx(roc_auc_score(labels, scores))
         assert entry["average_precision"] == pytest.approx(average_precision_score(labels, scores))
-        by_kind = metrics["classes"]["pushpins"]["classification"]["auc_roc"]
+        by_kind = run["classes"]["pushpins"]["classification"]["auc_roc"]
         assert by_kind["logical_anomalies"] == entry["auroc"]["ensemble"]
         assert by_kind["mean"] == pytest.approx(
             (by_kind["logical_anomalies"] + by_kind["structural_anomalies"]) / 2
         )
-        assert metrics["mean"]["classification"]["auc_roc"] == by_kind
+        assert values["mean"]["classification"]["auc_roc"] == by_kind
         values.append(100 * entry["auroc"]["level 224"])
     with open(folder / "out" / "table.csv", newline="") as file:
         row = next(csv.DictReader(file))
@@ -130,33 +128,33 @@ def test_figures_of_two_seeds(folder: Path) -> None:
 
 def test_the_tasks_are_the_papers() -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sinbad.datasets.NETWORK_SETTINGS", NETWORK_SETTINGS)
+        patch.setattr("sinbad.loco.NETWORK_SETTINGS", PAPER_SETTINGS)
         tasks = reproduce_paper.paper_tasks(["pushpins_loco"], [7, 14, 224], [0, 3], 100, "ver1")
         flags = reproduce_paper.parse_args(["--pyramid_level", "7", "14", "224"])
-        plan = ScorePlan.of(flags, tasks, Path())
-        described = {level: plan.descriptor(level) for level in (7, 14, 224)}
+        score_plan = score_plans.ScorePlan.of(flags, tasks, Path())
+        described = {level: score_plan.descriptor(level) for level in (7, 14, 224)}
     resnet = [(t.level, t.ratio, t.rep) for t in tasks if t.level != 224 and t.version == "ver1"]
     ratios = (0.25, 0.5, 0.7, 0.99)
     assert resnet == [(level, ratio, 0) for level in (7, 14) for ratio in ratios]
     pixels = [(t.ratio, t.rep) for t in tasks if t.level == 224 and t.version == "ver1_seed3"]
     assert pixels == [(0.999, rep) for rep in range(100)]
     assert {t.seed for t in tasks if t.version == "ver1_seed3"} == {3}
-    assert described[7] == described[14] == Descriptor(1000, 5, 0.1)
-    assert described[224] == Descriptor(10, 5, 1.0)
-    assert PIXEL_SETTINGS.n_reps == 100
+    assert described[7] == described[14] == score_plans.Descriptor(1000, 5, 0.1)
+    assert described[224] == score_plans.Descriptor(10, 5, 1.0)
+    assert loco.PIXEL_SETTINGS.n_reps == 100
 
 
 def test_percent_of_no_value_one_and_several() -> None:
-    assert percent([None]) == "-"
-    assert percent([0.8884]) == "88.8"
-    assert percent([0.9, 0.92]) == "91.0 +- 1.4"
+    assert metrics.percent([None]) == "-"
+    assert metrics.percent([0.8884]) == "88.8"
+    assert metrics.percent([0.9, 0.92]) == "91.0 +- 1.4"
 
 
 def test_several_devices_give_the_same_bytes(dataset_dir: Path, tmp_path: Path) -> None:
     dataset = tmp_path / "dataset"
     for name in ("pushpins", "screw_bag"):
         shutil.copytree(dataset_dir / "pushpins", dataset / name)
-    with pytest.raises(UserError, match="aspect"):  # pushpins' images under screw_bag's name
+    with pytest.raises(errors.UserError, match="aspect"):  # pushpins' images under screw_bag's name
         reproduce(dataset, tmp_path / "wrong", "--pyramid_level", "224")
     (dataset / "screw_bag").rename(dataset / "boxes")
     pixels = ["--pyramid_level", "224"]
@@ -178,11 +176,11 @@ def test_a_class_without_structural_images(
     assert "pushpins_struct left out" in captured.err
     assert "pushpins_loco" in captured.out
     assert "pushpins_struct" not in captured.out
-    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
-    by_kind = metrics["mean"]["classification"]["auc_roc"]
+    values = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    by_kind = values["mean"]["classification"]["auc_roc"]
     assert by_kind["structural_anomalies"] is None
     assert by_kind["mean"] is None
-    assert metrics["mean"]["pooled_auroc"] is None
+    assert values["mean"]["pooled_auroc"] is None
 
 
 @pytest.mark.parametrize("left", ["no folder", "no image"])
@@ -192,7 +190,7 @@ def test_a_class_without_validation_images(left: str, dataset_dir: Path, tmp_pat
     shutil.rmtree(folder)
     if left == "no image":
         folder.mkdir()
-    with pytest.raises(UserError, match="validation/good"):
+    with pytest.raises(errors.UserError, match="validation/good"):
         reproduce(tmp_path / "dataset", tmp_path)
     assert not (tmp_path / "matrices").exists()
 
@@ -209,9 +207,9 @@ def test_three_training_images_one_test_image_of_a_kind_and_a_class_of_ones_own(
     captured = capsys.readouterr()
     assert "cables_loco" in captured.out
     assert "LOCO:" not in captured.err  # no counts to compare with
-    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
-    assert metrics["data_sets"]["cables_loco"]["n_good"] == 1
-    assert metrics["data_sets"]["cables_loco"]["auroc"]["ensemble"] in (0.0, 1.0)
+    values = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert values["data_sets"]["cables_loco"]["n_good"] == 1
+    assert values["data_sets"]["cables_loco"]["auroc"]["ensemble"] in (0.0, 1.0)
 
 
 # ---------------------------------------------------------------- defects and other methods
@@ -239,28 +237,28 @@ def test_auroc_per_defect(dataset_dir: Path, folder: Path, tmp_path: Path) -> No
     class_dir = tmp_path / "dataset/pushpins"
     paths = [f"test/good/{i:03d}.png" for i in range(3)]
     paths += [f"test/logical_anomalies/{i:03d}.png" for i in range(2)]
-    assert defect_images(class_dir, paths) == {}
+    assert layouts.defect_images(class_dir, paths) == {}
     write_masks(class_dir)
-    assert defect_images(class_dir, paths) == {"too_many": [3], "too_few": [3, 4]}
+    assert layouts.defect_images(class_dir, paths) == {"too_many": [3], "too_few": [3, 4]}
     mixed = Path(shutil.copytree(class_dir, tmp_path / "black_and_white"))
     for mask in mixed.glob("ground_truth/*/*/*.png"):
         Image.open(mask).point(lambda value: 255 * (value > 0)).save(mask)
-    assert defect_images(mixed, paths) == {}
+    assert layouts.defect_images(mixed, paths) == {}
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     reproduce(tmp_path / "dataset", tmp_path)
     with open(tmp_path / "out" / "scores.csv", newline="") as file:
         scores = [float(row["score"]) for row in csv.DictReader(file)][:5]
-    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    values = json.loads((tmp_path / "out" / "metrics.json").read_text())
     expected = roc_auc_score([0, 0, 0, 1], scores[:4])
-    found = metrics["data_sets"]["pushpins_loco"]["auroc_by_defect"]
+    found = values["data_sets"]["pushpins_loco"]["auroc_by_defect"]
     assert found["too_many"] == {"auroc": pytest.approx(expected), "n_images": 1}
     assert "too_few" in (tmp_path / "out" / "defects.csv").read_text()
 
 
 def test_a_damaged_defects_config_is_named(tmp_path: Path) -> None:
     (tmp_path / "defects_config.json").write_text('[{"defect_name": "x"}]')
-    with pytest.raises(UserError, match=r"defects_config.json must list pixel_value"):
-        defect_images(tmp_path, [])
+    with pytest.raises(errors.UserError, match=r"defects_config.json must list pixel_value"):
+        layouts.defect_images(tmp_path, [])
 
 
 def extra_lines(folder: Path) -> list[tuple[str, float]]:
@@ -306,7 +304,7 @@ def test_extra_scores_are_normalised_weighted_and_added(
 def test_wrong_flags_stop_before_the_long_work(
     flags: list[str], line: str, dataset_dir: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises((UserError, OSError), match=line):
+    with pytest.raises((errors.UserError, OSError), match=line):
         reproduce(dataset_dir, tmp_path, *flags)
     assert not (tmp_path / "matrices").exists()
 
@@ -328,7 +326,7 @@ def test_bad_extra_scores(
     path.write_text("".join(f"{image},{score}\n" for image, score in edit(extra_lines(folder))))  # type: ignore[operator]
     shutil.copytree(folder / "matrices", tmp_path / "matrices")
     shutil.copytree(folder / "results", tmp_path / "results")
-    with pytest.raises(UserError, match=line):
+    with pytest.raises(errors.UserError, match=line):
         reproduce(dataset_dir, tmp_path, "--extra_scores", str(path))
     assert not list((tmp_path / "out").glob("*"))
 

@@ -12,19 +12,18 @@ import pytest
 from numpy.typing import NDArray
 from uea_toy import line_of, make_series, replace_in, run, write_toy
 
-from sinbad.errors import UserError, run_script
-from sinbad.series import DataSet, find_files, load_data_set, read_split
+from sinbad import errors, uea
 from sinbad_time_series import main
 
 
-def load(folder: Path, suffix: str, name: str = "Toy", **limits: tuple[int, int]) -> DataSet:
+def load(folder: Path, suffix: str, name: str = "Toy", **limits: tuple[int, int]) -> uea.DataSet:
     """Read a data set of a folder of data sets."""
-    return load_data_set(find_files(folder, name, suffix), **limits)
+    return uea.load_data_set(uea.find_files(folder, name, suffix), **limits)
 
 
 def values_of(path: Path) -> list[NDArray[np.float64]]:
     """Return the values of the series of a file."""
-    return [one.values for one in read_split(path)]
+    return [one.values for one in uea.read_split(path)]
 
 
 # ---------------------------------------------------------------- files
@@ -60,7 +59,7 @@ def test_values_and_labels_are_those_written(tmp_path: Path) -> None:
     wanted = make_series(1, 6, (20, 20))
     for suffix in ("ts", "arff"):
         path = folder / f"Toy/Toy_TRAIN.{suffix}"
-        split = read_split(path)
+        split = uea.read_split(path)
         np.testing.assert_allclose(values_of(path), [one for one, _ in wanted], atol=5.1e-7)
         assert [one.label for one in split] == [label for _, label in wanted]
         assert f"{wanted[0][0][0, 0]:.6f}" in line_of(path, split[0].line)
@@ -73,7 +72,9 @@ def test_only_series_of_the_lengths_asked_for_are_kept(tmp_path: Path) -> None:
     data = load(folder, "ts", lengths=(20, 50))
     assert len(data.train) == sum(20 <= n <= 50 for n in lengths)
     assert data.train.shape[2] <= 50
-    with pytest.raises(UserError, match=r"Toy_TRAIN.ts must hold series of 70 to 80 steps, got"):
+    with pytest.raises(
+        errors.UserError, match=r"Toy_TRAIN.ts must hold series of 70 to 80 steps, got"
+    ):
         load(folder, "ts", lengths=(70, 80))
 
 
@@ -173,14 +174,14 @@ def bad_no_series(train: Path, test: Path) -> str:
 
 def bad_ragged(train: Path, test: Path) -> str:
     """Leave out the first value of the second series."""
-    n = read_split(train)[1].line
+    n = uea.read_split(train)[1].line
     line = line_of(train, n)
     replace_in(train, line, ("'" if line[0] == "'" else "") + line.partition(",")[2])
     return rf"{train.name}, line {n}: dimension (2 must have 19|1 must have 20) values.*got (20|19)"
 
 
 def bad_dimension_left_out(train: Path, test: Path) -> str:
-    n = read_split(train)[1].line
+    n = uea.read_split(train)[1].line
     line = line_of(train, n)
     separator = ":" if train.suffix == ".ts" else "\\n"
     quote = "" if train.suffix == ".ts" else "'"
@@ -190,7 +191,7 @@ def bad_dimension_left_out(train: Path, test: Path) -> str:
 
 def bad_all_longer(train: Path, test: Path) -> str:
     """Give every dimension of an .arff series a value more than the header has attributes."""
-    n = read_split(train)[1].line
+    n = uea.read_split(train)[1].line
     line = line_of(train, n)
     longer = line.replace("\\n", ",1.0\\n").replace("',", ",1.0',")
     replace_in(train, line, longer if train.suffix == ".arff" else line.replace(":", ",1.0:", 1))
@@ -198,14 +199,14 @@ def bad_all_longer(train: Path, test: Path) -> str:
 
 
 def bad_field(train: Path, test: Path) -> str:
-    n = read_split(train)[2].line
+    n = uea.read_split(train)[2].line
     line = line_of(train, n)
     replace_in(train, line, re.sub(r",[^,]*,", ",abc,", line, count=1))
     return rf"{train.name}, line {n}: .*numbers or \?.*abc"
 
 
 def bad_infinite(train: Path, test: Path) -> str:
-    n = read_split(train)[2].line
+    n = uea.read_split(train)[2].line
     line = line_of(train, n)
     replace_in(train, line, re.sub(r",[^,]*,", ",1e309,", line, count=1))
     return rf"{train.name}, line {n}: values must be finite .*got inf"
@@ -217,7 +218,7 @@ def bad_empty(train: Path, test: Path) -> str:
 
 
 def bad_one_training_series(train: Path, test: Path) -> str:
-    split = read_split(train)
+    split = uea.read_split(train)
     lines = train.read_text().splitlines()
     ups = [one.line for one in split if one.label == "up"]
     train.write_text("\n".join(line for n, line in enumerate(lines, 1) if n not in ups[1:]) + "\n")
@@ -227,12 +228,12 @@ def bad_one_training_series(train: Path, test: Path) -> str:
 def bad_label_only_in_test(train: Path, test: Path) -> str:
     lines = train.read_text().splitlines()
     train.write_text("\n".join(row for row in lines if not row.endswith(("',flat", ":flat"))))
-    line = next(one.line for one in read_split(test) if one.label == "flat")
+    line = next(one.line for one in uea.read_split(test) if one.label == "flat")
     return rf"{test.name}, line {line}: the label .*got flat"
 
 
 def bad_undeclared_label(train: Path, test: Path) -> str:
-    n = read_split(test)[0].line
+    n = uea.read_split(test)[0].line
     line = line_of(test, n)
     replace_in(test, line, line.removesuffix("up") + "sideways")
     return rf"{test.name}, line {n}: .*label.*sideways"
@@ -254,10 +255,21 @@ def bad_declared_length(train: Path, test: Path) -> str:
 
 
 BAD = [
-    bad_no_data_tag, bad_header_only, bad_no_series, bad_ragged, bad_dimension_left_out,
-    bad_all_longer, bad_field, bad_infinite, bad_empty, bad_one_training_series,
-    bad_label_only_in_test, bad_undeclared_label, bad_one_class_in_test, bad_declared_length,
-]  # fmt: skip
+    bad_no_data_tag,
+    bad_header_only,
+    bad_no_series,
+    bad_ragged,
+    bad_dimension_left_out,
+    bad_all_longer,
+    bad_field,
+    bad_infinite,
+    bad_empty,
+    bad_one_training_series,
+    bad_label_only_in_test,
+    bad_undeclared_label,
+    bad_one_class_in_test,
+    bad_declared_length,
+]
 
 
 @pytest.mark.parametrize("suffix", ["ts", "arff"])
@@ -266,12 +278,12 @@ def test_only_numbers_and_question_marks_are_values(
     tmp_path: Path, field: str, suffix: str
 ) -> None:
     path = write_toy(tmp_path) / f"Toy/Toy_TRAIN.{suffix}"
-    n = read_split(path)[2].line
+    n = uea.read_split(path)[2].line
     line = line_of(path, n)
     replace_in(path, line, re.sub(r",[^,]*,", f",{field},", line, count=1))
     message = rf"{path.name}, line {n}: values must be numbers or \?, got {re.escape(field)};"
-    with pytest.raises(UserError, match=message):
-        read_split(path)
+    with pytest.raises(errors.UserError, match=message):
+        uea.read_split(path)
 
 
 @pytest.mark.parametrize("suffix", ["ts", "arff"])
@@ -282,7 +294,7 @@ def test_bad_file_is_one_line_with_file_and_line(
     folder = write_toy(tmp_path)
     train, test = (folder / f"Toy/Toy_{split}.{suffix}" for split in ("TRAIN", "TEST"))
     pattern = spoil(train, test)
-    with pytest.raises(UserError, match=pattern) as caught:
+    with pytest.raises(errors.UserError, match=pattern) as caught:
         run(folder, tmp_path / "out", "--format", suffix)
     assert "\n" not in str(caught.value).strip()
     assert not (tmp_path / "out").exists()
@@ -301,24 +313,24 @@ def test_what_the_header_declares_is_held_to(tmp_path: Path, lines: str, rule: s
     path = write_toy(tmp_path) / "Toy/Toy_TRAIN.ts"
     replace_in(path, "@data", f"{lines}\n@data")  # the last line of a tag counts
     n = 9 + lines.count("\n")
-    with pytest.raises(UserError, match=f"line {n}: {rule}"):
-        read_split(path)
+    with pytest.raises(errors.UserError, match=f"line {n}: {rule}"):
+        uea.read_split(path)
 
 
 def test_time_stamps_are_refused(tmp_path: Path) -> None:
     folder = write_toy(tmp_path)
     train = folder / "Toy/Toy_TRAIN.ts"
-    n = read_split(train)[0].line
+    n = uea.read_split(train)[0].line
     replace_in(train, line_of(train, n), "(0," + line_of(train, n).replace(",", "),(1,", 1))
     message = rf"Toy_TRAIN\.ts, line {n}: values must be numbers or \?, got \(0;"
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(errors.UserError, match=message):
         run(folder, tmp_path / "out")
 
 
 def test_short_series_are_refused(tmp_path: Path) -> None:
     folder = write_toy(tmp_path, (8, 8))
     named = r"series of .*Toy_TRAIN\.ts and Toy_TEST\.ts"
-    with pytest.raises(UserError, match=f"{named} must have at least 9 steps, got 8"):
+    with pytest.raises(errors.UserError, match=f"{named} must have at least 9 steps, got 8"):
         run(folder, tmp_path / "out")
 
 
@@ -334,7 +346,7 @@ def test_short_series_are_refused(tmp_path: Path) -> None:
     ],
 )
 def test_bad_flags(tmp_path: Path, flags: list[str], pattern: str) -> None:
-    with pytest.raises(UserError, match=pattern):
+    with pytest.raises(errors.UserError, match=pattern):
         run(write_toy(tmp_path / "data"), tmp_path / "out", *flags)
 
 
@@ -342,7 +354,7 @@ def test_missing_files_are_listed(tmp_path: Path) -> None:
     folder = write_toy(tmp_path)
     (folder / "Toy/Toy_TEST.ts").unlink()
     assert run(folder, tmp_path / "out")  # auto takes the .arff files
-    with pytest.raises(UserError, match=r"must hold Toy_TRAIN\.ts .*got .*Toy_TRAIN\.ts"):
+    with pytest.raises(errors.UserError, match=r"must hold Toy_TRAIN\.ts .*got .*Toy_TRAIN\.ts"):
         run(folder, tmp_path / "out", "--format", "ts")
 
 
@@ -350,13 +362,17 @@ def test_a_folder_with_the_name_of_a_file_is_called_so(tmp_path: Path) -> None:
     folder = write_toy(tmp_path)
     (folder / "Toy/Toy_TEST.ts").unlink()
     (folder / "Toy/Toy_TEST.ts").mkdir()
-    with pytest.raises(UserError, match=r"must hold Toy_TRAIN\.ts .*got .*Toy_TEST\.ts \(a folder"):
+    with pytest.raises(
+        errors.UserError, match=r"must hold Toy_TRAIN\.ts .*got .*Toy_TEST\.ts \(a folder"
+    ):
         run(folder, tmp_path / "out", "--format", "ts")
 
 
 def test_error_is_one_line_and_exit_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
-        run_script(main, ["--dataset_dir", str(tmp_path / "none"), "--dataset", "RacketSports"])
+        errors.run_script(
+            main, ["--dataset_dir", str(tmp_path / "none"), "--dataset", "RacketSports"]
+        )
     shown = capsys.readouterr()
     assert (caught.value.code, shown.out) == (2, "")
     assert re.fullmatch(r"error: --dataset_dir must be a folder, got .*\n", shown.err)

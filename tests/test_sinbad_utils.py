@@ -12,14 +12,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 import sinbad_utils
-from sinbad_utils import (
-    cumulative_histogram,
-    fit_ranges,
-    fit_whitening,
-    nearest_distances,
-    project,
-    random_directions,
-)
 
 Array = NDArray[np.float64]
 CASES = ("resnet_like", "pixels")
@@ -74,26 +66,26 @@ def test_directions_follow_the_rule_of_the_design() -> None:
     key = (5, 3, 14, 9, 7)  # seed, rep, level, n_crops, crop
     k = int(np.random.SeedSequence([5, 3, 14, 9, 7]).generate_state(1)[0])
     expected = torch.randn(6, 4, generator=torch.Generator().manual_seed(k))
-    assert torch.equal(random_directions(6, 4, key), expected)
+    assert torch.equal(sinbad_utils.random_directions(6, 4, key), expected)
 
 
 def test_directions_depend_on_every_part_of_the_key_and_on_nothing_else() -> None:
     key = (0, 1, 2, 3, 4)
     torch.manual_seed(1)
-    first = random_directions(6, 4, key)
+    first = sinbad_utils.random_directions(6, 4, key)
     state = torch.get_rng_state()
     torch.manual_seed(2)
-    assert torch.equal(random_directions(6, 4, key), first)
+    assert torch.equal(sinbad_utils.random_directions(6, 4, key), first)
     torch.manual_seed(1)
-    random_directions(6, 4, key)
+    sinbad_utils.random_directions(6, 4, key)
     assert torch.equal(torch.get_rng_state(), state)  # the global generator is left alone
     for part in range(5):
         other = tuple(n + (i == part) for i, n in enumerate(key))
-        assert not torch.equal(random_directions(6, 4, other), first)
+        assert not torch.equal(sinbad_utils.random_directions(6, 4, other), first)
 
 
 def test_directions_are_standard_normal() -> None:
-    numbers = random_directions(1000, 100, (0, 0, 7, 1, 0))
+    numbers = sinbad_utils.random_directions(1000, 100, (0, 0, 7, 1, 0))
     assert abs(float(numbers.mean())) < 0.01
     assert abs(float(numbers.std()) - 1.0) < 0.01
 
@@ -103,7 +95,7 @@ def test_directions_are_standard_normal() -> None:
 
 def test_projection_is_the_sum_over_channels() -> None:
     directions, elements = tensors(0, 5, 3), tensors(1, 2, 3, 4)
-    values = project(directions, elements)
+    values = sinbad_utils.project(directions, elements)
     assert values.shape == (2, 5, 4)
     for s in range(2):
         for d in range(5):
@@ -115,11 +107,11 @@ def test_projection_is_the_sum_over_channels() -> None:
 @pytest.mark.parametrize("channels", [3, sinbad_utils.MANY_CHANNELS, 1024])
 def test_projection_of_a_set_does_not_depend_on_the_other_sets(channels: int) -> None:
     directions, elements = tensors(0, 20, channels), tensors(1, 5, channels, 49)
-    values = project(directions, elements)
+    values = sinbad_utils.project(directions, elements)
     exact = torch.matmul(directions.double(), elements.double())
     np.testing.assert_allclose(values, exact, atol=1e-6 * channels)
     for part in (slice(0, 1), slice(1, 3), slice(2, 5)):
-        assert torch.equal(project(directions, elements[part]), values[part])
+        assert torch.equal(sinbad_utils.project(directions, elements[part]), values[part])
 
 
 @pytest.mark.parametrize("n_elements", [1, 2, 7, 60, 5000])
@@ -128,7 +120,7 @@ def test_a_gpu_selects_the_ranges_that_a_cpu_does(n_elements: int, tied: bool) -
     values = tensors(n_elements, 3, 5, n_elements)
     values = values.round() if tied else values
     pooled = values.transpose(0, 1).flatten(1)
-    for found, share in zip(fit_ranges(values), (0.01, 0.99), strict=True):
+    for found, share in zip(sinbad_utils.fit_ranges(values), (0.01, 0.99), strict=True):
         np.testing.assert_allclose(
             sinbad_utils._selected_quantile(pooled, share), found, rtol=1e-6, atol=1e-6
         )
@@ -147,7 +139,7 @@ def test_score_crop_is_the_steps_one_after_the_other() -> None:
     train, images = tensors(0, 40, 6, 20), tensors(1, 5, 6, 20) + 0.5
     key, n_directions, n_bins, shrinkage = (0, 0, 14, 4, 2), 30, 5, 0.1
     found = sinbad_utils.score_crop(train, images, key, n_directions, n_bins, shrinkage)
-    directions = random_directions(n_directions, 6, key).double().numpy()
+    directions = sinbad_utils.random_directions(n_directions, 6, key).double().numpy()
     values = {n: np.einsum("dc,nce->nde", directions, e) for n, e in (("t", train), ("i", images))}
     pooled = values["t"][:32].transpose(1, 0, 2).reshape(n_directions, -1)
     low, high = np.quantile(pooled, 0.01, axis=1), np.quantile(pooled, 0.99, axis=1)
@@ -168,7 +160,7 @@ def test_score_crop_is_the_steps_one_after_the_other() -> None:
 @pytest.mark.parametrize("n_elements", [1, 2, 7, 60])
 def test_ranges_are_interpolated_quantiles(n_elements: int) -> None:
     values = tensors(2, 5, 4, n_elements)
-    low, high = fit_ranges(values)
+    low, high = sinbad_utils.fit_ranges(values)
     for direction in range(4):
         numbers = values[:, direction].flatten().tolist()
         assert float(low[direction]) == pytest.approx(slow_quantile(numbers, 0.01), abs=1e-6)
@@ -178,8 +170,8 @@ def test_ranges_are_interpolated_quantiles(n_elements: int) -> None:
 @pytest.mark.parametrize("n_bins", [1, 5])
 def test_histogram_against_loops(n_bins: int) -> None:
     values = tensors(3, 4, 6, 30)
-    low, high = fit_ranges(values[:3])
-    found = cumulative_histogram(values, low, high, n_bins)
+    low, high = sinbad_utils.fit_ranges(values[:3])
+    found = sinbad_utils.cumulative_histogram(values, low, high, n_bins)
     assert found.shape == (4, 6 * n_bins)
     for one_set, descriptor in zip(values.double().numpy(), found.tolist(), strict=True):
         expected = slow_descriptor(one_set, low.double().numpy(), high.double().numpy(), n_bins)
@@ -188,15 +180,15 @@ def test_histogram_against_loops(n_bins: int) -> None:
 
 def test_histogram_counts_strictly_below() -> None:
     values = torch.tensor([[[0.0, 1.0, 1.0, 2.0]]])
-    found = cumulative_histogram(values, torch.tensor([0.0]), torch.tensor([2.0]), 1)
+    found = sinbad_utils.cumulative_histogram(values, torch.tensor([0.0]), torch.tensor([2.0]), 1)
     assert found.tolist() == [[0.25]]  # the two ones lie on the threshold
 
 
 def test_range_without_width_gives_zeros() -> None:
     values = tensors(4, 3, 2, 10)
     values[:2, 0] = 0.5  # constant over the training sets, not over the third set
-    low, high = fit_ranges(values[:2])
-    found = cumulative_histogram(values, low, high, 3)
+    low, high = sinbad_utils.fit_ranges(values[:2])
+    found = sinbad_utils.cumulative_histogram(values, low, high, 3)
     assert torch.equal(found[:, :3], torch.zeros(3, 3))
     assert (found[:, 3:] > 0).any()
 
@@ -207,13 +199,18 @@ def test_order_and_duplication_of_elements_do_not_matter(
     seed: int, n_sets: int, n_elements: int, n_bins: int
 ) -> None:
     values = tensors(seed, n_sets, 5, n_elements)
-    low, high = fit_ranges(values)
-    found = cumulative_histogram(values, low, high, n_bins)
+    low, high = sinbad_utils.fit_ranges(values)
+    found = sinbad_utils.cumulative_histogram(values, low, high, n_bins)
     order = torch.randperm(n_elements, generator=torch.Generator().manual_seed(seed))
     shuffled = values[:, :, order]
-    assert all(torch.equal(a, b) for a, b in zip(fit_ranges(shuffled), (low, high), strict=True))
-    assert torch.equal(cumulative_histogram(shuffled, low, high, n_bins), found)
-    assert torch.equal(cumulative_histogram(values.repeat(1, 1, 2), low, high, n_bins), found)
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(sinbad_utils.fit_ranges(shuffled), (low, high), strict=True)
+    )
+    assert torch.equal(sinbad_utils.cumulative_histogram(shuffled, low, high, n_bins), found)
+    assert torch.equal(
+        sinbad_utils.cumulative_histogram(values.repeat(1, 1, 2), low, high, n_bins), found
+    )
 
 
 @settings(max_examples=30, deadline=None)
@@ -222,9 +219,11 @@ def test_descriptors_do_not_depend_on_the_split_of_the_sets(seed: int, cut: int)
     directions, elements = tensors(seed, 7, 20), tensors(seed + 1, 10, 20, 49)
 
     def describe(some: Tensor) -> Tensor:
-        return cumulative_histogram(project(directions, some), low, high, 5)
+        return sinbad_utils.cumulative_histogram(
+            sinbad_utils.project(directions, some), low, high, 5
+        )
 
-    low, high = fit_ranges(project(directions, elements))
+    low, high = sinbad_utils.fit_ranges(sinbad_utils.project(directions, elements))
     parts = torch.cat([describe(elements[:cut]), describe(elements[cut:])])
     assert torch.equal(parts, describe(elements))
 
@@ -233,11 +232,11 @@ def test_descriptors_do_not_depend_on_the_split_of_the_sets(seed: int, cut: int)
 @pytest.mark.parametrize("case", CASES)
 def test_descriptors_equal_the_authors(case: str, split: str, golden: dict[str, Array]) -> None:
     sets = torch.from_numpy(golden[f"{case}_{split}_sets"])
-    values = project(torch.from_numpy(golden[f"{case}_projections"]), sets)
-    low, high = fit_ranges(values[:32])
+    values = sinbad_utils.project(torch.from_numpy(golden[f"{case}_projections"]), sets)
+    low, high = sinbad_utils.fit_ranges(values[:32])
     np.testing.assert_allclose(low, golden[f"{case}_{split}_low"], rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(high, golden[f"{case}_{split}_high"], rtol=1e-4, atol=1e-5)
-    found = cumulative_histogram(values, low, high, 5).numpy()
+    found = sinbad_utils.cumulative_histogram(values, low, high, 5).numpy()
     expected = golden[f"{case}_{split}_descriptors"]
     # A value within rounding of a threshold may fall on either side: one element, rarely.
     assert np.abs(found - expected).max() < 1.01 / sets.shape[2]
@@ -248,11 +247,11 @@ def test_bad_descriptor_inputs() -> None:
     values = tensors(0, 2, 3, 4)
     ends = torch.zeros(3), torch.ones(3)
     with pytest.raises(ValueError, match=r"ranges must be of 3 directions, got \(2,\)"):
-        cumulative_histogram(values, torch.zeros(2), torch.ones(2), 5)
+        sinbad_utils.cumulative_histogram(values, torch.zeros(2), torch.ones(2), 5)
     with pytest.raises(ValueError, match="n_bins must be at least 1, got 0"):
-        cumulative_histogram(values, *ends, 0)
+        sinbad_utils.cumulative_histogram(values, *ends, 0)
     with pytest.raises(ValueError, match="directions must have 3 channels as the elements, got 2"):
-        project(torch.zeros(5, 2), values)
+        sinbad_utils.project(torch.zeros(5, 2), values)
 
 
 # ---------------------------------------------------------------- whitening
@@ -267,7 +266,9 @@ def test_whitening_equals_the_p_by_p_inverse(
     mixing = tensors(9, length, length).double()
     train = tensors(5, n_train, length).double() @ mixing
     queries = tensors(6, 7, length).double() @ mixing + 1.0
-    found = nearest_distances(fit_whitening(train, shrinkage, squared), queries)
+    found = sinbad_utils.nearest_distances(
+        sinbad_utils.fit_whitening(train, shrinkage, squared), queries
+    )
     power = 1.0 if squared else 0.5
     expected = slow_scores(train.numpy(), queries.numpy(), shrinkage, power)
     np.testing.assert_allclose(found, expected, rtol=1e-6)
@@ -276,7 +277,7 @@ def test_whitening_equals_the_p_by_p_inverse(
 @pytest.mark.parametrize("shrinkage", [0.1, 1.0])
 def test_norms_are_distances_to_the_training_mean(shrinkage: float) -> None:
     train, queries = tensors(5, 12, 7).double(), tensors(6, 5, 7).double()
-    found = fit_whitening(train, shrinkage).squared_norms(queries)
+    found = sinbad_utils.fit_whitening(train, shrinkage).squared_norms(queries)
     covariance = np.cov(train.numpy().T, bias=True)
     shrunk = (1 - shrinkage) * covariance + shrinkage * np.trace(covariance) / 7 * np.eye(7)
     difference = queries.numpy() - train.numpy().mean(0)
@@ -286,7 +287,7 @@ def test_norms_are_distances_to_the_training_mean(shrinkage: float) -> None:
 
 def test_full_shrinkage_is_euclidean_up_to_a_constant() -> None:
     train, queries = tensors(7, 9, 20), tensors(8, 4, 20)
-    found = nearest_distances(fit_whitening(train, 1.0), queries)
+    found = sinbad_utils.nearest_distances(sinbad_utils.fit_whitening(train, 1.0), queries)
     plain = [min(float((q - t).double().square().sum()) for t in train) for q in queries]
     variance = float(train.double().var(0, unbiased=False).mean())
     np.testing.assert_allclose(found, np.array(plain) / variance, rtol=1e-6)
@@ -294,12 +295,12 @@ def test_full_shrinkage_is_euclidean_up_to_a_constant() -> None:
 
 def test_a_training_image_is_at_distance_zero_and_scale_does_not_matter() -> None:
     train, queries = tensors(7, 9, 20).double(), tensors(8, 4, 20).double()
-    whitening = fit_whitening(train, 0.1)
-    assert np.abs(nearest_distances(whitening, train)).max() < 1e-9
-    larger = fit_whitening(train * 50.0, 0.1)
+    whitening = sinbad_utils.fit_whitening(train, 0.1)
+    assert np.abs(sinbad_utils.nearest_distances(whitening, train)).max() < 1e-9
+    larger = sinbad_utils.fit_whitening(train * 50.0, 0.1)
     np.testing.assert_allclose(
-        nearest_distances(larger, queries * 50.0),
-        nearest_distances(whitening, queries),
+        sinbad_utils.nearest_distances(larger, queries * 50.0),
+        sinbad_utils.nearest_distances(whitening, queries),
         rtol=1e-9,
     )
 
@@ -307,7 +308,7 @@ def test_a_training_image_is_at_distance_zero_and_scale_does_not_matter() -> Non
 def test_equal_training_descriptors_give_finite_scores() -> None:
     train = torch.full((5, 8), 0.3)
     queries = torch.stack([train[0], train[0] + 0.5])
-    found = nearest_distances(fit_whitening(train, 0.1), queries)
+    found = sinbad_utils.nearest_distances(sinbad_utils.fit_whitening(train, 0.1), queries)
     assert found[0] == pytest.approx(0.0, abs=1e-9)
     assert found[1] == pytest.approx(8 * 0.25, rel=1e-5)
 
@@ -317,17 +318,17 @@ def test_equal_training_descriptors_give_finite_scores() -> None:
 def test_scores_equal_the_authors(case: str, split: str, golden: dict[str, Array]) -> None:
     train = torch.from_numpy(golden[f"{case}_train_descriptors"])
     queries = torch.from_numpy(golden[f"{case}_{split}_descriptors"])
-    whitening = fit_whitening(train, float(golden[f"{case}_shrinkage"]), squared=True)
-    found = nearest_distances(whitening, queries)
+    whitening = sinbad_utils.fit_whitening(train, float(golden[f"{case}_shrinkage"]), squared=True)
+    found = sinbad_utils.nearest_distances(whitening, queries)
     np.testing.assert_allclose(found, golden[f"{case}_{split}_scores"], rtol=1e-5)
 
 
 @pytest.mark.parametrize("shrinkage", [-0.1, 0.0, 1.01])
 def test_shrinkage_outside_its_range(shrinkage: float) -> None:
     with pytest.raises(ValueError, match=f"at most 1, got {shrinkage}"):
-        fit_whitening(tensors(0, 4, 3), shrinkage)
+        sinbad_utils.fit_whitening(tensors(0, 4, 3), shrinkage)
 
 
 def test_whitening_of_one_descriptor() -> None:
     with pytest.raises(ValueError, match="must be at least 2, got 1"):
-        fit_whitening(tensors(0, 1, 3), 0.1)
+        sinbad_utils.fit_whitening(tensors(0, 1, 3), 0.1)

@@ -19,8 +19,7 @@ from torch import Tensor
 import data_to_matrices
 import sinbad_single_layer
 from data_to_matrices import make_matrices
-from sinbad.errors import UserError
-from sinbad.results import read_scores
+from sinbad import errors, score_files
 
 Array = NDArray[np.float64]
 N_TEST = COUNTS["test/good"] + COUNTS["test/logical_anomalies"]
@@ -53,7 +52,7 @@ def test_files_and_figures_of_a_run(together: Path, capsys: pytest.CaptureFixtur
         others = {p.name for p in (together / folder).iterdir() if p.suffix != ".npz"}
         assert others == {"lbl.npy"}
     path = together / "ver1_pyramid_lvl_7/rep_num_1/pushpins_loco/4_crop_anom_maps.npz"
-    scores = read_scores(path)
+    scores = score_files.read_scores(path)
     assert scores.test.shape == (4, N_TEST)
     assert scores.valid.shape == (4, COUNTS["validation/good"])
     assert scores.test.dtype == scores.valid.dtype == np.float64
@@ -90,7 +89,7 @@ def test_same_seed_same_bytes_and_other_seed_other_scores(data_dir: Path, tmp_pa
     for name, seed in (("a", "3"), ("b", "3"), ("c", "4")):
         score(data_dir, tmp_path / name, *asked, "--seed", seed)
     assert files_below(tmp_path / "a") == files_below(tmp_path / "b")
-    first, other = (read_scores(next((tmp_path / n).rglob("*.npz"))) for n in "ac")
+    first, other = (score_files.read_scores(next((tmp_path / n).rglob("*.npz"))) for n in "ac")
     assert not np.allclose(first.test, other.test, rtol=1e-2)
 
 
@@ -100,7 +99,7 @@ def test_batch_size_changes_last_bits_at_most(
     asked = ["--mvtype", "pushpins_loco", "--pyramid_level", "14", "--crop_size_ratio", ".99"]
     found = single(data_dir, tmp_path, *asked, "--batch_size", "4")
     path = together / "ver1_pyramid_lvl_14/rep_num_0/pushpins_loco/1_crop_anom_maps.npz"
-    np.testing.assert_allclose(found.test, read_scores(path).test, rtol=1e-5)
+    np.testing.assert_allclose(found.test, score_files.read_scores(path).test, rtol=1e-5)
 
 
 def test_number_of_workers_does_not_change_a_byte(data_dir: Path, tmp_path: Path) -> None:
@@ -132,7 +131,7 @@ def test_float32_matrices_of_the_authors_give_the_same_scores(
     asked = ["--mvtype", "pushpins_loco", "--pyramid_level", "224", "--crop_size_ratio", ".7"]
     found = single(tmp_path / "matrices", tmp_path / "results", *asked)
     path = together / "ver1_pyramid_lvl_224/rep_num_0/pushpins_loco/44.00_lvl_anom_maps.npz"
-    np.testing.assert_array_equal(found.test, read_scores(path).test)
+    np.testing.assert_array_equal(found.test, score_files.read_scores(path).test)
 
 
 def test_groups_stand_for_what_is_there(
@@ -205,7 +204,9 @@ def test_finished_scores_are_skipped_and_other_settings_are_an_error(
     assert captured.err.count("finished already") == 1
     assert captured.out.split() == [str(path)]
     assert path.stat().st_ino == inode
-    with pytest.raises(UserError, match=r"n_quantiles 5, now n_quantiles is 6; .*--overwrite"):
+    with pytest.raises(
+        errors.UserError, match=r"n_quantiles 5, now n_quantiles is 6; .*--overwrite"
+    ):
         score(data_dir, tmp_path, *asked, "--n_quantiles", "6")
     other = single(data_dir, tmp_path, *asked, "--n_quantiles", "6", "--overwrite")
     assert other.run["settings"]["n_quantiles"] == 6
@@ -221,7 +222,7 @@ def test_an_aspect_may_be_a_pixel_off_in_width(
     if fits:
         make_matrices(tmp_path / "images", tmp_path / "out", ["pushpins_loco"], 32)
     else:
-        with pytest.raises(UserError, match=r"003\.png must have the aspect 1700 x 1000"):
+        with pytest.raises(errors.UserError, match=r"003\.png must have the aspect 1700 x 1000"):
             make_matrices(tmp_path / "images", tmp_path / "out", ["pushpins_loco"], 32)
 
 
@@ -231,7 +232,7 @@ def test_the_precision_asked_for_is_the_networks(
     asked = ["--mvtype", "pushpins_loco", "--pyramid_level", "14", "--crop_size_ratio", ".99"]
     found = single(data_dir, tmp_path, *asked, "--precision", "bf16")
     path = together / "ver1_pyramid_lvl_14/rep_num_0/pushpins_loco/1_crop_anom_maps.npz"
-    assert not np.allclose(found.test, read_scores(path).test, rtol=1e-3)
+    assert not np.allclose(found.test, score_files.read_scores(path).test, rtol=1e-3)
     assert found.run["settings"]["precision"] == "bf16"
 
 
@@ -321,11 +322,11 @@ def test_scores_equal_a_textbook_pipeline(
     expected = slow_scores(described, shrinkage, official)
     name = "63.00_lvl" if level == 224 else "1_crop"
     path = f"ver1_pyramid_lvl_{level}/rep_num_{rep}/pushpins_loco/{name}_anom_maps.npz"
-    ours = found = read_scores(together / path)
+    ours = found = score_files.read_scores(together / path)
     if official:
         asked = ["--mvtype", "pushpins_loco", "--pyramid_level", str(level), "--rep", str(rep)]
         score(data_dir, tmp_path, *asked, "--crop_size_ratio", ".99", "--official")
-        found = read_scores(tmp_path / path)
+        found = score_files.read_scores(tmp_path / path)
         assert not np.allclose(found.test, ours.test, rtol=1e-2)
     np.testing.assert_allclose(found.test[0], expected["test"], rtol=1e-4)
     np.testing.assert_allclose(found.valid[0], expected["valid"], rtol=1e-4)
@@ -356,7 +357,7 @@ def test_real_images_give_the_authors_scores(tmp_path: Path) -> None:
         for key, where in folders.items():
             *folder, file = where.split("/")
             path = results / f"ver1_pyramid_lvl_{'/'.join(folder)}" / "juice_bottle_loco"
-            found = read_scores(path / f"{file}_anom_maps.npz")
+            found = score_files.read_scores(path / f"{file}_anom_maps.npz")
             np.testing.assert_allclose(found.test, golden[f"{key}_test"], rtol=2e-3)
             np.testing.assert_allclose(found.valid, golden[f"{key}_valid"], rtol=2e-3)
             roc = roc_auc_score(golden["labels"], found.test.mean(0))
@@ -375,5 +376,7 @@ def test_run_record_holds_what_determines_the_numbers(together: Path) -> None:
     assert made_with["torch"] == torch.__version__
     assert (made_with["device"], made_with["cuda"], made_with["batch_size"]) == ("cpu", None, 5)
     pixels = "ver1_pyramid_lvl_224/rep_num_0/pushpins_struct/63.00_lvl_anom_maps.npz"
-    names = run["settings"].keys() - read_scores(together / pixels).run["settings"].keys()
+    names = (
+        run["settings"].keys() - score_files.read_scores(together / pixels).run["settings"].keys()
+    )
     assert names == {"net", "weights_sha256", "precision"}

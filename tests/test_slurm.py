@@ -20,22 +20,22 @@ from slurm_stub import batch_master, expected_results, process_of, stub_batch, s
 import create_batch_array_sinbad as network
 import create_batch_array_sinbad_224 as pixels
 import sinbad_single_layer
-from sinbad.datasets import scores_folder
-from sinbad.errors import UserError
-from sinbad.slurm import brace_pattern, expand_numbers, expand_pattern, read_tasks, shorten_numbers
+from sinbad import errors, loco, slurm
 
 REPO = Path(__file__).resolve().parent.parent
 
 
 @pytest.mark.parametrize("numbers", [[3], [0, 1, 2, 7], [0, 4, 8], list(range(100)), [9, 1, 2]])
 def test_numbers_are_written_and_read_as_slurm_does(numbers: list[int]) -> None:
-    assert expand_numbers(shorten_numbers(numbers)) == sorted(numbers)
-    assert expand_pattern(f"a/{brace_pattern(numbers)}/b") == [f"a/{n}/b" for n in numbers]
+    assert slurm.expand_numbers(slurm.shorten_numbers(numbers)) == sorted(numbers)
+    assert slurm.expand_pattern(f"a/{slurm.brace_pattern(numbers)}/b") == [
+        f"a/{n}/b" for n in numbers
+    ]
 
 
 def test_array_indices_of_squeue() -> None:
-    assert expand_numbers("0-8:4,11%3") == [0, 4, 8, 11]
-    assert expand_numbers("N/A") == [0]
+    assert slurm.expand_numbers("0-8:4,11%3") == [0, 4, 8, 11]
+    assert slurm.expand_numbers("N/A") == [0]
 
 
 # ---------------------------------------------------------------- what is written
@@ -44,11 +44,11 @@ def test_array_indices_of_squeue() -> None:
 def test_the_papers_grid(tmp_path: Path) -> None:
     network.main(["--out_dir", str(tmp_path / "a")])
     pixels.main(["--out_dir", str(tmp_path / "b")])
-    tasks = read_tasks(tmp_path / "a")
+    tasks = slurm.read_tasks(tmp_path / "a")
     assert len(tasks) == 10 * 2 * 4
     assert len({outputs for outputs, _ in tasks}) == len(tasks)
-    tasks = read_tasks(tmp_path / "b")
-    assert [len(expand_pattern(outputs)) for outputs, _ in tasks] == [100] * 10
+    tasks = slurm.read_tasks(tmp_path / "b")
+    assert [len(slurm.expand_pattern(outputs)) for outputs, _ in tasks] == [100] * 10
     assert "--rep 0-99" in tasks[0][1]
 
 
@@ -59,19 +59,21 @@ def test_the_papers_grid(tmp_path: Path) -> None:
 def test_granularity(tmp_path: Path, flags: tuple[str, ...], n_tasks: int, n_files: int) -> None:
     common = ["--mvtype", "pushpins", "--results_dir", str(tmp_path / "r")]
     network.main(["--out_dir", str(tmp_path / "a"), *common, *flags])
-    tasks = read_tasks(tmp_path / "a")
+    tasks = slurm.read_tasks(tmp_path / "a")
     assert len(tasks) == n_tasks
-    files = [path for outputs, _ in tasks for path in expand_pattern(outputs)]
-    assert len(expand_pattern(tasks[0][0])) == n_files
+    files = [path for outputs, _ in tasks for path in slurm.expand_pattern(outputs)]
+    assert len(slurm.expand_pattern(tasks[0][0])) == n_files
     assert len(set(files)) == len(files)
-    first = scores_folder(tmp_path / "r", "ver1", 7, 0, "pushpins_loco") / "16_crop_anom_maps.npz"
+    first = (
+        loco.scores_folder(tmp_path / "r", "ver1", 7, 0, "pushpins_loco") / "16_crop_anom_maps.npz"
+    )
     assert files[0] == str(first)
 
 
 def test_every_command_is_one_of_sinbad_single_layer(tmp_path: Path) -> None:
     own = ["--weights", "some weights.pth", "--net", "resnet18", "--official", "--seed", "3"]
     network.main(["--out_dir", str(tmp_path / "a b"), "--group", "class", *own, "--rep", "0", "2"])
-    for _, command in read_tasks(tmp_path / "a b"):
+    for _, command in slurm.read_tasks(tmp_path / "a b"):
         python, script, *argv = shlex.split(command)
         assert (python, Path(script)) == (sys.executable, REPO / "sinbad_single_layer.py")
         args = sinbad_single_layer.parse_args(argv)
@@ -87,7 +89,7 @@ def test_names_with_characters_of_the_shell(tmp_path: Path, name: str) -> None:
     folder = stub_batch(tmp_path, 1, 0, "--mvtype", name)
     assert batch_master(folder, "--local", "1").returncode == 0
     assert stub_results(folder) == expected_results(1)
-    assert Path(read_tasks(folder)[0][0]).parent.name == name
+    assert Path(slurm.read_tasks(folder)[0][0]).parent.name == name
 
 
 def test_classes_of_the_matrices_belong_to_all(tmp_path: Path) -> None:
@@ -95,9 +97,10 @@ def test_classes_of_the_matrices_belong_to_all(tmp_path: Path) -> None:
         (tmp_path / "m" / name).mkdir(parents=True)
         (tmp_path / "m" / name / "train_data.npy").touch()
     pixels.main(["--data_dir", str(tmp_path / "m"), "--out_dir", str(tmp_path / "a")])
-    assert [Path(outputs).parent.name for outputs, _ in read_tasks(tmp_path / "a")] == [
-        "toy_loco", "toy_struct"
-    ]  # fmt: skip
+    assert [Path(outputs).parent.name for outputs, _ in slurm.read_tasks(tmp_path / "a")] == [
+        "toy_loco",
+        "toy_struct",
+    ]
 
 
 def test_sbatch_lines_only_for_what_was_set(tmp_path: Path) -> None:
@@ -148,7 +151,7 @@ def test_sbatch_lines_only_for_what_was_set(tmp_path: Path) -> None:
     ],
 )
 def test_bad_input_is_one_line(tmp_path: Path, flags: list[str], message: str) -> None:
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(errors.UserError, match=message):
         network.main(["--out_dir", str(tmp_path / "new"), *flags])
     assert not (tmp_path / "new").exists()
 
@@ -183,16 +186,18 @@ def test_results_of_other_settings_do_not_count_as_done(
     flags += ["--mvtype", "pushpins_loco", "--seed", "3", "--crop_size_ratio", ".5"]
     flags += ["--rep", "0-2", "--pyramid_level", "7"]
     network.main(flags)
-    paths = list(map(Path, expand_pattern(read_tasks(tmp_path / "a")[0][0])))
+    paths = list(map(Path, slurm.expand_pattern(slurm.read_tasks(tmp_path / "a")[0][0])))
     for path in paths:
         save_output(path, {**SETTINGS, **NETWORK, "weights_sha256": "0" * 64})
     network.main(flags)
     save_output(paths[output], {**SETTINGS, **NETWORK, "weights_sha256": "0" * 64, **change})
-    with pytest.raises(UserError, match=f"{paths[output]} was made with {message}.*; choose"):
+    with pytest.raises(
+        errors.UserError, match=f"{paths[output]} was made with {message}.*; choose"
+    ):
         network.main(flags)
     network.main([*flags, "--version_name", "ver2"])
     paths[output].write_bytes(b"PK\3\4 cut")
-    with pytest.raises(UserError, match=f"{paths[output]} must be a whole .npz file"):
+    with pytest.raises(errors.UserError, match=f"{paths[output]} must be a whole .npz file"):
         network.main(flags)
     np.savez(paths[output], scores=np.ones(3))  # as the authors' files: no record
     network.main(flags)
@@ -211,12 +216,14 @@ def test_results_of_other_weights_do_not_count_as_done(
     flags = ["--out_dir", str(tmp_path / "a"), "--results_dir", str(tmp_path / "r"), "--seed", "3"]
     flags += ["--mvtype", "pushpins_loco", "--crop_size_ratio", ".5", "--weights", weights]
     network.main(flags)
-    path = Path(read_tasks(tmp_path / "a")[1][0])
+    path = Path(slurm.read_tasks(tmp_path / "a")[1][0])
     save_output(path, {**SETTINGS, **NETWORK, "weights_sha256": names[made_with]})
     if made_with == wanted:
         network.main(flags)
         return
-    with pytest.raises(UserError, match=f"{names[made_with]}, now .* is {names[wanted]}; choose"):
+    with pytest.raises(
+        errors.UserError, match=f"{names[made_with]}, now .* is {names[wanted]}; choose"
+    ):
         network.main(flags)
 
 
@@ -226,13 +233,15 @@ def test_compiled_is_a_setting_of_the_network_alone(tmp_path: Path, generator: M
     flags += ["--mvtype", "pushpins_loco", "--rep", "0"]
     generator.main(flags)
     of_network = NETWORK if generator is network else {}
-    for outputs, _ in read_tasks(tmp_path / "a"):
-        (path,) = map(Path, expand_pattern(outputs))
+    for outputs, _ in slurm.read_tasks(tmp_path / "a"):
+        (path,) = map(Path, slurm.expand_pattern(outputs))
         save_output(path, of_network)
     weights = ["--weights", "random"]
     generator.main([*flags, *weights])
     if generator is network:
-        with pytest.raises(UserError, match="was made with compile False, now compile is True"):
+        with pytest.raises(
+            errors.UserError, match="was made with compile False, now compile is True"
+        ):
             generator.main([*flags, *weights, "--compile"])
     else:
         generator.main([*flags, *weights, "--compile"])
@@ -295,7 +304,7 @@ def stand_in(folder: Path, name: str, script: str) -> None:
 
 
 @pytest.fixture
-def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def slurm_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Give a folder of stand-ins on the PATH: no jobs, arrays of 1001, job 4711 in a banner."""
     folder = tmp_path / "bin"
     folder.mkdir()
@@ -308,37 +317,43 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def calls(slurm: Path, name: str) -> list[str]:
+def calls(slurm_commands: Path, name: str) -> list[str]:
     """Return the arguments of a stand-in's calls."""
-    return [line for line in (slurm / "calls").read_text().splitlines() if line.startswith(name)]
+    return [
+        line
+        for line in (slurm_commands / "calls").read_text().splitlines()
+        if line.startswith(name)
+    ]
 
 
-def test_a_talkative_sbatch(slurm: Path, tmp_path: Path) -> None:
+def test_a_talkative_sbatch(slurm_commands: Path, tmp_path: Path) -> None:
     folder = stub_batch(tmp_path, 3, 0, "--throttle", "2")
     found = batch_master(folder)
     assert found.stdout == "4711\n"
-    assert "--array=0-2%2 array.sbatch 0" in calls(slurm, "sbatch")[0]
+    assert "--array=0-2%2 array.sbatch 0" in calls(slurm_commands, "sbatch")[0]
 
 
 def test_a_silent_sbatch_is_an_error_and_nothing_is_submitted_twice(
-    slurm: Path, tmp_path: Path
+    slurm_commands: Path, tmp_path: Path
 ) -> None:
-    stand_in(slurm, "sbatch", "exit 0")
+    stand_in(slurm_commands, "sbatch", "exit 0")
     folder = stub_batch(tmp_path, 3, 0, "--max_array_size", "2")
     found = batch_master(folder)
     assert (found.returncode, found.stdout) == (2, "")
     assert "must print a job's id, got ''; look at squeue --me" in found.stderr
-    assert len(calls(slurm, "sbatch")) == 1
+    assert len(calls(slurm_commands, "sbatch")) == 1
 
 
-def test_a_controller_that_does_not_answer(slurm: Path, tmp_path: Path) -> None:
-    stand_in(slurm, "squeue", "echo Unable to contact >&2; echo slurm controller >&2; exit 1")
+def test_a_controller_that_does_not_answer(slurm_commands: Path, tmp_path: Path) -> None:
+    stand_in(
+        slurm_commands, "squeue", "echo Unable to contact >&2; echo slurm controller >&2; exit 1"
+    )
     folder = stub_batch(tmp_path, 2, 0)
     found = batch_master(folder)
     assert found.returncode == 2
     assert found.stderr.startswith("error: `squeue --noheader")
     assert "got exit status 1: Unable to contact slurm controller; what" in found.stderr
-    assert calls(slurm, "sbatch") == []
+    assert calls(slurm_commands, "sbatch") == []
     assert batch_master(folder, "--status").returncode == 1
     assert "note: `squeue" in batch_master(folder, "--status").stderr
     assert batch_master(folder, "--local", "2").returncode == 0
@@ -348,16 +363,23 @@ def test_a_controller_that_does_not_answer(slurm: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("size", "arrays"),
-    [("0", ["4711_0", "4711_1", "4711_2"]), ("2", ["--array=0-1", "--array=0"]),
-     ("none", ["--array=0-2"])],
-)  # fmt: skip
+    [
+        ("0", ["4711_0", "4711_1", "4711_2"]),
+        ("2", ["--array=0-1", "--array=0"]),
+        ("none", ["--array=0-2"]),
+    ],
+)
 def test_limits_of_arrays(
-    slurm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: str, arrays: list[str]
+    slurm_commands: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    size: str,
+    arrays: list[str],
 ) -> None:
     monkeypatch.setenv("MAX_ARRAY_SIZE", size)
     folder = stub_batch(tmp_path, 3, 0)
     assert len(batch_master(folder).stdout.split()) == len(arrays)
-    submitted = calls(slurm, "sbatch")
+    submitted = calls(slurm_commands, "sbatch")
     for line, array in zip(submitted, arrays, strict=True):
         if size == "0":  # a cluster without arrays: every task is a job
             assert "--array" not in line
@@ -367,18 +389,20 @@ def test_limits_of_arrays(
     words = [word for line in submitted for word in line.split()]
     names = [word.partition("=")[2] for word in words if word.startswith("--job-name=")]
     listing = "\n".join(f'echo "47{i}|N/A|RUNNING|{name}|None"' for i, name in enumerate(names))
-    stand_in(slurm, "squeue", listing)
+    stand_in(slurm_commands, "squeue", listing)
     if size == "0":
         assert "3 tasks: 0 done, 3 running, 0 missing" in batch_master(folder).stderr
-        assert len(calls(slurm, "sbatch")) == 3
+        assert len(calls(slurm_commands, "sbatch")) == 3
 
 
-def test_jobs_of_other_folders_and_lists_do_not_count(slurm: Path, tmp_path: Path) -> None:
+def test_jobs_of_other_folders_and_lists_do_not_count(slurm_commands: Path, tmp_path: Path) -> None:
     folders = [stub_batch(tmp_path / name, 2, 0) for name in "ab"]
     batch_master(folders[0])
-    (name,) = [word[11:] for word in calls(slurm, "sbatch")[0].split() if "--job-name" in word]
+    (name,) = [
+        word[11:] for word in calls(slurm_commands, "sbatch")[0].split() if "--job-name" in word
+    ]
     answer = f'echo "*** hello ***"; echo "4711|0-1%2|PENDING|{name}|Resources"'
-    stand_in(slurm, "squeue", answer)
+    stand_in(slurm_commands, "squeue", answer)
     status = batch_master(folders[0], "--status")
     assert "running        2  0-1" in status.stdout
     assert "0-1 of the running wait: Resources" in status.stdout
@@ -424,9 +448,12 @@ def test_local_tasks_end_with_an_interrupt(tmp_path: Path, end: signal.Signals) 
     folder = stub_batch(tmp_path, 3, 30)
     command = ["sh", "batch_master.sh", "--local", "2"]
     run = subprocess.Popen(
-        command, cwd=folder, stderr=subprocess.PIPE, text=True,
+        command,
+        cwd=folder,
+        stderr=subprocess.PIPE,
+        text=True,
         preexec_fn=lambda: signal.signal(end, signal.SIG_DFL),  # a background job ignores SIGINT
-    )  # fmt: skip
+    )
     wait_until(lambda: all(process_of(i, folder) for i in (0, 1)), 20, "two local tasks")
     run.send_signal(end)
     assert "interrupted; run the same command again" in run.communicate()[1]

@@ -23,7 +23,7 @@ from slurm_stub import (
 import create_batch_array_sinbad as network
 import create_batch_array_sinbad_224 as pixels
 import sinbad_single_layer
-from sinbad.slurm import ask_slurm, look, read_tasks
+from sinbad import slurm
 
 SECONDS_TO_START = 60.0
 SECONDS_TO_FINISH = 300.0
@@ -51,7 +51,7 @@ def cluster() -> Iterator[None]:
 
 
 @pytest.fixture
-def slurm(cluster: None) -> Iterator[None]:
+def slurm_commands(cluster: None) -> Iterator[None]:
     """Give the running Slurm to one test and cancel what it leaves."""
     yield
     end_jobs()
@@ -64,8 +64,8 @@ def is_quiet() -> bool:
 
 def set_node(state: str) -> None:
     """Set the state of the only node."""
-    node = ask_slurm(["sinfo", "--noheader", "--format=%n"]).strip()
-    ask_slurm(["scontrol", "update", f"nodename={node}", f"state={state}", "reason=test"])
+    node = slurm.ask_slurm(["sinfo", "--noheader", "--format=%n"]).strip()
+    slurm.ask_slurm(["scontrol", "update", f"nodename={node}", f"state={state}", "reason=test"])
 
 
 def contents(folder: Path) -> dict[Path, bytes]:
@@ -74,7 +74,7 @@ def contents(folder: Path) -> dict[Path, bytes]:
     return {path.relative_to(folder): path.read_bytes() for path in files}
 
 
-def test_2500_tasks_are_split_and_submitted_once(slurm: None, tmp_path: Path) -> None:
+def test_2500_tasks_are_split_and_submitted_once(slurm_commands: None, tmp_path: Path) -> None:
     folder = stub_batch(tmp_path, 2500, 0)
     set_node("drain")
     try:
@@ -85,21 +85,21 @@ def test_2500_tasks_are_split_and_submitted_once(slurm: None, tmp_path: Path) ->
         again = batch_master(folder)
         assert again.stdout == ""
         assert "2500 tasks: 0 done, 2500 running (2500 of them waiting), 0 missing" in again.stderr
-        ask_slurm(["scancel", f"{jobs[1]}_[4-6,8]"])
+        slurm.ask_slurm(["scancel", f"{jobs[1]}_[4-6,8]"])
         assert "submitted --array=4-6,8 as job" in batch_master(folder).stderr
     finally:
-        ask_slurm(["scancel", f"--user={os.getuid()}"])
+        slurm.ask_slurm(["scancel", f"--user={os.getuid()}"])
         set_node("resume")
     wait_until(is_quiet, SECONDS_TO_FINISH, "the cancelled jobs")
 
 
 @pytest.mark.parametrize("step", [1, 4, 7])
 def test_evenly_spaced_tasks_are_submitted_once(
-    slurm: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
+    slurm_commands: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
 ) -> None:
     folder = stub_batch(tmp_path, 43, 0, "--throttle", "3")
     for task in set(range(43)) - set(range(0, 43, step)):
-        path = Path(read_tasks(folder)[task][0])
+        path = Path(slurm.read_tasks(folder)[task][0])
         path.parent.mkdir(parents=True)
         path.touch()
     monkeypatch.setenv("SQUEUE_ARRAY", "1")
@@ -108,16 +108,16 @@ def test_evenly_spaced_tasks_are_submitted_once(
     try:
         assert len(batch_master(folder).stdout.split()) == 1
         assert batch_master(folder).stdout == ""
-        alive, missing = look(folder, read_tasks(folder))
+        alive, missing = slurm.look(folder, slurm.read_tasks(folder))
         assert sorted(alive) == list(range(0, 43, step))
         assert all(reason for _, reason in alive.values())
         assert missing == []
     finally:
-        ask_slurm(["scancel", f"--user={os.getuid()}"])
+        slurm.ask_slurm(["scancel", f"--user={os.getuid()}"])
         set_node("resume")
 
 
-def test_lines_of_later_arrays_are_counted_on(slurm: None, tmp_path: Path) -> None:
+def test_lines_of_later_arrays_are_counted_on(slurm_commands: None, tmp_path: Path) -> None:
     limits = ["--max_array_size", "2", "--throttle", "1"]
     folder = stub_batch(tmp_path, 3, 0, *limits, "--setup", "cd /")
     assert len(batch_master(folder).stdout.split()) == 2
@@ -126,17 +126,17 @@ def test_lines_of_later_arrays_are_counted_on(slurm: None, tmp_path: Path) -> No
     assert stub_results(folder) == expected_results(3)
 
 
-def test_a_throttle_holds_for_what_is_submitted_again(slurm: None, tmp_path: Path) -> None:
+def test_a_throttle_holds_for_what_is_submitted_again(slurm_commands: None, tmp_path: Path) -> None:
     folder = stub_batch(tmp_path, 4, 0, "--throttle", "1", "--max_array_size", "2")
     set_node("drain")
     try:
         jobs = batch_master(folder).stdout.split()
-        ask_slurm(["scancel", f"{jobs[0]}_1"])
+        slurm.ask_slurm(["scancel", f"{jobs[0]}_1"])
         (again,) = batch_master(folder).stdout.split()
-        shown = ask_slurm(["scontrol", "show", "job", again])
+        shown = slurm.ask_slurm(["scontrol", "show", "job", again])
         assert all(f"afterany:{job}" in shown for job in jobs)
     finally:
-        ask_slurm(["scancel", f"--user={os.getuid()}"])
+        slurm.ask_slurm(["scancel", f"--user={os.getuid()}"])
         set_node("resume")
 
 
@@ -145,29 +145,29 @@ def wait_for_two_tasks(folder: Path) -> None:
     wait_until(lambda: all(process_of(t, folder) for t in (0, 1)), SECONDS_TO_START, "two tasks")
 
 
-def test_a_node_that_goes_down_loses_nothing(slurm: None, tmp_path: Path) -> None:
+def test_a_node_that_goes_down_loses_nothing(slurm_commands: None, tmp_path: Path) -> None:
     folder = stub_batch(tmp_path, 3, 0, "--requeue", "--setup", HANG_ONCE)
     batch_master(folder)
     wait_for_two_tasks(folder)
     set_node("down")
     wait_until(lambda: not any(process_of(t, folder) for t in (0, 1)), SECONDS_TO_START, "an end")
-    assert len(look(folder, read_tasks(folder))[0]) == 3
+    assert len(slurm.look(folder, slurm.read_tasks(folder))[0]) == 3
     set_node("resume")
     # Slurm holds requeued jobs back for two minutes; a person would wait.
     for job in {line.split()[0] for line in job_listing().splitlines()}:
-        ask_slurm(["scontrol", "update", f"jobid={job}", "starttime=now"])
+        slurm.ask_slurm(["scontrol", "update", f"jobid={job}", "starttime=now"])
     wait_until(is_quiet, SECONDS_TO_FINISH, "three tasks")
     assert batch_master(folder, "--status").returncode == 0
     assert stub_results(folder) == expected_results(3)
 
 
 def test_only_killed_tasks_are_submitted_again(
-    slurm: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    slurm_commands: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = stub_batch(tmp_path / "it's mine", 4, 0, "--setup", HANG_ONCE)
     (job,) = batch_master(folder).stdout.split()
     wait_for_two_tasks(folder)
-    ask_slurm(["scancel", f"{job}_0"])
+    slurm.ask_slurm(["scancel", f"{job}_0"])
     kill_task(1, folder)
     wait_until(is_quiet, SECONDS_TO_FINISH, "the other two")
     status = batch_master(folder, "--status")
@@ -198,7 +198,7 @@ def generate_both(root: Path, data_dir: Path) -> list[list[str]]:
 
 
 def test_two_submissions_at_once_and_one_killed_cost_work_alone(
-    slurm: None, tmp_path: Path
+    slurm_commands: None, tmp_path: Path
 ) -> None:
     folder = stub_batch(tmp_path, 3, 0)
     set_node("drain")
@@ -215,7 +215,7 @@ def test_two_submissions_at_once_and_one_killed_cost_work_alone(
 
 
 def test_killed_after_sbatch_nothing_is_submitted_twice(
-    slurm: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    slurm_commands: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = stub_batch(tmp_path, 3, 0)
     real = shutil.which("sbatch")
@@ -229,7 +229,7 @@ def test_killed_after_sbatch_nothing_is_submitted_twice(
         assert len(job_listing().splitlines()) == 3
         assert batch_master(folder).stdout == ""
     finally:
-        ask_slurm(["scancel", f"--user={os.getuid()}"])
+        slurm.ask_slurm(["scancel", f"--user={os.getuid()}"])
         set_node("resume")
 
 
@@ -246,7 +246,7 @@ def run_in_one_process(flags: list[list[str]], results_dir: Path) -> dict[Path, 
 
 
 def test_both_arrays_and_the_ensemble_equal_one_process_to_the_byte(
-    slurm: None, tmp_path: Path, data_dir: Path
+    slurm_commands: None, tmp_path: Path, data_dir: Path
 ) -> None:
     root = tmp_path / "it's mine"
     first, second = root / "sbatches", root / "sbatches_224"
@@ -256,7 +256,7 @@ def test_both_arrays_and_the_ensemble_equal_one_process_to_the_byte(
     assert "ensemble waits for 1 missing tasks of" in submitted.stderr
     (job,) = submitted.stdout.split()
     job_224, ensemble = batch_master(second).stdout.split()
-    dependency = ask_slurm(["scontrol", "show", "job", ensemble])
+    dependency = slurm.ask_slurm(["scontrol", "show", "job", ensemble])
     assert f"afterany:{job}" in dependency
     assert f"afterany:{job_224}" in dependency
     again = batch_master(first)

@@ -15,8 +15,8 @@ from sklearn.covariance import LedoitWolf
 from sklearn.metrics import roc_auc_score
 from uea_toy import CLASSES, Array, make_series, run, ts_text, write_toy
 
-from sinbad.errors import UserError
-from sinbad.series import DataSet, find_files, load_data_set
+import sinbad_utils
+from sinbad import errors, uea
 from sinbad_time_series import (
     PUBLISHED,
     count_dilations,
@@ -25,7 +25,6 @@ from sinbad_time_series import (
     score_seed,
     window_elements,
 )
-from sinbad_utils import project, random_directions
 
 REPOSITORY = Path(__file__).parent.parent
 REAL_DATA = Path(os.environ.get("UEA_DIR", REPOSITORY.parent / "shared/data/uea"))
@@ -43,7 +42,7 @@ needs_real_data = pytest.mark.skipif(
 def project_series(series: torch.Tensor, directions: torch.Tensor, n: int) -> torch.Tensor:
     """Project the elements of series that are padded with 0."""
     zeros = torch.zeros(series.shape[1])
-    return project(directions, window_elements(series, zeros, n))
+    return sinbad_utils.project(directions, window_elements(series, zeros, n))
 
 
 def textbook_descriptor(
@@ -82,8 +81,9 @@ def textbook_scores(normal: Array, test: Array, directions: Array, n_quantiles: 
     )
     fitted = LedoitWolf().fit(described)
     inverse = np.linalg.inv(fitted.covariance_)
-    return np.array([(d - fitted.location_) @ inverse @ (d - fitted.location_)
-                     for d in test_described])  # fmt: skip
+    return np.array(
+        [(d - fitted.location_) @ inverse @ (d - fitted.location_) for d in test_described]
+    )
 
 
 @pytest.mark.parametrize("n_steps", [9, 20, 31])
@@ -92,7 +92,7 @@ def test_scores_equal_the_textbook(n_steps: int) -> None:
     normal = np.float32(generator.normal(size=(7, 2, n_steps)))
     test = np.float32(generator.normal(size=(5, 2, n_steps)) * 1.5)
     n_dilations = count_dilations(n_steps)
-    directions = random_directions(6, n_dilations * 2 * 9, key=(3,))
+    directions = sinbad_utils.random_directions(6, n_dilations * 2 * 9, key=(3,))
     wanted = textbook_scores(
         normal.astype(float), test.astype(float), directions.double().numpy(), 4
     )
@@ -105,20 +105,27 @@ def test_scores_equal_the_textbook(n_steps: int) -> None:
 
 
 def test_roc_auc_of_a_data_set_equals_the_textbook(tmp_path: Path) -> None:
-    data = load_data_set(find_files(write_toy(tmp_path, (14, 20)), "Toy", "ts"))
+    data = uea.load_data_set(uea.find_files(write_toy(tmp_path, (14, 20)), "Toy", "ts"))
     assert data.train.shape == (18, 2, 20)
     data = data._replace(  # in units where 0 is 0
         train=data.train - data.zeros[:, None],
         test=data.test - data.zeros[:, None],
         zeros=np.zeros(2, np.float32),
     )
-    directions = random_directions(7, 2 * 2 * 9, key=(5,)).double().numpy()
+    directions = sinbad_utils.random_directions(7, 2 * 2 * 9, key=(5,)).double().numpy()
     wanted = [
-        100 * roc_auc_score(data.test_labels != name, textbook_scores(
-            data.train[data.train_labels == name].astype(float),
-            data.test.astype(float), directions, 4))
+        100
+        * roc_auc_score(
+            data.test_labels != name,
+            textbook_scores(
+                data.train[data.train_labels == name].astype(float),
+                data.test.astype(float),
+                directions,
+                4,
+            ),
+        )
         for name in sorted(CLASSES)
-    ]  # fmt: skip
+    ]
     np.testing.assert_allclose(score_seed(data, 5, 7, 4, CPU), wanted)
 
 
@@ -132,15 +139,20 @@ def test_a_small_signal_on_a_great_offset_scores_as_the_textbook(tmp_path: Path)
         # so long that the padding, 0, is outside the range of the 1 % and 99 % quantiles
         drawn = generator.normal(size=(16, 1, 9000)) * np.reshape(spread, (16, 1, 1))
         drawn += generator.normal(size=(16, 1, 1)) + 1e6
-        rows = (",".join(map(repr, one[0].tolist())) + f":{label}"
-                for one, label in zip(drawn, labels, strict=True))  # fmt: skip
+        rows = (
+            ",".join(map(repr, one[0].tolist())) + f":{label}"
+            for one, label in zip(drawn, labels, strict=True)
+        )
         header = "@classLabel true up down\n@data\n"
         (tmp_path / f"Toy/Toy_{split}.ts").write_text(header + "\n".join(rows) + "\n")
         splits[split] = drawn
-    data = load_data_set(find_files(tmp_path, "Toy", "ts"))
-    directions, zeros = random_directions(6, 90, key=(0,)), torch.from_numpy(data.zeros)
+    data = uea.load_data_set(uea.find_files(tmp_path, "Toy", "ts"))
+    directions, zeros = (
+        sinbad_utils.random_directions(6, 90, key=(0,)),
+        torch.from_numpy(data.zeros),
+    )
     train, test = (
-        project(directions, window_elements(torch.from_numpy(series), zeros, 10))
+        sinbad_utils.project(directions, window_elements(torch.from_numpy(series), zeros, 10))
         for series in (data.train, data.test)
     )
     is_normal = data.train_labels == "up"
@@ -157,7 +169,7 @@ def test_number_of_dilations(n_steps: int, wanted: int) -> None:
 
 def test_order_of_the_elements_is_ignored() -> None:
     series = torch.randn(9, 2, 30, generator=torch.Generator().manual_seed(0))
-    values = project_series(series, random_directions(5, 3 * 2 * 9, key=(0,)), 3)
+    values = project_series(series, sinbad_utils.random_directions(5, 3 * 2 * 9, key=(0,)), 3)
     shuffled = values[:, :, torch.randperm(30, generator=torch.Generator().manual_seed(1))]
     assert not torch.equal(values, shuffled)
     one, other = (score_class(v[:6], v, 4) for v in (values, shuffled))
@@ -167,7 +179,7 @@ def test_order_of_the_elements_is_ignored() -> None:
 def test_batches_of_series_change_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = np.float32(np.random.default_rng(0).normal(size=(150, 2, 20)))
     labels = np.array(["a", "b", "c"] * 50)
-    data = DataSet(drawn, drawn[:90], labels, labels[:90], np.zeros(2, np.float32))
+    data = uea.DataSet(drawn, drawn[:90], labels, labels[:90], np.zeros(2, np.float32))
     wanted = score_seed(data, 0, 5, 4, CPU)
     monkeypatch.setattr("sinbad_time_series.SERIES_A_BATCH", 7)
     assert score_seed(data, 0, 5, 4, CPU) == wanted
@@ -217,8 +229,9 @@ def test_results_agree_and_repeat(tmp_path: Path, capsys: pytest.CaptureFixture[
     texts = {(tmp_path / out / "time_series.json").read_bytes() for out in "ab"}
     assert len(texts) == 1
     assert sorted(path.name for path in (tmp_path / "a").iterdir()) == [
-        "time_series.csv", "time_series.json",
-    ]  # fmt: skip
+        "time_series.csv",
+        "time_series.json",
+    ]
     rows = list(csv.DictReader(first.splitlines()))
     order = itertools.product(["0", "1", "4"], sorted(CLASSES))
     assert [(row["seed"], row["class"]) for row in rows] == list(order)
@@ -243,8 +256,11 @@ def test_spoken_digits_keep_20_to_50_steps(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "SpokenArabicDigits"
-    drawn = [(one[:, :n], label) for n in (18, 19, 20, 50, 51, 60, 70)
-             for one, label in make_series(n, 2, (70, 70))]  # fmt: skip
+    drawn = [
+        (one[:, :n], label)
+        for n in (18, 19, 20, 50, 51, 60, 70)
+        for one, label in make_series(n, 2, (70, 70))
+    ]
     folder.mkdir()
     for split in ("TRAIN", "TEST"):
         (folder / f"{folder.name}_{split}.ts").write_text(ts_text(drawn))
@@ -275,16 +291,20 @@ def test_a_run_goes_on_where_another_ended(
 def test_results_of_other_settings_or_files_are_not_mixed(tmp_path: Path) -> None:
     folder, out = write_toy(tmp_path / "data"), tmp_path / "out"
     before = run(folder, out)
-    with pytest.raises(UserError, match=r"n_quantiles must be 4, that of .*, got 5; .*overwrite"):
+    with pytest.raises(
+        errors.UserError, match=r"n_quantiles must be 4, that of .*, got 5; .*overwrite"
+    ):
         run(folder, out, "--n_quantiles", "5")
     assert (out / "time_series.csv").read_text() == before
     path = folder / "Toy/Toy_TEST.ts"
     path.write_text(path.read_text().replace("0.", "1.", 1))
-    with pytest.raises(UserError, match=r"files must be those .*Toy_TRAIN\.ts and Toy_TEST\.ts"):
+    with pytest.raises(
+        errors.UserError, match=r"files must be those .*Toy_TRAIN\.ts and Toy_TEST\.ts"
+    ):
         run(folder, out)
     assert run(folder, out, "--overwrite", "--n_quantiles", "5") != before
     (out / "time_series.json").write_text("[]")
-    with pytest.raises(UserError, match="must be a file of this version"):
+    with pytest.raises(errors.UserError, match="must be a file of this version"):
         run(folder, out)
     assert run(folder, out, "--overwrite").startswith("dataset,class,seed")
 
@@ -294,8 +314,9 @@ def test_results_of_other_settings_or_files_are_not_mixed(tmp_path: Path) -> Non
 
 @needs_real_data
 def test_real_formats_are_the_same_to_the_bit() -> None:
-    loaded: list[DataSet] = [
-        load_data_set(find_files(REAL_DATA, "RacketSports", suffix)) for suffix in ("ts", "arff")
+    loaded: list[uea.DataSet] = [
+        uea.load_data_set(uea.find_files(REAL_DATA, "RacketSports", suffix))
+        for suffix in ("ts", "arff")
     ]
     ts, arff = loaded
     assert ts.train.shape == (151, 6, 30)
@@ -316,8 +337,21 @@ def one_thread() -> Iterator[None]:
 @needs_real_data
 def test_real_results_are_near_the_published(one_thread: None, tmp_path: Path) -> None:
     started = time.process_time()  # others may be busy on the same cores
-    main(["--dataset_dir", str(REAL_DATA), "--dataset", "RacketSports", "NATOPS",
-          "--seeds", "0-1", "--out", str(tmp_path), "--device", "cpu"])  # fmt: skip
+    main(
+        [
+            "--dataset_dir",
+            str(REAL_DATA),
+            "--dataset",
+            "RacketSports",
+            "NATOPS",
+            "--seeds",
+            "0-1",
+            "--out",
+            str(tmp_path),
+            "--device",
+            "cpu",
+        ]
+    )
     assert time.process_time() - started < 20
     found = json.loads((tmp_path / "time_series.json").read_text())["datasets"]
     assert found["RacketSports"]["mean"] == pytest.approx(91.9, abs=0.8)  # 10 seeds: 91.9 +- 0.17

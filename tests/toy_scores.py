@@ -9,9 +9,7 @@ from typing import Any
 import numpy as np
 
 import calc_anom_ensm
-from sinbad.datasets import KINDS, PIXEL_LEVEL, scores_file_name, scores_folder, split_mvtype
-from sinbad.ensembles import DataSetScores, EnsembleOptions, load_data_set
-from sinbad.results import LevelScores, save_scores
+from sinbad import ensembles, loco, score_files
 
 SIDE = 64  # pixels
 RATIOS = (0.5, 0.99)  # 9 crops and 1
@@ -23,7 +21,7 @@ Edit = Callable[[dict[str, Any]], object]
 
 def image_paths(mvtype: str) -> list[str]:
     """Return the test images of a toy data set."""
-    bad = KINDS[split_mvtype(mvtype)[1]]
+    bad = loco.KINDS[loco.split_mvtype(mvtype)[1]]
     return [f"test/good/{i:03d}.png" for i in range(N_GOOD)] + [
         f"test/{bad}/{i:03d}.png" for i in range(N_BAD)
     ]
@@ -32,13 +30,22 @@ def image_paths(mvtype: str) -> list[str]:
 def settings_of(mvtype: str, level: int, ratio: float, rep: int) -> dict[str, Any]:
     """Return what a file of scores of toy images records."""
     settings: dict[str, Any] = {
-        "mvtype": mvtype, "pyramid_level": level, "crop_size_ratio": ratio, "crop_num_edge": 4,
-        "rep": rep, "seed": 0, "n_projections": 10, "n_quantiles": 5, "shrinkage_factor": 0.1,
-        "official": False, "initial_res": SIDE, "images_sha256": f"images of {mvtype}",
+        "mvtype": mvtype,
+        "pyramid_level": level,
+        "crop_size_ratio": ratio,
+        "crop_num_edge": 4,
+        "rep": rep,
+        "seed": 0,
+        "n_projections": 10,
+        "n_quantiles": 5,
+        "shrinkage_factor": 0.1,
+        "official": False,
+        "initial_res": SIDE,
+        "images_sha256": f"images of {mvtype}",
         "n_images": {"train": 9, "valid": N_VALID, "test": N_GOOD + N_BAD},
         "matrices": {"im_size": SIDE, "width": SIDE, "height": 37, "pillow": "13.0.0"},
-    }  # fmt: skip
-    if level != PIXEL_LEVEL:
+    }
+    if level != loco.PIXEL_LEVEL:
         settings |= {"net": "resnet18", "weights_sha256": "abc", "precision": "fp32"}
     return settings
 
@@ -50,16 +57,16 @@ def write_file(
     settings = copy.deepcopy(settings_of(mvtype, level, ratio, rep))
     if edit is not None:
         edit(settings)
-    name = scores_file_name(level, SIDE, ratio, 4)
-    n_crops = 1 if level == PIXEL_LEVEL else int(name.split("_")[0])
+    name = loco.scores_file_name(level, SIDE, ratio, 4)
+    n_crops = 1 if level == loco.PIXEL_LEVEL else int(name.split("_")[0])
     rng = np.random.default_rng([level, n_crops, rep, len(mvtype)])
     paths = image_paths(mvtype)
     labels = np.array([float("good" not in path) for path in paths])
     test = rng.uniform(0.5, 1.5, (n_crops, len(paths))) * (1.0 + 0.5 * labels)
     valid = rng.uniform(0.5, 1.5, (n_crops, N_VALID))
-    path = scores_folder(root, "ver1", level, rep, mvtype) / name
+    path = loco.scores_folder(root, "ver1", level, rep, mvtype) / name
     run = {"settings": settings, "made_with": MADE_WITH}
-    save_scores(path, LevelScores(test, valid, labels, paths, run))
+    score_files.save_scores(path, score_files.LevelScores(test, valid, labels, paths, run))
     return path
 
 
@@ -69,21 +76,28 @@ def write_data_set(root: Path, mvtype: str, rep: int = 0, edit: Edit | None = No
         for ratio in RATIOS:
             write_file(root, mvtype, level, ratio, rep, edit)
     for pixel_rep in (0, 1):
-        write_file(root, mvtype, PIXEL_LEVEL, 0.999, pixel_rep, edit)
+        write_file(root, mvtype, loco.PIXEL_LEVEL, 0.999, pixel_rep, edit)
 
 
-def options_of(root: Path, **changes: object) -> EnsembleOptions:
+def options_of(root: Path, **changes: object) -> ensembles.EnsembleOptions:
     """Return how `write_data_set` is ensembled."""
     version = str(root / "ver1_pyramid_lvl_#")
-    wanted = {"version": version, "version_224": version, "levels": (7, 14), "rep": 0,
-              "rep_num_224": 2, "lambda_factor": 0.1, **changes}  # fmt: skip
-    return EnsembleOptions(**wanted)  # type: ignore[arg-type]
+    wanted = {
+        "version": version,
+        "version_224": version,
+        "levels": (7, 14),
+        "rep": 0,
+        "rep_num_224": 2,
+        "lambda_factor": 0.1,
+        **changes,
+    }
+    return ensembles.EnsembleOptions(**wanted)  # type: ignore[arg-type]
 
 
-def load_toy(root: Path, mvtype: str, **changes: object) -> DataSetScores:
+def load_toy(root: Path, mvtype: str, **changes: object) -> ensembles.DataSetScores:
     """Write a toy data set and ensemble it."""
     write_data_set(root, mvtype)
-    return load_data_set(options_of(root, **changes), mvtype)
+    return ensembles.load_data_set(options_of(root, **changes), mvtype)
 
 
 def ensemble(version: str, out: Path, *flags: str) -> list[dict[str, str]]:

@@ -67,8 +67,23 @@ def write_toy(
 
 def run(folder: Path, out: Path, *flags: str) -> str:
     """Run the script on the toy; return its CSV."""
-    main(["--dataset_dir", str(folder), "--dataset", "Toy", "--out", str(out),
-          "--n_projections", "7", "--n_quantiles", "4", "--device", "cpu", *flags])  # fmt: skip
+    main(
+        [
+            "--dataset_dir",
+            str(folder),
+            "--dataset",
+            "Toy",
+            "--out",
+            str(out),
+            "--n_projections",
+            "7",
+            "--n_quantiles",
+            "4",
+            "--device",
+            "cpu",
+            *flags,
+        ]
+    )
     return (out / "time_series.csv").read_text()
 
 

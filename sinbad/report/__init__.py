@@ -5,27 +5,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from sinbad.datasets import KINDS, split_mvtype
-from sinbad.ensembles import (
-    DataSetScores,
-    ExtraScores,
-    add_extra_scores,
-    check_runs,
-    read_extra_scores,
-)
-from sinbad.errors import say
-from sinbad.files import to_json, write_whole
-from sinbad.folders import defect_images
-from sinbad.report.metrics import all_metrics
-from sinbad.report.tables import (
-    csv_text,
-    image_rows,
-    made_from,
-    made_from_text,
-    markdown,
-    other_tables,
-    score_table,
-)
+from sinbad import atomic, ensembles, errors, layouts, loco
+from sinbad.report import metrics, tables
 
 NOTES = """
 AUROC in percent; the interval is a bootstrap over test images (of the first of several runs).
@@ -33,7 +14,7 @@ Published: SINBAD, arXiv 2302.12245, shown beside whole LOCO data sets only."""
 # Everything that a report may write; what lies there of another run is removed.
 OWN_FILES = re.compile(
     r"metrics\.json|table\.md|(table|classes|details|defects|scores(_(seed|rep)_\d+)?)\.csv|"
-    rf"(score_distributions|roc_curves|auroc_by_grid|images_.+_({'|'.join({*KINDS, 'all'})}))\.png"
+    rf"(score_distributions|roc_curves|auroc_by_grid|images_.+_({'|'.join({*loco.KINDS, 'all'})}))\.png"
 )
 
 
@@ -43,7 +24,7 @@ class ReportOptions:
 
     out: Path  # folder of tables and pictures
     dataset_dir: Path  # classes' images, for pictures, masks and the size of maps; may be missing
-    extra: ExtraScores | None  # another method's scores
+    extra: ensembles.ExtraScores | None  # another method's scores
     maps_dir: Path | None  # folder of anomaly maps
     figures: bool  # draw pictures
 
@@ -51,12 +32,12 @@ class ReportOptions:
 def report_options(args: argparse.Namespace, out: Path) -> ReportOptions:
     """Collect the flags of a report; what they name is tried now, before long work."""
     path = args.extra_scores
-    extra = path and read_extra_scores(path, args.extra_weight, args.extra_norm)
+    extra = path and ensembles.read_extra_scores(path, args.extra_weight, args.extra_norm)
     out.mkdir(parents=True, exist_ok=True)
     return ReportOptions(out, args.dataset_dir, extra, args.maps_dir, args.figures)
 
 
-def write_report(runs: dict[str, list[DataSetScores]], options: ReportOptions) -> str:
+def write_report(runs: dict[str, list[ensembles.DataSetScores]], options: ReportOptions) -> str:
     """Write everything that is asked for; return the text to print.
 
     `runs` is name of a run ("seed 0", "rep 0") -> its data sets, the same in all runs; pictures and
@@ -64,23 +45,26 @@ def write_report(runs: dict[str, list[DataSetScores]], options: ReportOptions) -
 
     UserError if data sets or runs do not belong together, or the extra scores do not fit them.
     """
-    check_runs(runs)
+    ensembles.check_runs(runs)
     extra = options.extra
     if extra is not None:
-        runs = {name: [add_extra_scores(s, extra) for s in sets] for name, sets in runs.items()}
+        runs = {
+            name: [ensembles.add_extra_scores(s, extra) for s in sets]
+            for name, sets in runs.items()
+        }
     first = next(iter(runs.values()))
     if options.maps_dir is not None:
-        from sinbad.report.maps import write_maps
+        from sinbad.report import maps
 
-        write_maps(options.maps_dir, first, options.dataset_dir)
-        say(f"anomaly maps (coarse: where to look) in {options.maps_dir}")
+        maps.write_maps(options.maps_dir, first, options.dataset_dir)
+        errors.say(f"anomaly maps (coarse: where to look) in {options.maps_dir}")
     text, files = _tables(runs, options)
     if options.figures:
-        from sinbad.report.figures import draw_figures  # matplotlib is slow to import
+        from sinbad.report import figures  # matplotlib is slow to import
 
-        files |= draw_figures(first, options.dataset_dir)
+        files |= figures.draw_figures(first, options.dataset_dir)
     for name, content in files.items():
-        write_whole(options.out / name, content)
+        atomic.atomic_write(options.out / name, content)
     for path in options.out.iterdir():
         if path.name not in files and OWN_FILES.fullmatch(path.name) and not path.is_dir():
             path.unlink(missing_ok=True)
@@ -88,28 +72,34 @@ def write_report(runs: dict[str, list[DataSetScores]], options: ReportOptions) -
 
 
 def _tables(
-    runs: dict[str, list[DataSetScores]], options: ReportOptions
+    runs: dict[str, list[ensembles.DataSetScores]], options: ReportOptions
 ) -> tuple[str, dict[str, bytes | str]]:
     """Return the score table to print, and file -> content of all tables."""
     defects = {
-        s.mvtype: defect_images(options.dataset_dir / split_mvtype(s.mvtype)[0], s.image_paths)
+        s.mvtype: layouts.defect_images(
+            options.dataset_dir / loco.split_mvtype(s.mvtype)[0], s.image_paths
+        )
         for s in next(iter(runs.values()))
     }
-    metrics = {name: all_metrics(sets, defects) for name, sets in runs.items()}
-    values = list(metrics.values())
-    tables = {"table": score_table(values), **other_tables(values)}
-    texts = {name: markdown(rows) for name, rows in tables.items() if len(rows) > 1}
-    source = made_from(runs)
+    metrics_of_runs = {name: metrics.all_metrics(sets, defects) for name, sets in runs.items()}
+    values = list(metrics_of_runs.values())
+    rows_by_table = {"table": tables.score_table(values), **tables.other_tables(values)}
+    texts = {name: tables.markdown(rows) for name, rows in rows_by_table.items() if len(rows) > 1}
+    source = tables.made_from(runs)
     if options.extra is not None:
         keys = ("name", "weight", "norm")
         source["extra scores"] = {key: [getattr(options.extra, key)] for key in keys}
     single = len(runs) == 1
-    report = values[0] if single else {"runs": metrics}
-    files: dict[str, bytes | str] = {f"{name}.csv": csv_text(tables[name]) for name in texts}
-    files["table.md"] = "\n\n".join([*texts.values(), "Made from", made_from_text(source)]) + "\n"
-    text = to_json({**report, "made_from": source}) + "\n"
+    report = values[0] if single else {"runs": metrics_of_runs}
+    files: dict[str, bytes | str] = {
+        f"{name}.csv": tables.csv_text(rows_by_table[name]) for name in texts
+    }
+    files["table.md"] = (
+        "\n\n".join([*texts.values(), "Made from", tables.made_from_text(source)]) + "\n"
+    )
+    text = atomic.to_json({**report, "made_from": source}) + "\n"
     files["metrics.json"] = text.encode("utf-8", "backslashreplace")
     for name, sets in runs.items():
         file_name = "scores.csv" if single else f"scores_{name.replace(' ', '_')}.csv"
-        files[file_name] = csv_text(image_rows(sets))
+        files[file_name] = tables.csv_text(tables.image_rows(sets))
     return texts["table"], files

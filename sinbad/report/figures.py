@@ -24,23 +24,31 @@ from numpy.typing import NDArray
 from PIL import Image
 from sklearn.metrics import roc_curve
 
-from sinbad.datasets import KIND_NAMES, split_mvtype
-from sinbad.ensembles import DataSetScores
-from sinbad.errors import say
-from sinbad.folders import open_image
-from sinbad.report.maps import overlay_map
-from sinbad.report.metrics import auroc, columns_of, group_by_class, percent
-from sinbad.report.tables import legible
-from sinbad_utils import Scores
+import sinbad_utils
+from sinbad import ensembles, errors, layouts, loco
+from sinbad.report import maps, metrics, tables
 
 DPI = 150
 WIDTH = 1600 / DPI  # inches
-FONTS = ("DejaVu Sans", "Noto Sans CJK SC", "Noto Sans CJK JP", "WenQuanYi Zen Hei", "SimHei",
-         "Microsoft YaHei", "Hiragino Sans GB", "Yu Gothic", "Malgun Gothic")  # fmt: skip
+FONTS = (
+    "DejaVu Sans",
+    "Noto Sans CJK SC",
+    "Noto Sans CJK JP",
+    "WenQuanYi Zen Hei",
+    "SimHei",
+    "Microsoft YaHei",
+    "Hiragino Sans GB",
+    "Yu Gothic",
+    "Malgun Gothic",
+)
 GOOD = "good"
 OTHER = "anomalous"  # images of a data set that knows no kinds
-LOOKS = {GOOD: ("#0072B2", "o"), "logical": ("#D55E00", "^"), "structural": ("#CC79A7", "s"),
-         OTHER: ("#D55E00", "D")}  # fmt: skip
+LOOKS = {
+    GOOD: ("#0072B2", "o"),
+    "logical": ("#D55E00", "^"),
+    "structural": ("#CC79A7", "s"),
+    OTHER: ("#D55E00", "D"),
+}
 CURVE_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 CURVE_STYLES = {"loco": "-", "struct": (0, (4, 2))}
 N_SHOWN = 4  # most, and least, anomalous images of a sheet
@@ -52,7 +60,7 @@ ABOUT_COLOURS = "colour: score of the crops at a place over that of validation i
 GOLDEN_RATIO = (math.sqrt(5.0) - 1.0) / 2.0
 
 
-def draw_figures(sets: Sequence[DataSetScores], dataset_dir: Path) -> dict[str, bytes]:
+def draw_figures(sets: Sequence[ensembles.DataSetScores], dataset_dir: Path) -> dict[str, bytes]:
     """Return file name -> PNG of every picture; equal scores give equal bytes.
 
     Sheets of images are left out where `dataset_dir` lacks the images; a line says so.
@@ -64,7 +72,7 @@ def draw_figures(sets: Sequence[DataSetScores], dataset_dir: Path) -> dict[str, 
     }
     without = []
     for scores in sets:
-        folder = dataset_dir / split_mvtype(scores.mvtype)[0]
+        folder = dataset_dir / loco.split_mvtype(scores.mvtype)[0]
         shown = [i for images in extreme_images(scores.final).values() for i in images]
         if all((folder / scores.image_paths[i]).is_file() for i in shown):
             pictures[f"images_{scores.mvtype}.png"] = png_of(sheet_figure, scores, dataset_dir)
@@ -72,7 +80,7 @@ def draw_figures(sets: Sequence[DataSetScores], dataset_dir: Path) -> dict[str, 
             without.append(scores.mvtype)
     if without:
         names = ", ".join(without)
-        say(f"note: no sheets of images for {names}: their images are not in {dataset_dir}")
+        errors.say(f"note: no sheets of images for {names}: their images are not in {dataset_dir}")
     return pictures
 
 
@@ -95,13 +103,15 @@ def png_of(draw: Callable[..., Figure], *of: object) -> bytes:
         warnings.simplefilter("always")
         draw(*of).savefig(file, format="png", dpi=DPI, metadata={"Software": None})
     if any("missing from font" in str(warning.message) for warning in caught):
-        say("note: no font here has all characters of the names; install e.g. fonts-noto-cjk")
+        errors.say(
+            "note: no font here has all characters of the names; install e.g. fonts-noto-cjk"
+        )
     return file.getvalue()
 
 
 def kind_name(mvtype: str) -> str:
     """Return what the anomalous images of a data set are called."""
-    return KIND_NAMES.get(split_mvtype(mvtype)[1], OTHER)
+    return loco.KIND_NAMES.get(loco.split_mvtype(mvtype)[1], OTHER)
 
 
 def mark_1_2_5(axis: Axis) -> None:
@@ -114,29 +124,29 @@ def mark_1_2_5(axis: Axis) -> None:
 # ---------------------------------------------------------------- scores
 
 
-def distribution_figure(sets: Sequence[DataSetScores]) -> Figure:
+def distribution_figure(sets: Sequence[ensembles.DataSetScores]) -> Figure:
     """Draw every image's final score: a panel a class, a row for good and each kind of anomaly."""
-    classes = group_by_class(sets)
+    classes = metrics.group_by_class(sets)
     n_columns = min(2, len(classes))
     n_rows = math.ceil(len(classes) / n_columns)
     figure = Figure((WIDTH, 0.8 + 2.0 * n_rows))
     for place, (class_name, own) in enumerate(classes.items(), start=1):
         axes = figure.add_subplot(n_rows, n_columns, place)
         _draw_distributions(axes, own)
-        axes.set_title(legible(class_name), fontweight="bold")
+        axes.set_title(tables.legible(class_name), fontweight="bold")
     figure.suptitle("Scores of the test images; a bar is the median", x=0.01, ha="left")
     figure.supxlabel("final anomaly score of an image (no unit, higher = more anomalous)")
     return figure
 
 
-def _draw_distributions(axes: Axes, own: list[DataSetScores]) -> None:
+def _draw_distributions(axes: Axes, own: list[ensembles.DataSetScores]) -> None:
     """Draw the scores of one class; the good images are those of its first data set."""
     groups = {GOOD: own[0].final[own[0].labels == 0]}
     names = [f"good\nn = {len(groups[GOOD])}"]
     for scores in own:
         kind = kind_name(scores.mvtype)
         groups[kind] = scores.final[scores.labels == 1]
-        value = percent([auroc(scores.labels, scores.final)])
+        value = metrics.percent([metrics.auroc(scores.labels, scores.final)])
         names.append(f"{kind}\nn = {len(groups[kind])}\nAUROC (%) {value}")
     for row, (kind, values) in enumerate(groups.items()):
         colour, marker = LOOKS[kind]
@@ -153,21 +163,21 @@ def _draw_distributions(axes: Axes, own: list[DataSetScores]) -> None:
     axes.grid(axis="x", alpha=0.3)
 
 
-def roc_figure(sets: Sequence[DataSetScores]) -> Figure:
+def roc_figure(sets: Sequence[ensembles.DataSetScores]) -> Figure:
     """Draw the ROC curves of all data sets; a colour a class, dashed for structural anomalies."""
     figure = Figure((8.0, max(5.0, 1.0 + 0.2 * len(sets))))
     axes = figure.subplots()
     axes.plot([0, 100], [0, 100], color="0.7", linewidth=1)
-    classes = list(dict.fromkeys(split_mvtype(scores.mvtype)[0] for scores in sets))
+    classes = list(dict.fromkeys(loco.split_mvtype(scores.mvtype)[0] for scores in sets))
     for scores in sets:
-        class_name, kind = split_mvtype(scores.mvtype)
-        value = auroc(scores.labels, scores.final)
+        class_name, kind = loco.split_mvtype(scores.mvtype)
+        value = metrics.auroc(scores.labels, scores.final)
         curve = ([], []) if value is None else roc_curve(scores.labels, scores.final)[:2]
         axes.plot(
             *(100.0 * np.asarray(share) for share in curve),
             color=CURVE_COLOURS[classes.index(class_name) % len(CURVE_COLOURS)],
             linestyle=CURVE_STYLES.get(kind, ":"),
-            label=f"{legible(class_name)}, {kind_name(scores.mvtype)}: {percent([value])}",
+            label=f"{tables.legible(class_name)}, {kind_name(scores.mvtype)}: {metrics.percent([value])}",
         )
     axes.set(xlabel="good images called anomalous (%)", ylabel="anomalous images found (%)")
     axes.set_title("ROC curves of the final scores")
@@ -177,22 +187,24 @@ def roc_figure(sets: Sequence[DataSetScores]) -> Figure:
     return figure
 
 
-def _columns(scores: DataSetScores) -> dict[str, Scores]:
+def _columns(scores: ensembles.DataSetScores) -> dict[str, sinbad_utils.Scores]:
     """Return what the map of AUROC has a column for: crop grids, then levels and ensembles."""
     grids = {}
     for (level, n_crops), grid in scores.grids.items():
         ratio = grid.settings.get("crop_size_ratio")
         name = f"level {level}\n{n_crops} crop{'s' * (n_crops > 1)}"
         grids[name if ratio is None else f"{name}\nratio {ratio:g}"] = grid.test
-    own = columns_of(scores).items()
-    return grids | {textwrap.fill(legible(name), 10): values for name, values in own}
+    own = metrics.columns_of(scores).items()
+    return grids | {textwrap.fill(tables.legible(name), 10): values for name, values in own}
 
 
-def grid_figure(sets: Sequence[DataSetScores]) -> Figure:
+def grid_figure(sets: Sequence[ensembles.DataSetScores]) -> Figure:
     """Draw AUROC in percent as numbers on colours: a row a data set, a column a crop grid."""
     columns = [_columns(scores) for scores in sets]
-    shares = [[auroc(scores.labels, own) for own in of_set.values()]
-              for scores, of_set in zip(sets, columns, strict=True)]  # fmt: skip
+    shares = [
+        [metrics.auroc(scores.labels, own) for own in of_set.values()]
+        for scores, of_set in zip(sets, columns, strict=True)
+    ]
     values = 100 * np.array(shares, dtype=float)  # NaN where there is none
     longest = max(len(scores.mvtype) for scores in sets)
     n_rows, n_columns = values.shape
@@ -201,11 +213,13 @@ def grid_figure(sets: Sequence[DataSetScores]) -> Figure:
     image = axes.imshow(values, "cividis", vmin=50, vmax=100, aspect="auto")
     for (row, column), value in np.ndenumerate(values):
         colour = "w" if value <= 75 else "k"
-        axes.text(column, row, percent([shares[row][column]]), ha="center", va="center", c=colour)
+        axes.text(
+            column, row, metrics.percent([shares[row][column]]), ha="center", va="center", c=colour
+        )
     if sets[0].grids:
         axes.axvline(len(sets[0].grids) - 0.5, color="white", linewidth=5)
     axes.set_xticks(range(n_columns), columns[0], fontsize=7)
-    axes.set_yticks(range(n_rows), [legible(scores.mvtype) for scores in sets])
+    axes.set_yticks(range(n_rows), [tables.legible(scores.mvtype) for scores in sets])
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     figure.colorbar(image, label="AUROC (%)", extend="min", fraction=0.05)
@@ -225,7 +239,7 @@ class Picture(NamedTuple):
     colour: str
 
 
-def extreme_images(final: Scores) -> dict[str, list[int]]:
+def extreme_images(final: sinbad_utils.Scores) -> dict[str, list[int]]:
     """Return up to four of the most and of the least anomalous images, none of them twice."""
     order = np.argsort(-final, kind="stable").tolist()
     n_most = min(N_SHOWN, (len(order) + 1) // 2)
@@ -234,33 +248,35 @@ def extreme_images(final: Scores) -> dict[str, list[int]]:
     return {name: images for name, images in chosen.items() if images}
 
 
-def load_picture(scores: DataSetScores, index: int, dataset_dir: Path) -> Picture:
+def load_picture(scores: ensembles.DataSetScores, index: int, dataset_dir: Path) -> Picture:
     """Read an image, made smaller, and its map; the caption tells score, true label and name."""
     path = Path(scores.image_paths[index])
-    image = open_image(dataset_dir / split_mvtype(scores.mvtype)[0] / path)
+    image = layouts.open_image(dataset_dir / loco.split_mvtype(scores.mvtype)[0] / path)
     image.thumbnail((THUMBNAIL, THUMBNAIL))
     name = kind_name(scores.mvtype) if scores.labels[index] else GOOD
-    file_name = textwrap.fill(legible(f"{path.parent.name}/{path.name}"), 36)
+    file_name = textwrap.fill(tables.legible(f"{path.parent.name}/{path.name}"), 36)
     caption = f"score {scores.final[index]:.2f}, label: {name}\n{file_name}"
-    return Picture(image, overlay_map(scores, index, image.size), caption, LOOKS[name][0])
+    return Picture(image, maps.overlay_map(scores, index, image.size), caption, LOOKS[name][0])
 
 
-def sheet_figure(scores: DataSetScores, dataset_dir: Path) -> Figure:
+def sheet_figure(scores: ensembles.DataSetScores, dataset_dir: Path) -> Figure:
     """Draw the most and the least anomalous images of a data set with their overlays."""
     rows = {
         name: [load_picture(scores, i, dataset_dir) for i in images]
         for name, images in extreme_images(scores.final).items()
     }
-    return picture_rows(f"{legible(scores.mvtype)}: test images by score", rows)
+    return picture_rows(f"{tables.legible(scores.mvtype)}: test images by score", rows)
 
 
-def heatmap(path: Path, scores: DataSetScores, index: int, about: str, is_anomalous: bool) -> bytes:
+def heatmap(
+    path: Path, scores: ensembles.DataSetScores, index: int, about: str, is_anomalous: bool
+) -> bytes:
     """Return a PNG of a scored picture beside its map; `about` tells score and threshold."""
-    image = open_image(path)
+    image = layouts.open_image(path)
     image.thumbnail((2 * THUMBNAIL, 2 * THUMBNAIL))
     colour = LOOKS["logical" if is_anomalous else GOOD][0]
-    title = f"{legible(path.name)}: {'anomalous' if is_anomalous else 'as the good ones'}"
-    picture = Picture(image, overlay_map(scores, index, image.size), about, colour)
+    title = f"{tables.legible(path.name)}: {'anomalous' if is_anomalous else 'as the good ones'}"
+    picture = Picture(image, maps.overlay_map(scores, index, image.size), about, colour)
     return png_of(lambda: picture_rows(title, {"": [picture]}))
 
 

@@ -16,12 +16,8 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 from scipy.ndimage import distance_transform_edt
 
-from sinbad.datasets import LOCO_CLASSES, crop_corners, crop_side, split_mvtype
-from sinbad.ensembles import DataSetScores, GridScores
-from sinbad.errors import UserError
-from sinbad.files import write_whole
-from sinbad.flags import progress_bar
-from sinbad_utils import Scores
+import sinbad_utils
+from sinbad import atomic, cli, ensembles, errors, loco
 
 MAP_ENDING = ".tiff"
 VISA_IMAGES = "Data"  # folder of VisA's classes; elsewhere test images lie in `test`
@@ -30,7 +26,7 @@ COMPRESSION = "tiff_adobe_deflate"  # zlib: every TIFF reader has it
 Size = tuple[int, int]  # (width, height) in pixels, as Pillow's
 
 
-def image_map(scores: DataSetScores, index: int, size: Size) -> NDArray[np.float32]:
+def image_map(scores: ensembles.DataSetScores, index: int, size: Size) -> NDArray[np.float32]:
     """Return the map (height, width) of the test image `index`, higher = more anomalous.
 
     A pixel's value is the mean over the crops that cover it, scaled so that the maximum is the
@@ -46,20 +42,24 @@ def image_map(scores: DataSetScores, index: int, size: Size) -> NDArray[np.float
     return scaled.astype(np.float32)
 
 
-def overlay_map(scores: DataSetScores, index: int, size: Size) -> NDArray[np.float64]:
+def overlay_map(scores: ensembles.DataSetScores, index: int, size: Size) -> NDArray[np.float64]:
     """Return where one test image is out of the ordinary, (height, width), for pictures.
 
     The mean over the crops that cover a pixel, of crop scores divided by the validation mean of
     their own position: about 1 is like the validation images, there. Small crops, which tell the
     place better, weigh more: by 1 / area.
     """
-    grids = [(grid, grid.own[:, index], grid.settings.get("crop_size_ratio", 1.0) ** -2)
-             for grid in scores.grids.values()]  # fmt: skip
+    grids = [
+        (grid, grid.own[:, index], grid.settings.get("crop_size_ratio", 1.0) ** -2)
+        for grid in scores.grids.values()
+    ]
     return _mean_over_crops(grids, size, scores.mvtype)
 
 
 def _mean_over_crops(
-    grids: Iterable[tuple[GridScores, Scores, float]], size: Size, mvtype: str
+    grids: Iterable[tuple[ensembles.GridScores, sinbad_utils.Scores, float]],
+    size: Size,
+    mvtype: str,
 ) -> NDArray[np.float64]:
     """Return at each pixel the mean of the crops that cover it; of the nearest pixel's if none.
 
@@ -79,7 +79,7 @@ def _mean_over_crops(
     return means
 
 
-def crop_boxes(grid: GridScores, size: Size, mvtype: str) -> NDArray[np.int64]:
+def crop_boxes(grid: ensembles.GridScores, size: Size, mvtype: str) -> NDArray[np.int64]:
     """Return the pixels that each crop of a grid covers in an image of another size.
 
     A pixel belongs to a crop if the matrix' pixel under its centre does. (n_crops, 4): left, top,
@@ -87,14 +87,14 @@ def crop_boxes(grid: GridScores, size: Size, mvtype: str) -> NDArray[np.int64]:
     """
     settings = grid.settings
     if not settings.get("matrices"):
-        raise UserError(
+        raise errors.UserError(
             f"scores of {mvtype} must hold the settings that tell where the crops lie, got none "
             "(the authors' own files or matrices?); make matrices and scores with "
             "data_to_matrices.py and sinbad_single_layer.py for anomaly maps"
         )
     im_size, ratio = settings["initial_res"], settings["crop_size_ratio"]
-    corners = np.array(crop_corners(im_size, ratio, settings["crop_num_edge"]))[:, ::-1]
-    boxes = np.hstack([corners, corners + crop_side(im_size, ratio)])  # pixels of the matrix
+    corners = np.array(loco.crop_corners(im_size, ratio, settings["crop_num_edge"]))[:, ::-1]
+    boxes = np.hstack([corners, corners + loco.crop_side(im_size, ratio)])  # pixels of the matrix
     fitted = np.array([settings["matrices"]["width"], settings["matrices"]["height"]] * 2)
     pixels = np.array([*size, *size])
     # The first pixel x with (x + 1/2) * fitted / pixels >= edge, in whole numbers.
@@ -112,33 +112,33 @@ def image_size(dataset_dir: Path, class_name: str, image_path: str) -> Size:
             with Image.open(path) as image:
                 return image.size
         except (UnidentifiedImageError, Image.DecompressionBombError) as error:
-            raise UserError(
+            raise errors.UserError(
                 f"{path} must be an image, got something else; unpack it again from the archive"
             ) from error
-    if class_name not in LOCO_CLASSES:
-        raise UserError(
+    if class_name not in loco.LOCO_CLASSES:
+        raise errors.UserError(
             f"--dataset_dir must hold {class_name}/{image_path}, whose map gets its size, got no "
             f"such file in {dataset_dir}; pass the folder with the images"
         )
-    return LOCO_CLASSES[class_name].width, LOCO_CLASSES[class_name].height
+    return loco.LOCO_CLASSES[class_name].width, loco.LOCO_CLASSES[class_name].height
 
 
 def map_paths(
-    maps_dir: Path, sets: Sequence[DataSetScores], dataset_dir: Path
-) -> dict[Path, tuple[DataSetScores, int]]:
+    maps_dir: Path, sets: Sequence[ensembles.DataSetScores], dataset_dir: Path
+) -> dict[Path, tuple[ensembles.DataSetScores, int]]:
     """Return where each map lies -> the image it is of; good images, in several sets, once.
 
     "test/good/000.png" -> MAPS_DIR/<class>/test/good/000.tiff; in a folder where two images would
     share a map, the image's ending stays: 000.png.tiff.
     """
-    images: dict[PurePosixPath, tuple[DataSetScores, int]] = {}
+    images: dict[PurePosixPath, tuple[ensembles.DataSetScores, int]] = {}
     for scores in sets:
-        class_name = split_mvtype(scores.mvtype)[0]
+        class_name = loco.split_mvtype(scores.mvtype)[0]
         for index, image_path in enumerate(scores.image_paths):
             parts = PurePosixPath(image_path).parts
             is_test = parts[0] == VISA_IMAGES or (parts[0] == "test" and len(parts) == 3)
             if not is_test or ".." in parts:
-                raise UserError(
+                raise errors.UserError(
                     f"image_paths of {class_name} must be test/<kind>/<image>, got {image_path}; "
                     "run data_to_matrices.py and sinbad_single_layer.py for anomaly maps"
                 )
@@ -147,20 +147,25 @@ def map_paths(
         target = (maps_dir / folder).resolve()
         for own in (dataset_dir, dataset_dir / folder.parts[0], dataset_dir / folder):
             if target.is_relative_to(own.resolve()):
-                raise UserError(
+                raise errors.UserError(
                     f"maps_dir must lie outside the images, got {maps_dir}, whose maps would lie "
                     f"among those of {own}; choose another"
                 )
     counts = Counter(path.with_suffix("") for path in images)
     shared = {path.parent for path, count in counts.items() if count > 1}
     return {
-        maps_dir / path.parent / f"{path.name if path.parent in shared else path.stem}{MAP_ENDING}":
-        image for path, image in images.items()
-    }  # fmt: skip
+        maps_dir
+        / path.parent
+        / f"{path.name if path.parent in shared else path.stem}{MAP_ENDING}": image
+        for path, image in images.items()
+    }
 
 
 def write_maps(
-    maps_dir: Path, sets: Sequence[DataSetScores], dataset_dir: Path, n_threads: int | None = None
+    maps_dir: Path,
+    sets: Sequence[ensembles.DataSetScores],
+    dataset_dir: Path,
+    n_threads: int | None = None,
 ) -> list[Path]:
     """Write the maps of all test images, float32 (see `map_paths`); return the files.
 
@@ -169,7 +174,7 @@ def write_maps(
     """
     paths = map_paths(maps_dir, sets, dataset_dir)
     sizes = {
-        path: image_size(dataset_dir, split_mvtype(own.mvtype)[0], own.image_paths[index])
+        path: image_size(dataset_dir, loco.split_mvtype(own.mvtype)[0], own.image_paths[index])
         for path, (own, index) in paths.items()
     }
 
@@ -177,9 +182,9 @@ def write_maps(
         file = io.BytesIO()
         pixels = Image.fromarray(image_map(*paths[path], sizes[path]))
         pixels.save(file, "TIFF", compression=COMPRESSION)
-        write_whole(path, file.getvalue(), maps_dir)
+        atomic.atomic_write(path, file.getvalue(), maps_dir)
 
-    bar = progress_bar(len(paths), "anomaly maps", "maps")
+    bar = cli.progress_bar(len(paths), "anomaly maps", "maps")
     with bar, ThreadPoolExecutor(n_threads or os.cpu_count()) as pool:
         for _ in pool.map(write, paths):
             bar.update()

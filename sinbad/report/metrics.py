@@ -7,9 +7,8 @@ from typing import Any
 import numpy as np
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
 
-from sinbad.datasets import KINDS, PIXEL_LEVEL, split_mvtype
-from sinbad.ensembles import DataSetScores
-from sinbad_utils import Scores
+import sinbad_utils
+from sinbad import ensembles, loco
 
 BOOTSTRAP_SAMPLES = 1000
 BOOTSTRAP_SEED = 0
@@ -29,25 +28,25 @@ def percent(values: Sequence[float | None]) -> str:
     return f"{np.mean(numbers):.1f}{spread}" if numbers else NOTHING
 
 
-def auroc(labels: Scores, scores: Scores) -> float | None:
+def auroc(labels: sinbad_utils.Scores, scores: sinbad_utils.Scores) -> float | None:
     """Return the area under the ROC curve, a share; None where only one label is present."""
     return float(roc_auc_score(labels, scores)) if len(set(labels.tolist())) > 1 else None
 
 
-def auroc_against(good: Scores, anomalous: Scores) -> float | None:
+def auroc_against(good: sinbad_utils.Scores, anomalous: sinbad_utils.Scores) -> float | None:
     """Return the AUROC of the scores of good images against those of anomalous ones."""
     labels = np.repeat([0.0, 1.0], [len(good), len(anomalous)])
     return auroc(labels, np.concatenate([good, anomalous]))
 
 
-def f1_max(labels: Scores, scores: Scores) -> float:
+def f1_max(labels: sinbad_utils.Scores, scores: sinbad_utils.Scores) -> float:
     """Return the best F1 over all thresholds, a share."""
     precision, recall, _ = precision_recall_curve(labels, scores)
     total = precision + recall
     return float(np.max(2 * precision * recall / np.where(total > 0, total, 1.0)))
 
 
-def bootstrap_interval(labels: Scores, scores: Scores) -> list[float]:
+def bootstrap_interval(labels: sinbad_utils.Scores, scores: sinbad_utils.Scores) -> list[float]:
     """Return the 95 % interval of the AUROC over test images drawn with replacement.
 
     Good and anomalous images are drawn apart, so every sample has both.
@@ -62,10 +61,10 @@ def bootstrap_interval(labels: Scores, scores: Scores) -> list[float]:
     return np.percentile(sampled, INTERVAL).tolist()
 
 
-def columns_of(scores: DataSetScores) -> dict[str, Scores]:
+def columns_of(scores: ensembles.DataSetScores) -> dict[str, sinbad_utils.Scores]:
     """Return what the table has a column for: name -> (n_test,) scores, single levels first."""
     columns = {f"level {level}": values for level, values in scores.levels.items()}
-    if scores.network is not None and len(set(scores.levels) - {PIXEL_LEVEL}) > 1:
+    if scores.network is not None and len(set(scores.levels) - {loco.PIXEL_LEVEL}) > 1:
         columns[NETWORK] = scores.network
     columns[ENSEMBLE] = scores.ensemble
     for name, values in scores.extra.items():
@@ -74,7 +73,7 @@ def columns_of(scores: DataSetScores) -> dict[str, Scores]:
     return columns
 
 
-def data_set_metrics(scores: DataSetScores, defects: dict[str, list[int]]) -> Metrics:
+def data_set_metrics(scores: ensembles.DataSetScores, defects: dict[str, list[int]]) -> Metrics:
     """Return every figure of one data set; shares in [0, 1]."""
     labels, final = scores.labels, scores.final
     good = final[labels == 0]
@@ -100,27 +99,29 @@ def data_set_metrics(scores: DataSetScores, defects: dict[str, list[int]]) -> Me
     }
 
 
-def pooled_auroc(sets: Iterable[DataSetScores]) -> float | None:
+def pooled_auroc(sets: Iterable[ensembles.DataSetScores]) -> float | None:
     """Return a class' AUROC of good against logical and structural images together, or None.
 
     The good images are those of the first of the two sets.
     """
-    pair = [scores for scores in sets if split_mvtype(scores.mvtype)[1] in KINDS]
-    if len(pair) < len(KINDS):
+    pair = [scores for scores in sets if loco.split_mvtype(scores.mvtype)[1] in loco.KINDS]
+    if len(pair) < len(loco.KINDS):
         return None
     bad = np.concatenate([scores.final[scores.labels == 1] for scores in pair])
     return auroc_against(pair[0].final[pair[0].labels == 0], bad)
 
 
-def group_by_class(sets: Iterable[DataSetScores]) -> dict[str, list[DataSetScores]]:
+def group_by_class(
+    sets: Iterable[ensembles.DataSetScores],
+) -> dict[str, list[ensembles.DataSetScores]]:
     """Return class -> its data sets."""
-    classes: dict[str, list[DataSetScores]] = defaultdict(list)
+    classes: dict[str, list[ensembles.DataSetScores]] = defaultdict(list)
     for scores in sets:
-        classes[split_mvtype(scores.mvtype)[0]].append(scores)
+        classes[loco.split_mvtype(scores.mvtype)[0]].append(scores)
     return classes
 
 
-def all_metrics(sets: Sequence[DataSetScores], defects: Defects) -> Metrics:
+def all_metrics(sets: Sequence[ensembles.DataSetScores], defects: Defects) -> Metrics:
     """Return the figures of all data sets, their classes and the means over classes.
 
     The mean of a method is half the sum of logical and structural, means over classes first. Keys
@@ -145,16 +146,16 @@ def all_metrics(sets: Sequence[DataSetScores], defects: Defects) -> Metrics:
 
 
 def _kind_means(
-    sets: Iterable[DataSetScores], data_sets: dict[str, Metrics], column: str
+    sets: Iterable[ensembles.DataSetScores], data_sets: dict[str, Metrics], column: str
 ) -> dict[str, float | None]:
     """Return the mean AUROC of each kind of data set, and of LOCO's two if both are there."""
     by_kind: dict[str, list[float | None]] = defaultdict(list)
     for scores in sets:
-        kind = split_mvtype(scores.mvtype)[1]
+        kind = loco.split_mvtype(scores.mvtype)[1]
         by_kind[kind].append(data_sets[scores.mvtype]["auroc"][column])
-    is_loco = by_kind.keys() <= KINDS.keys()
-    kinds = KINDS if is_loco else by_kind
-    means = {KINDS.get(kind, kind): _mean(by_kind[kind]) for kind in kinds}
+    is_loco = by_kind.keys() <= loco.KINDS.keys()
+    kinds = loco.KINDS if is_loco else by_kind
+    means = {loco.KINDS.get(kind, kind): _mean(by_kind[kind]) for kind in kinds}
     are_like = None not in means.values() and (is_loco or len(kinds) == 1)
     return {**means, "mean": _mean(means.values()) if are_like else None}
 

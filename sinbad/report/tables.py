@@ -7,35 +7,25 @@ from typing import Any
 
 import numpy as np
 
-from sinbad.datasets import (
-    ALL,
-    KIND_NAMES,
-    KINDS,
-    LOCO_CLASSES,
-    PUBLISHED_ENSEMBLE_MEAN,
-    PUBLISHED_LOCO,
-    split_mvtype,
-)
-from sinbad.ensembles import DataSetScores
-from sinbad.folders import loco_counts
-from sinbad.report.metrics import ENSEMBLE, NOTHING, Metrics, percent
+from sinbad import ensembles, layouts, loco
+from sinbad.report import metrics
 
 JOINED_BY = ("lambda_factor", "crop_norm", "crop_pool")
 OF_IMAGES = ("n_images", "images_sha256", "matrices")
 OF_PLACE = ("mvtype", "pyramid_level")
-SHOWN = {KINDS[kind]: name for kind, name in KIND_NAMES.items()}  # of the keys of means
+SHOWN = {loco.KINDS[kind]: name for kind, name in loco.KIND_NAMES.items()}  # of the keys of means
 
 Row = list[str]
 
 
-def is_whole(mvtype: str, entry: Metrics) -> bool:
+def is_whole(mvtype: str, entry: metrics.Metrics) -> bool:
     """Tell whether all splits of a data set are recorded to be of LOCO's size."""
     keys = ("n_train", "n_validation", "n_good", "n_anomalous")
-    counts = [list(own.values()) for own in loco_counts(mvtype)]
+    counts = [list(own.values()) for own in layouts.loco_counts(mvtype)]
     return [entry[key] for key in keys] in counts
 
 
-def score_table(runs: Sequence[Metrics]) -> list[Row]:
+def score_table(runs: Sequence[metrics.Metrics]) -> list[Row]:
     """Return the paper's table: header, a row a data set, the means; AUROC in percent.
 
     `runs` are `all_metrics` of each seed or repetition, of the same data sets; the interval is of
@@ -44,27 +34,37 @@ def score_table(runs: Sequence[Metrics]) -> list[Row]:
     columns = list(runs[0]["mean"]["auc_roc_by_column"])
     rows = [["data set", *columns, "95 % interval", "published", "difference"]]
 
-    def add_row(name: str, entries: list[dict[str, float | None]], interval: list[float] | None,
-                published: float | None) -> None:  # fmt: skip
-        last = [NOTHING] * 3
+    def add_row(
+        name: str,
+        entries: list[dict[str, float | None]],
+        interval: list[float] | None,
+        published: float | None,
+    ) -> None:
+        last = [metrics.NOTHING] * 3
         if interval:
             last[0] = f"{100 * interval[0]:.1f} to {100 * interval[1]:.1f}"
-        ours = [100 * entry[ENSEMBLE] for entry in entries if entry[ENSEMBLE] is not None]
+        ours = [
+            100 * entry[metrics.ENSEMBLE]
+            for entry in entries
+            if entry[metrics.ENSEMBLE] is not None
+        ]
         if published is not None and ours:
             last[1:] = f"{published:.1f}", f"{np.mean(ours) - published:+.1f}"
-        rows.append([name, *(percent([e[column] for e in entries]) for column in columns), *last])
+        rows.append(
+            [name, *(metrics.percent([e[column] for e in entries]) for column in columns), *last]
+        )
 
     whole = {mvtype for mvtype, first in runs[0]["data_sets"].items() if is_whole(mvtype, first)}
     for mvtype, first in runs[0]["data_sets"].items():
-        class_name, kind = split_mvtype(mvtype)
-        published = PUBLISHED_LOCO[kind][class_name] if mvtype in whole else None
+        class_name, kind = loco.split_mvtype(mvtype)
+        published = loco.PUBLISHED_LOCO[kind][class_name] if mvtype in whole else None
         entries = [run["data_sets"][mvtype]["auroc"] for run in runs]
         add_row(mvtype, entries, first["auroc_interval_95"], published)
-    published_means = {KINDS[kind]: own["mean"] for kind, own in PUBLISHED_LOCO.items()}
-    published_means["mean"] = PUBLISHED_ENSEMBLE_MEAN
-    for key in _means_shown(runs[0]["mean"]["auc_roc_by_column"][ENSEMBLE]):
-        kinds = [kind for kind in KINDS if key in (KINDS[kind], "mean")]
-        complete = whole >= {f"{name}_{kind}" for name in LOCO_CLASSES for kind in kinds}
+    published_means = {loco.KINDS[kind]: own["mean"] for kind, own in loco.PUBLISHED_LOCO.items()}
+    published_means["mean"] = loco.PUBLISHED_ENSEMBLE_MEAN
+    for key in _means_shown(runs[0]["mean"]["auc_roc_by_column"][metrics.ENSEMBLE]):
+        kinds = [kind for kind in loco.KINDS if key in (loco.KINDS[kind], "mean")]
+        complete = whole >= {f"{name}_{kind}" for name in loco.LOCO_CLASSES for kind in kinds}
         by_column = [run["mean"]["auc_roc_by_column"] for run in runs]
         entries = [{column: own[key] for column, own in run.items()} for run in by_column]
         if any(value is not None for entry in entries for value in entry.values()):
@@ -73,7 +73,7 @@ def score_table(runs: Sequence[Metrics]) -> list[Row]:
     return rows
 
 
-def other_tables(runs: Sequence[Metrics]) -> dict[str, list[Row]]:
+def other_tables(runs: Sequence[metrics.Metrics]) -> dict[str, list[Row]]:
     """Return the tables of classes, other figures and defects, each with its header; percent.
 
     Pooled AUROC is of the good images against both kinds of anomalies of the class at once, as some
@@ -85,36 +85,38 @@ def other_tables(runs: Sequence[Metrics]) -> dict[str, list[Row]]:
     defects = [["data set", "defect", "images", "AUROC"]]
     groups = {name: [run["classes"][name] for run in runs] for name in runs[0]["classes"]}
     for name, own in {**groups, "mean": [run["mean"] for run in runs]}.items():
-        figures = [percent([_by_kind(entry).get(kind) for entry in own]) for kind in kinds]
-        classes.append([name, *figures, percent([entry["pooled_auroc"] for entry in own])])
+        figures = [metrics.percent([_by_kind(entry).get(kind) for entry in own]) for kind in kinds]
+        classes.append([name, *figures, metrics.percent([entry["pooled_auroc"] for entry in own])])
     for mvtype, first in runs[0]["data_sets"].items():
         entries = [run["data_sets"][mvtype] for run in runs]
-        figures = [percent([e[key] for e in entries]) for key in ("average_precision", "f1_max")]
+        figures = [
+            metrics.percent([e[key] for e in entries]) for key in ("average_precision", "f1_max")
+        ]
         details.append([mvtype, str(first["n_good"]), str(first["n_anomalous"]), *figures])
         for name, entry in first["auroc_by_defect"].items():
             values = [e["auroc_by_defect"][name]["auroc"] for e in entries]
-            defects.append([mvtype, name, str(entry["n_images"]), percent(values)])
+            defects.append([mvtype, name, str(entry["n_images"]), metrics.percent(values)])
     return {"classes": classes, "details": details, "defects": defects}
 
 
 def _means_shown(kinds: Iterable[str]) -> list[str]:
     """Return each kind once, "mean" last; not `all` where it is the only one, hence the mean."""
     names = [name for name in dict.fromkeys(kinds) if name != "mean"]
-    return [*(names if names != [ALL] else []), "mean"]
+    return [*(names if names != [loco.ALL] else []), "mean"]
 
 
-def _by_kind(entry: Metrics) -> dict[str, float | None]:
+def _by_kind(entry: metrics.Metrics) -> dict[str, float | None]:
     """Return kind -> AUROC of a class or of the mean over classes."""
     return entry["classification"]["auc_roc"]
 
 
-def image_rows(sets: Sequence[DataSetScores]) -> list[list[object]]:
+def image_rows(sets: Sequence[ensembles.DataSetScores]) -> list[list[object]]:
     """Return per-image scores: data set, image, label, final score, each level's normalised."""
     names = [f"level_{level}" for level in sets[0].levels]
     names += [f"extra_{name}" for name in sets[0].extra]
     rows: list[list[object]] = [["data_set", "image_path", "label", "score", *names]]
     for scores in sets:
-        class_name = split_mvtype(scores.mvtype)[0]
+        class_name = loco.split_mvtype(scores.mvtype)[0]
         columns = scores.final, *scores.levels.values(), *scores.extra.values()
         for path, label, *values in zip(scores.image_paths, scores.labels, *columns, strict=True):
             rows.append([scores.mvtype, f"{class_name}/{path}", int(label), *values])
@@ -124,7 +126,7 @@ def image_rows(sets: Sequence[DataSetScores]) -> list[list[object]]:
 # ---------------------------------------------------------------- what it was made from
 
 
-def made_from(runs: dict[str, list[DataSetScores]]) -> dict[str, dict[str, list[Any]]]:
+def made_from(runs: dict[str, list[ensembles.DataSetScores]]) -> dict[str, dict[str, list[Any]]]:
     """Return what a report is made from: part of it -> setting -> its values, each once.
 
     Without a record (the authors' files) only grids and repetitions of a level are known.

@@ -12,17 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
-from sinbad.datasets import (
-    CROP_NUM_EDGE,
-    DEFAULT_DATASET_DIR,
-    DEFAULT_RESULTS_DIR,
-    DEFAULT_VERSION,
-    IM_SIZE,
-    LAMBDA_FACTOR,
-    LEVELS,
-    N_QUANTILES,
-)
-from sinbad.errors import UserError, say
+from sinbad import errors, loco
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -72,11 +62,11 @@ class ScriptParser(argparse.ArgumentParser):
             return shlex.split(arg_line, comments=True)
         except ValueError as error:
             rule = f"a line of an @FILE must be a flag as in a shell, got {arg_line} ({error})"
-            raise UserError(f"{rule}; close the quotes") from None
+            raise errors.UserError(f"{rule}; close the quotes") from None
 
     def error(self, message: str) -> NoReturn:
         """Raise what argparse would print with its usage."""
-        raise UserError(f"{message}; see --help")
+        raise errors.UserError(f"{message}; see --help")
 
 
 def integer_from(low: int) -> Callable[[str], int]:
@@ -132,9 +122,11 @@ def workers_flag() -> argparse.ArgumentParser:
     """Return --num_workers."""
     group = argparse.ArgumentParser(add_help=False)
     group.add_argument(
-        "--num_workers", type=integer_from(1), default=os.cpu_count() or 1,
+        "--num_workers",
+        type=integer_from(1),
+        default=os.cpu_count() or 1,
         help="threads that read images (default: one a processor)",
-    )  # fmt: skip
+    )
     return group
 
 
@@ -152,12 +144,22 @@ def network_flags() -> argparse.ArgumentParser:
     about = "a ResNet or ResNeXt of torchvision, or a model of timm with feature maps"
     add("--net", default="wide_resnet50_2", help=about)
     add("--weights", default="imagenet", help="imagenet (downloaded once), random, or a FILE")
-    add("--precision", choices=PRECISIONS, default="fp32",
-        help="of the network alone; tf32 acts on CUDA only")  # fmt: skip
-    add("--batch_size", type=integer_from(1),
-        help="crops of one forward pass; default 32, on a GPU 256")  # fmt: skip
-    add("--compile", action="store_true",
-        help="let torch.compile make the network faster; may change last bits")  # fmt: skip
+    add(
+        "--precision",
+        choices=PRECISIONS,
+        default="fp32",
+        help="of the network alone; tf32 acts on CUDA only",
+    )
+    add(
+        "--batch_size",
+        type=integer_from(1),
+        help="crops of one forward pass; default 32, on a GPU 256",
+    )
+    add(
+        "--compile",
+        action="store_true",
+        help="let torch.compile make the network faster; may change last bits",
+    )
     return group
 
 
@@ -166,13 +168,29 @@ def scoring_flags() -> argparse.ArgumentParser:
     group = argparse.ArgumentParser(add_help=False)
     add = group.add_argument
     add("--n_projections", type=integer_from(1), help="directions; default 1000, level 224: 10")
-    add("--n_quantiles", type=integer_from(1), default=N_QUANTILES,
-        help="thresholds of a direction")  # fmt: skip
-    add("--shrinkage_factor", type=number_between(0, 1, "(]"),
-        help="of the covariance, above 0 to 1; default .1, level 224: 1")  # fmt: skip
-    add("--crop_num_edge", type=integer_from(1), default=CROP_NUM_EDGE, help="stride = side / this")
-    add("--initial_res", type=integer_from(8), default=IM_SIZE,
-        help="side of the matrices in pixels")  # fmt: skip
+    add(
+        "--n_quantiles",
+        type=integer_from(1),
+        default=loco.N_QUANTILES,
+        help="thresholds of a direction",
+    )
+    add(
+        "--shrinkage_factor",
+        type=number_between(0, 1, "(]"),
+        help="of the covariance, above 0 to 1; default .1, level 224: 1",
+    )
+    add(
+        "--crop_num_edge",
+        type=integer_from(1),
+        default=loco.CROP_NUM_EDGE,
+        help="stride = side / this",
+    )
+    add(
+        "--initial_res",
+        type=integer_from(8),
+        default=loco.IM_SIZE,
+        help="side of the matrices in pixels",
+    )
     about = "the authors' numerics: ranges of each split's own images, C^-1 for C^(-1/2)"
     add("--official", action="store_true", help=about)
     return group
@@ -182,8 +200,8 @@ def results_flags() -> argparse.ArgumentParser:
     """Return the flags of where scores lie."""
     group = argparse.ArgumentParser(add_help=False)
     add = group.add_argument
-    add("--results_dir", type=Path, default=DEFAULT_RESULTS_DIR, help="folder of the scores")
-    add("--version_name", default=DEFAULT_VERSION, help="start of the folder names")
+    add("--results_dir", type=Path, default=loco.DEFAULT_RESULTS_DIR, help="folder of the scores")
+    add("--version_name", default=loco.DEFAULT_VERSION, help="start of the folder names")
     return group
 
 
@@ -191,13 +209,20 @@ def report_flags() -> argparse.ArgumentParser:
     """Return the flags of a report, but --out, whose default differs."""
     group = argparse.ArgumentParser(add_help=False)
     add = group.add_argument
-    add("--lambda_factor", type=number_between(0, 1e6), default=LAMBDA_FACTOR,
-        help="weight of level 224")  # fmt: skip
-    add("--dataset_dir", type=Path, default=DEFAULT_DATASET_DIR,
-        help="folder of the classes: their images, and masks for the AUROC per defect")  # fmt: skip
+    add(
+        "--lambda_factor",
+        type=number_between(0, 1e6),
+        default=loco.LAMBDA_FACTOR,
+        help="weight of level 224",
+    )
+    add(
+        "--dataset_dir",
+        type=Path,
+        default=loco.DEFAULT_DATASET_DIR,
+        help="folder of the classes: their images, and masks for the AUROC per defect",
+    )
     add("--extra_scores", type=Path, help="CSV of another method: image_path,score")
-    add("--extra_weight", type=number_between(0, 1e6), default=1.0,
-        help="weight of --extra_scores")  # fmt: skip
+    add("--extra_weight", type=number_between(0, 1e6), default=1.0, help="weight of --extra_scores")
     add("--maps_dir", type=Path, help="write anomaly maps (.tiff) there")
     add("--figures", action=argparse.BooleanOptionalAction, default=True, help="draw pictures")
     return group
@@ -206,10 +231,14 @@ def report_flags() -> argparse.ArgumentParser:
 def add_level_flag(parser: argparse.ArgumentParser, default: Iterable[int]) -> None:
     """Add --pyramid_level."""
     parser.add_argument(
-        "--pyramid_level", type=integer_from(1), nargs="+", default=list(default), metavar="LEVEL",
-        help=f"{', '.join(map(str, LEVELS[:-1]))}: stages of the network, by the side of their "
-        f"feature map; {LEVELS[-1]}: raw pixels",
-    )  # fmt: skip
+        "--pyramid_level",
+        type=integer_from(1),
+        nargs="+",
+        default=list(default),
+        metavar="LEVEL",
+        help=f"{', '.join(map(str, loco.LEVELS[:-1]))}: stages of the network, by the side of their "
+        f"feature map; {loco.LEVELS[-1]}: raw pixels",
+    )
 
 
 # ---------------------------------------------------------------- progress
@@ -221,7 +250,7 @@ class _LogLines:
     def write(self, text: str) -> None:
         """Say what is not blank."""
         if text.strip():
-            say(text.strip())
+            errors.say(text.strip())
 
     def flush(self) -> None:
         """Do nothing, a line is flushed at once."""
@@ -235,8 +264,16 @@ def progress_bar(total: int, desc: str, unit: str = "it") -> "tqdm":
         return tqdm(total=total, desc=desc, unit=unit, dynamic_ncols=True)
     every = SECONDS_BETWEEN_LOG_LINES
     form = "{desc}: {n_fmt}/{total_fmt}, {rate_noinv_fmt}, {remaining} left"
-    return tqdm(total=total, desc=desc, unit=unit, file=_LogLines(), bar_format=form,
-                mininterval=every, maxinterval=every, delay=every)  # fmt: skip
+    return tqdm(
+        total=total,
+        desc=desc,
+        unit=unit,
+        file=_LogLines(),
+        bar_format=form,
+        mininterval=every,
+        maxinterval=every,
+        delay=every,
+    )
 
 
 def progress(items: "list[Item]", desc: str, unit: str = "it") -> Iterator[Item]:

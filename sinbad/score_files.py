@@ -11,8 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sinbad.errors import UserError
-from sinbad.files import folder_beside, to_json, write_whole
+from sinbad import atomic, errors
 
 LABELS_FILE = "lbl.npy"
 UPSTREAM_LABELS_FILE = "lbl.py.npy"
@@ -46,14 +45,14 @@ def save_scores(path: Path, scores: LevelScores) -> None:
     Where the authors' labels lie already and are equal, ours are not written beside them: their
     ensemble script takes any other file for the labels.
     """
-    hidden_in = folder_beside(path.parent)
+    hidden_in = atomic.folder_beside(path.parent)
     theirs = path.with_name(UPSTREAM_LABELS_FILE)
     if not theirs.exists():
         labels = io.BytesIO()
         np.save(labels, scores.labels)
-        write_whole(path.with_name(LABELS_FILE), labels.getvalue(), hidden_in)
+        atomic.atomic_write(path.with_name(LABELS_FILE), labels.getvalue(), hidden_in)
     elif not np.array_equal(_read_labels(theirs), scores.labels):
-        raise UserError(
+        raise errors.UserError(
             f"{theirs} must hold the labels of these images, got others; choose another "
             "--version_name or --results_dir"
         )
@@ -63,9 +62,9 @@ def save_scores(path: Path, scores: LevelScores) -> None:
         anom_map_test=scores.test,
         anom_map_valid=scores.valid,
         image_paths=np.array(scores.image_paths, dtype=np.str_),
-        run=np.array(to_json(scores.run)),
+        run=np.array(atomic.to_json(scores.run)),
     )
-    write_whole(path, buffer.getvalue(), hidden_in)
+    atomic.atomic_write(path, buffer.getvalue(), hidden_in)
 
 
 def _read_labels(path: Path) -> NDArray[np.float64]:
@@ -75,7 +74,7 @@ def _read_labels(path: Path) -> NDArray[np.float64]:
     except OSError:
         raise
     except Exception as error:  # a damaged header raises whatever Python's own parser does
-        raise UserError(
+        raise errors.UserError(
             f"{path} must be a whole .npy file, got a damaged one ({error}); delete it and run the "
             "step that writes it again"
         ) from error
@@ -92,20 +91,20 @@ def read_scores(path: Path) -> LevelScores:
     except (FileNotFoundError, PermissionError):
         raise
     except Exception as error:  # a cut zip raises BadZipFile, zlib.error, KeyError, ValueError, ...
-        raise UserError(
+        raise errors.UserError(
             f"{path} must be a whole file of scores, got a damaged one ({error}); delete it and "
             "run sinbad_single_layer.py again"
         ) from error
     places = (path.with_name(name) for name in (LABELS_FILE, UPSTREAM_LABELS_FILE))
     labels_path = next((place for place in places if place.exists()), None)
     if labels_path is None:
-        raise UserError(
+        raise errors.UserError(
             f"{path.parent} must hold {LABELS_FILE} (or {UPSTREAM_LABELS_FILE}), got neither; run "
             "sinbad_single_layer.py with --overwrite"
         )
     labels = _read_labels(labels_path)
     if labels.shape != test.shape[1:]:
-        raise UserError(
+        raise errors.UserError(
             f"{labels_path} must hold {test.shape[1]} labels as {path.name} has test images, got "
             f"{labels.size}; run sinbad_single_layer.py with --overwrite"
         )
@@ -139,14 +138,14 @@ def is_finished(path: Path, run: Run) -> bool:
         return False
     found, wanted = read_scores(path).run.get("settings"), run["settings"]
     if found is None:
-        raise UserError(
+        raise errors.UserError(
             f"{path} must be a file of this collection, got one without settings (the authors' "
             "own?); choose another --version_name or --results_dir, or pass --overwrite"
         )
     difference = first_difference(found, wanted)
     if difference is not None:
         name, old, new = difference
-        raise UserError(
+        raise errors.UserError(
             f"{path} was made with {name} {old}, now {name} is {new}; choose another "
             "--version_name, or pass --overwrite to replace it"
         )

@@ -23,7 +23,7 @@ SECONDS_UNTIL_STALE = 24 * 3600.0  # another host's left-over counts as one from
 
 
 @contextmanager
-def written_whole(path: Path, hidden_in: Path | None = None) -> Iterator[Path]:
+def atomic_path(path: Path, hidden_in: Path | None = None) -> Iterator[Path]:
     """Yield a hidden path to write a file or a folder at; rename it to `path` when all is written.
 
     Parameters
@@ -60,9 +60,9 @@ def written_whole(path: Path, hidden_in: Path | None = None) -> Iterator[Path]:
         _remove(partial)
 
 
-def write_whole(path: Path, data: bytes | str, hidden_in: Path | None = None) -> None:
-    """Write a file whole or not at all; text is UTF-8 whatever the locale (see `written_whole`)."""
-    with written_whole(path, hidden_in) as partial:
+def atomic_write(path: Path, data: bytes | str, hidden_in: Path | None = None) -> None:
+    """Write a file whole or not at all; text is UTF-8 whatever the locale (see `atomic_path`)."""
+    with atomic_path(path, hidden_in) as partial:
         partial.write_bytes(data.encode("utf-8") if isinstance(data, str) else data)
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sinbad.errors import UserError, say
+from sinbad import errors
 
 KINDS = {"loco": "logical_anomalies", "struct": "structural_anomalies"}
 ALL = "all"  # kind of a data set of all anomalies of a class, whatever their folders
@@ -43,11 +43,23 @@ OTHER_COUNTS = {"splicing_connectors": {"train": 360, "validation": 60}}
 
 # ROC-AUC in percent. SINBAD: arXiv 2302.12245 as requoted by the README of PSAD.
 PUBLISHED_LOCO = {
-    "loco": {"breakfast_box": 96.5, "juice_bottle": 96.6, "pushpins": 83.4, "screw_bag": 78.6,
-             "splicing_connectors": 89.3, "mean": 88.9},
-    "struct": {"breakfast_box": 87.5, "juice_bottle": 93.1, "pushpins": 74.2, "screw_bag": 92.2,
-               "splicing_connectors": 76.7, "mean": 84.7},
-}  # fmt: skip
+    "loco": {
+        "breakfast_box": 96.5,
+        "juice_bottle": 96.6,
+        "pushpins": 83.4,
+        "screw_bag": 78.6,
+        "splicing_connectors": 89.3,
+        "mean": 88.9,
+    },
+    "struct": {
+        "breakfast_box": 87.5,
+        "juice_bottle": 93.1,
+        "pushpins": 74.2,
+        "screw_bag": 92.2,
+        "splicing_connectors": 76.7,
+        "mean": 84.7,
+    },
+}
 # Mean of logical and structural; arXiv 2311.14773 as requoted by benchmark sites.
 PUBLISHED_ENSEMBLE_MEAN = 88.3
 
@@ -98,7 +110,7 @@ def split_mvtype(mvtype: str) -> tuple[str, str]:
     """Split a data set's name: "pushpins_loco" -> ("pushpins", "loco")."""
     class_name, _, kind = mvtype.rpartition("_")
     if not class_name or kind not in (*KINDS, ALL) or "/" in mvtype:
-        raise UserError(
+        raise errors.UserError(
             f"mvtype must be a data set (<class>_loco, <class>_struct, <class>_all), a class, "
             f"loco, struct or all, got {mvtype}; LOCO's classes are {', '.join(LOCO_CLASSES)}"
         )
@@ -151,7 +163,7 @@ def choose_mvtypes(names: Iterable[str], present: Iterable[str]) -> list[str]:
     chosen = [name for name in wanted if name in found or name in names]
     missing = [name for name in wanted if name not in chosen]
     if chosen and missing:
-        say(f"note: not there: {', '.join(missing)}")
+        errors.say(f"note: not there: {', '.join(missing)}")
     return chosen or wanted
 
 
@@ -167,7 +179,7 @@ def crop_corners(im_size: int, ratio: float, crop_num_edge: int) -> list[tuple[i
     """Return the top left corners (y, x) of all crops of a grid, in pixels, row by row."""
     side, stride = crop_side(im_size, ratio), im_size // crop_num_edge
     if side < 1 or stride < 1:
-        raise UserError(
+        raise errors.UserError(
             f"crops must be at least 1 pixel wide, got crop_size_ratio {ratio} and crop_num_edge "
             f"{crop_num_edge} at {im_size} pixels; take larger crops or fewer of them"
         )
@@ -193,7 +205,7 @@ def ratios_by_file(
     for ratio in dict.fromkeys(ratios):
         name = scores_file_name(level, im_size, ratio, crop_num_edge)
         if name in by_file:
-            raise UserError(
+            raise errors.UserError(
                 f"crop_size_ratio must give files of different names, got {by_file[name]} and "
                 f"{ratio}, which both write {name} at crop_num_edge {crop_num_edge}; run them "
                 "under two --version_name"

@@ -15,19 +15,7 @@ import PIL
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from sinbad.datasets import (
-    ALL,
-    ARCHIVE_SHA256,
-    DOWNLOAD_PAGE,
-    KINDS,
-    LOCO_CLASSES,
-    OTHER_COUNTS,
-    VALID_SHARE,
-    expand_mvtypes,
-    split_mvtype,
-)
-from sinbad.errors import UserError, say
-from sinbad.flags import ratio_type
+from sinbad import cli, errors, loco
 
 GOOD = "good"
 DEFECTS_FILE = "defects_config.json"
@@ -36,7 +24,7 @@ VISA_FILE = Path("split_csv/1cls.csv")
 VISA_PARTS = {("train", "normal"): "train", ("test", "normal"): GOOD, ("test", "anomaly"): "bad"}
 LOCO, MVTEC, VISA, PLAIN = "LOCO", "MVTec AD", "VisA", "plain"
 TREES = {
-    LOCO: f"<class>/{{train,validation}}/good, <class>/test/{{good,{','.join(KINDS.values())}}}",
+    LOCO: f"<class>/{{train,validation}}/good, <class>/test/{{good,{','.join(loco.KINDS.values())}}}",
     MVTEC: "<class>/train/good, <class>/test/{good,<kind>...}, no validation",
     VISA: f"{VISA_FILE} with the columns object, split, label, image, mask",
     PLAIN: "<class>/train, <class>/validation if there is one, <class>/test/{good,<any>...}",
@@ -71,26 +59,26 @@ def find_layouts(dataset_dir: Path) -> dict[str, str]:
     if not found:
         there = _names_in(dataset_dir, "*/*") or _names_in(dataset_dir) or "nothing in it"
         what = f"a folder with {there}" if dataset_dir.is_dir() else "no such folder"
-        raise UserError(
+        raise errors.UserError(
             f"dataset_dir must hold {LAYOUTS}, got {what} ({dataset_dir}); unpack e.g. MVTec LOCO "
-            f"AD there ({DOWNLOAD_PAGE}, archive sha256 {ARCHIVE_SHA256}), or pass --dataset_dir"
+            f"AD there ({loco.DOWNLOAD_PAGE}, archive sha256 {loco.ARCHIVE_SHA256}), or pass --dataset_dir"
         )
     _check_utf8(dataset_dir, list(found))
-    endings = tuple(f"_{kind}" for kind in (*KINDS, ALL))
+    endings = tuple(f"_{kind}" for kind in (*loco.KINDS, loco.ALL))
     ambiguous = [name for name in found if name.endswith(endings)]
     if ambiguous:
-        raise UserError(
+        raise errors.UserError(
             f"a class' folder must not end in {' or '.join(endings)}, as data sets do, got "
             f"{ambiguous[0]} in {dataset_dir}; rename it"
         )
-    return dict(sorted(found.items(), key=lambda item: (item[0] not in LOCO_CLASSES, item[0])))
+    return dict(sorted(found.items(), key=lambda item: (item[0] not in loco.LOCO_CLASSES, item[0])))
 
 
 def _layout_of(class_dir: Path, visa: dict[str, Any]) -> str | None:
     """Recognise the layout of one class by its folders, or by VisA's list; None if it is none."""
     if class_dir.name in visa:
         return VISA
-    if any((class_dir / "test" / folder).is_dir() for folder in KINDS.values()):
+    if any((class_dir / "test" / folder).is_dir() for folder in loco.KINDS.values()):
         return LOCO
     if (class_dir / "train" / GOOD).is_dir() and not (class_dir / "validation").is_dir():
         return MVTEC
@@ -112,7 +100,7 @@ def _read_visa(dataset_dir: Path) -> dict[str, dict[str, tuple[str, str]]]:
                     raise ValueError(f"image {row['image']}")
                 images[name] = VISA_PARTS[row["split"], row["label"]], row["mask"] or ""
     except (ValueError, KeyError, AttributeError, csv.Error) as error:
-        raise UserError(
+        raise errors.UserError(
             f"{path} must list object, split, label, image (once, below its object) and mask, got "
             f"{type(error).__name__}: {error}; unpack it again from the archive"
         ) from error
@@ -128,7 +116,7 @@ def _check_utf8(folder: Path, names: list[str]) -> None:
     """Refuse names that no text file can hold."""
     for name in names:
         if os.fsencode(name) != name.encode(errors="replace"):
-            raise UserError(f"{folder} must hold names in UTF-8, got {name!r}; rename it")
+            raise errors.UserError(f"{folder} must hold names in UTF-8, got {name!r}; rename it")
 
 
 def choose_data_sets(dataset_dir: Path, names: list[str] | None) -> list[str]:
@@ -136,30 +124,34 @@ def choose_data_sets(dataset_dir: Path, names: list[str] | None) -> list[str]:
     found = find_layouts(dataset_dir)
     by_layout = {layout: [name for name in found if found[name] == layout] for layout in TREES}
     shown = [f"{layout} ({', '.join(own)})" for layout, own in by_layout.items() if own]
-    say(f"layouts in {dataset_dir}: {'; '.join(shown)}")
-    expected = LOCO_CLASSES if by_layout[LOCO] else _read_visa(dataset_dir)
+    errors.say(f"layouts in {dataset_dir}: {'; '.join(shown)}")
+    expected = loco.LOCO_CLASSES if by_layout[LOCO] else _read_visa(dataset_dir)
     missing = [name for name in expected if name not in found]
     if names is None and missing:
-        say(f"note: not in {dataset_dir}: {', '.join(missing)}")
-    kinds_of = {name: tuple(KINDS) if found[name] == LOCO else (ALL,) for name in found}
+        errors.say(f"note: not in {dataset_dir}: {', '.join(missing)}")
+    kinds_of = {name: tuple(loco.KINDS) if found[name] == LOCO else (loco.ALL,) for name in found}
     chosen = []
-    for mvtype in expand_mvtypes(names or [ALL], kinds_of):
-        class_name, kind = split_mvtype(mvtype)
+    for mvtype in loco.expand_mvtypes(names or [loco.ALL], kinds_of):
+        class_name, kind = loco.split_mvtype(mvtype)
         there = _anomaly_folders(dataset_dir / class_name, kind) or found.get(class_name) == VISA
         if there or mvtype in (names or ()) or class_name not in found:
             chosen.append(mvtype)
         else:
-            folder = dataset_dir / class_name / "test" / KINDS.get(kind, "<any>")
-            say(f"note: {mvtype} left out, there is no {folder}")
+            folder = dataset_dir / class_name / "test" / loco.KINDS.get(kind, "<any>")
+            errors.say(f"note: {mvtype} left out, there is no {folder}")
     if not chosen:
-        raise UserError(f"{dataset_dir} must hold anomalies of a class, got none; {LAYOUTS}")
+        raise errors.UserError(f"{dataset_dir} must hold anomalies of a class, got none; {LAYOUTS}")
     return chosen
 
 
 def _anomaly_folders(class_dir: Path, kind: str) -> list[str]:
     """Return the folders with a kind's anomalies; of `all` every folder of test but good."""
     names = sorted(path.name for path in class_dir.glob("test/*") if path.is_dir())
-    wanted = [KINDS[kind]] if kind in KINDS else [n for n in names if n != GOOD and n[0] != "."]
+    wanted = (
+        [loco.KINDS[kind]]
+        if kind in loco.KINDS
+        else [n for n in names if n != GOOD and n[0] != "."]
+    )
     return [f"test/{name}" for name in names if name in wanted]
 
 
@@ -171,17 +163,21 @@ def list_images(class_dir: Path, part: str) -> list[str]:
     folder = class_dir / part
     if not folder.is_dir():
         there = _names_in(class_dir, "*/*") or "an empty folder"
-        raise UserError(f"{class_dir} must hold {part}, got {there}; give it {LAYOUTS}")
+        raise errors.UserError(f"{class_dir} must hold {part}, got {there}; give it {LAYOUTS}")
     endings = {e for e, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     everything = sorted(path.name for path in folder.iterdir())
     names = [n for n in everything if Path(n).suffix.lower() in endings and n[0] != "."]
     if not names:
         there = f"{len(everything)} other things" if everything else "an empty folder"
-        raise UserError(f"{folder} must hold images that Pillow reads, got {there}; add some")
+        raise errors.UserError(
+            f"{folder} must hold images that Pillow reads, got {there}; add some"
+        )
     _check_utf8(folder, [part, *names])
     n_others = len(everything) - len(names)
     if n_others:
-        say(f"note: {n_others} of {len(everything)} things in {folder} are no images, left out")
+        errors.say(
+            f"note: {n_others} of {len(everything)} things in {folder} are no images, left out"
+        )
     return [f"{part}/{name}" for name in names]
 
 
@@ -191,38 +187,43 @@ def _list_parts(
     """Return the images of "train", "validation" (if any), "good" and "bad", folder by folder."""
     if layout == VISA:
         images = visa[class_dir.name]
-        parts = {part: sorted(n for n in images if images[n][0] == part)
-                 for part in VISA_PARTS.values()}  # fmt: skip
+        parts = {
+            part: sorted(n for n in images if images[n][0] == part) for part in VISA_PARTS.values()
+        }
         for part, own in parts.items():
             if not own:
-                raise UserError(f"{VISA_FILE} must list {part} images of {class_dir}, got none")
+                raise errors.UserError(
+                    f"{VISA_FILE} must list {part} images of {class_dir}, got none"
+                )
         return parts
     splits = [s for s in ("train", "validation") if layout == LOCO or (class_dir / s).is_dir()]
     in_good = [s for s in splits if layout == LOCO or (class_dir / s / GOOD).is_dir()]
     folders = {split: [f"{split}/{GOOD}" if split in in_good else split] for split in splits}
     folders[GOOD] = [f"test/{GOOD}"]
-    folders["bad"] = _anomaly_folders(class_dir, kind) or [f"test/{KINDS.get(kind, '<any>')}"]
-    read = {f"test/{folder}" for folder in KINDS.values()}.union(*folders.values())
+    folders["bad"] = _anomaly_folders(class_dir, kind) or [f"test/{loco.KINDS.get(kind, '<any>')}"]
+    read = {f"test/{folder}" for folder in loco.KINDS.values()}.union(*folders.values())
     beside = [path for split in (*in_good, "test") for path in class_dir.glob(f"{split}/*")]
     others = [path for path in beside if f"{path.parent.name}/{path.name}" not in read]
     if others:
-        say(f"note: {len(others)} things of {class_dir} are left out, as {min(others)}")
+        errors.say(f"note: {len(others)} things of {class_dir} are left out, as {min(others)}")
     return {p: [i for f in own for i in list_images(class_dir, f)] for p, own in folders.items()}
 
 
 def add_valid_share_flag(parser: argparse.ArgumentParser) -> None:
     """Add --valid_share."""
     parser.add_argument(
-        "--valid_share", type=ratio_type, default=VALID_SHARE,
+        "--valid_share",
+        type=cli.ratio_type,
+        default=loco.VALID_SHARE,
         help=f"of the training images, at least {MIN_VALID}, taken where there is no validation",
-    )  # fmt: skip
+    )
 
 
 def _draw_validation(class_dir: Path, train: list[str], share: float, seed: int) -> list[str]:
     """Choose the training images that are taken for validation, by their names and the seed."""
     n_valid = max(MIN_VALID, round(share * len(train)))
     if len(train) - n_valid < MIN_VALID:
-        raise UserError(
+        raise errors.UserError(
             f"{class_dir} must hold {n_valid + MIN_VALID} training images or more, {n_valid} of "
             f"them for validation, got {len(train)}; add some, or change --valid_share"
         )
@@ -231,31 +232,40 @@ def _draw_validation(class_dir: Path, train: list[str], share: float, seed: int)
 
 
 def plan_data_set(
-    dataset_dir: Path, mvtype: str, im_size: int, valid_share: float = VALID_SHARE, seed: int = 0
+    dataset_dir: Path,
+    mvtype: str,
+    im_size: int,
+    valid_share: float = loco.VALID_SHARE,
+    seed: int = 0,
 ) -> Plan:
     """List a data set's images and settle the size they get.
 
     Without validation images, `valid_share` of the training images, drawn by `seed`, are taken.
     """
-    class_name, kind = split_mvtype(mvtype)
+    class_name, kind = loco.split_mvtype(mvtype)
     class_dir = dataset_dir / class_name
     visa = _read_visa(dataset_dir)
     layout = _layout_of(class_dir, visa)
-    if layout is None or (kind in KINDS and layout != LOCO):
+    if layout is None or (kind in loco.KINDS and layout != LOCO):
         found = ", ".join(f"{name} ({own})" for name, own in find_layouts(dataset_dir).items())
-        raise UserError(
-            f"mvtype must be of a class in {dataset_dir}, <class>_{ALL} where its layout is not "
+        raise errors.UserError(
+            f"mvtype must be of a class in {dataset_dir}, <class>_{loco.ALL} where its layout is not "
             f"{LOCO}, got {mvtype}; found: {found}"
         )
     parts = _list_parts(class_dir, kind, layout, visa)
-    if class_name in LOCO_CLASSES and layout == LOCO:
-        true_size = (LOCO_CLASSES[class_name].width, LOCO_CLASSES[class_name].height)
+    if class_name in loco.LOCO_CLASSES and layout == LOCO:
+        true_size = (loco.LOCO_CLASSES[class_name].width, loco.LOCO_CLASSES[class_name].height)
     else:
         true_size = open_image(class_dir / parts["train"][0]).size
     width, height = fitted_size(*true_size, im_size)
     # Pillow's versions resize differently.
-    settings = {"im_size": im_size, "width": width, "height": height, "aspect": list(true_size),
-                "pillow": PIL.__version__}  # fmt: skip
+    settings = {
+        "im_size": im_size,
+        "width": width,
+        "height": height,
+        "aspect": list(true_size),
+        "pillow": PIL.__version__,
+    }
     train, valid = parts["train"], parts.get("validation", [])
     if not valid:
         valid = _draw_validation(class_dir, train, valid_share, seed)
@@ -274,13 +284,17 @@ def fitted_size(width: int, height: int, im_size: int) -> tuple[int, int]:
 
 def loco_counts(mvtype: str) -> list[dict[str, int]]:
     """Return how many images of train, validation, good and its kind LOCO's copies have, if any."""
-    class_name, kind = split_mvtype(mvtype)
-    if class_name not in LOCO_CLASSES or kind not in KINDS:
+    class_name, kind = loco.split_mvtype(mvtype)
+    if class_name not in loco.LOCO_CLASSES or kind not in loco.KINDS:
         return []
-    facts = LOCO_CLASSES[class_name]
-    counts = {"train": facts.train, "validation": facts.validation, GOOD: facts.good,
-              KINDS[kind]: facts.logical if kind == "loco" else facts.structural}  # fmt: skip
-    return [counts, {**counts, **OTHER_COUNTS.get(class_name, {})}]
+    facts = loco.LOCO_CLASSES[class_name]
+    counts = {
+        "train": facts.train,
+        "validation": facts.validation,
+        GOOD: facts.good,
+        loco.KINDS[kind]: facts.logical if kind == "loco" else facts.structural,
+    }
+    return [counts, {**counts, **loco.OTHER_COUNTS.get(class_name, {})}]
 
 
 def warn_about_counts(plan: Plan) -> None:
@@ -292,7 +306,7 @@ def warn_about_counts(plan: Plan) -> None:
     if counts and found not in [list(own.values()) for own in counts]:
         expected = zip(counts[0].items(), found, strict=True)
         pairs = [f"{name} {own} (LOCO: {loco})" for (name, loco), own in expected if own != loco]
-        say(f"warning: {plan.mvtype} is not the whole data set: {', '.join(pairs)}")
+        errors.say(f"warning: {plan.mvtype} is not the whole data set: {', '.join(pairs)}")
 
 
 # ---------------------------------------------------------------- reading an image
@@ -308,7 +322,9 @@ def open_image(path: Path) -> Image.Image:
         values = np.asarray(image)  # (height, width)
         if image.mode == "F" or values.min() < 0 or values.max() > 65535:
             found = "floats" if image.mode == "F" else "more"
-            raise UserError(f"{path} must have 8 or 16 bits a channel, got {found}; convert it")
+            raise errors.UserError(
+                f"{path} must have 8 or 16 bits a channel, got {found}; convert it"
+            )
         image = Image.fromarray(np.rint(values.astype(np.int64) / 257.0).astype(np.uint8))
     return image.convert("RGB")
 
@@ -322,7 +338,7 @@ def _decode(path: Path) -> Image.Image:
     except (FileNotFoundError, PermissionError):
         raise
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(
+        raise errors.UserError(
             f"{path} must be a whole image, got one that cannot be decoded "
             f"({type(error).__name__}); copy it, or unpack its archive, again"
         ) from error
@@ -352,12 +368,14 @@ def defect_images(class_dir: Path, image_paths: list[str]) -> dict[str, list[int
             values = dict(zip(anomalous, pool.map(_mask_values, masks), strict=True))
     without = [image_paths[i] for i, own in values.items() if not own]
     if without:
-        say(f"warning: {len(without)} images of {class_dir} have no mask, as {without[0]}")
+        errors.say(f"warning: {len(without)} images of {class_dir} have no mask, as {without[0]}")
     if not names:
-        kinds = [part for part in dict.fromkeys(parts) if part not in (GOOD, *KINDS.values())]
+        kinds = [part for part in dict.fromkeys(parts) if part not in (GOOD, *loco.KINDS.values())]
         return {kind: [i for i in anomalous if parts[i] == kind] for kind in kinds}
     if set().union(*values.values()) == {WHITE} and len(names) > 1:
-        say(f"note: the masks in {class_dir} are black and white, which defect is not told by them")
+        errors.say(
+            f"note: the masks in {class_dir} are black and white, which defect is not told by them"
+        )
         return {}
     by_defect = {
         " or ".join(own): [i for i, in_image in values.items() if value in in_image]
@@ -376,7 +394,7 @@ def _defect_values(class_dir: Path) -> dict[int, list[str]]:
         for entry in json.loads(config_path.read_text(encoding="utf-8")):
             names.setdefault(int(entry["pixel_value"]), []).append(str(entry["defect_name"]))
     except (ValueError, TypeError, KeyError) as error:
-        raise UserError(
+        raise errors.UserError(
             f"{config_path} must list pixel_value and defect_name of every defect, got "
             f"{type(error).__name__}: {error}; unpack it again from the archive"
         ) from error

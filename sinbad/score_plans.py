@@ -13,16 +13,7 @@ import numpy as np
 import torch
 import torchvision
 
-from sinbad.backbones import Weights
-from sinbad.datasets import (
-    PIXEL_LEVEL,
-    level_settings,
-    ratios_by_file,
-    scores_file_name,
-    scores_folder,
-)
-from sinbad.matrices import MatrixSet
-from sinbad.results import Run
+from sinbad import backbones, loco, matrices, score_files
 
 # Crops of one forward pass; many small batches would keep a GPU waiting for the next one.
 BATCH_SIZES = {"cpu": 32, "cuda": 256}
@@ -83,12 +74,12 @@ class ScorePlan:
         plan = cls(**{f.name: getattr(args, f.name, None) for f in fields(cls)} | own)
         for level in {task.level for task in plan.tasks}:
             ratios = [task.ratio for task in plan.tasks if task.level == level]
-            ratios_by_file(level, plan.initial_res, ratios, plan.crop_num_edge)
+            loco.ratios_by_file(level, plan.initial_res, ratios, plan.crop_num_edge)
         return plan
 
     def descriptor(self, level: int) -> Descriptor:
         """Return how a level is described."""
-        default = level_settings(level)
+        default = loco.level_settings(level)
         return Descriptor(
             self.n_projections or default.n_projections,
             self.n_quantiles,
@@ -97,8 +88,10 @@ class ScorePlan:
 
     def output(self, task: ScoreTask) -> Path:
         """Return the file that a task writes."""
-        name = scores_file_name(task.level, self.initial_res, task.ratio, self.crop_num_edge)
-        folder = scores_folder(self.results_dir, task.version, task.level, task.rep, task.mvtype)
+        name = loco.scores_file_name(task.level, self.initial_res, task.ratio, self.crop_num_edge)
+        folder = loco.scores_folder(
+            self.results_dir, task.version, task.level, task.rep, task.mvtype
+        )
         return folder / name
 
     def batch_size_on(self, device: torch.device) -> int:
@@ -112,10 +105,10 @@ class ScorePlan:
 def run_record(
     plan: ScorePlan,
     task: ScoreTask,
-    data_set: MatrixSet,
-    weights: Weights | None,
+    data_set: matrices.MatrixSet,
+    weights: backbones.Weights | None,
     device: torch.device,
-) -> Run:
+) -> score_files.Run:
     """Return what determines a task's numbers, and (not compared later) what they were made on."""
     descriptor = plan.descriptor(task.level)
     settings: dict[str, Any] = {
@@ -134,7 +127,7 @@ def run_record(
         "images_sha256": data_set.digest(),
         "n_images": {split: len(images) for split, images in data_set.images.items()},
     }
-    if weights is not None and task.level != PIXEL_LEVEL:
+    if weights is not None and task.level != loco.PIXEL_LEVEL:
         settings["net"] = plan.net
         settings["weights_sha256"] = weights.sha256
         settings["precision"] = plan.precision
@@ -146,8 +139,16 @@ def run_record(
 @functools.cache
 def made_with(batch_size: int, device: torch.device) -> dict[str, object]:
     """Return versions, device, threads and git commit: they may change last bits, or nothing."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty",
-               "--abbrev=40", "--exclude=*"]  # fmt: skip
+    command = [
+        "git",
+        "-C",
+        str(Path(__file__).parent),
+        "describe",
+        "--always",
+        "--dirty",
+        "--abbrev=40",
+        "--exclude=*",
+    ]
     try:
         commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.io import arff
 
-from sinbad.errors import UserError, say
+from sinbad import errors
 
 ARCHIVE_PAGE = "https://www.timeseriesclassification.com"
 FORMATS = ("ts", "arff")
@@ -62,12 +62,12 @@ def find_files(dataset_dir: Path, name: str, file_format: str) -> tuple[Path, Pa
     """Return the training and the test file of a data set; `file_format` is ts, arff or auto."""
     cure = f"unpack the archive of {ARCHIVE_PAGE} there, or pass --dataset_dir"
     if not dataset_dir.is_dir():
-        raise UserError(f"--dataset_dir must be a folder, got {dataset_dir}; {cure}")
+        raise errors.UserError(f"--dataset_dir must be a folder, got {dataset_dir}; {cure}")
     folder = dataset_dir / name
     if not folder.is_dir():
         found = ", ".join(sorted(path.name for path in dataset_dir.iterdir() if path.is_dir()))
         rule = f"--dataset must be a folder of {dataset_dir} (found: {found or 'none'})"
-        raise UserError(f"{rule}, got {name}; {cure}")
+        raise errors.UserError(f"{rule}, got {name}; {cure}")
     suffixes = FORMATS if file_format == "auto" else (file_format,)
     for suffix in suffixes:
         train, test = (folder / f"{name}_{split}.{suffix}" for split in ("TRAIN", "TEST"))
@@ -76,7 +76,7 @@ def find_files(dataset_dir: Path, name: str, file_format: str) -> tuple[Path, Pa
     names = sorted(path.name + " (a folder)" * path.is_dir() for path in folder.iterdir())
     wanted = " or .".join(suffixes)
     rule = f"{folder} must hold {name}_TRAIN.{wanted} and {name}_TEST of the same kind"
-    raise UserError(f"{rule}, got {', '.join(names) or 'nothing'}; {cure}")
+    raise errors.UserError(f"{rule}, got {', '.join(names) or 'nothing'}; {cure}")
 
 
 def read_split(path: Path) -> list[Series]:
@@ -121,10 +121,12 @@ def read_split(path: Path) -> list[Series]:
     return split
 
 
-def _line_error(path: Path, line: int, rule: str, got: str) -> UserError:
+def _line_error(path: Path, line: int, rule: str, got: str) -> errors.UserError:
     """Make the error of one line of a file."""
     got = got if len(got) <= 60 else got[:57] + "..."
-    return UserError(f"{path}, line {line}: {rule}, got {got}; mend the line or unpack again")
+    return errors.UserError(
+        f"{path}, line {line}: {rule}, got {got}; mend the line or unpack again"
+    )
 
 
 def _ts_header(header: str) -> Declared:
@@ -195,12 +197,12 @@ def load_data_set(
     for path, kept in zip(paths, splits, strict=True):
         if not kept:
             rule = f"{path} must hold series of {shortest} to {longest} steps"
-            raise UserError(f"{rule}, got none; unpack the archive again")
+            raise errors.UserError(f"{rule}, got none; unpack the archive again")
     _check_splits(paths, *splits)
     n_steps = max(one.values.shape[1] for one in chain(*splits))
     if n_steps < min_steps:
         rule = f"series of {paths[0]} and {paths[1].name} must have at least {min_steps} steps"
-        raise UserError(f"{rule}, got {n_steps} in the longest; leave out this data set")
+        raise errors.UserError(f"{rule}, got {n_steps} in the longest; leave out this data set")
     centre, exponent = _fit_units(splits[0])
     padded = [np.zeros((len(split), len(centre), n_steps)) for split in splits]
     for array, one in zip(chain(*padded), chain(*splits), strict=True):
@@ -212,7 +214,7 @@ def load_data_set(
         )
     far = abs(zeros).max()
     if far > FAR_FROM_ZERO:
-        say(
+        errors.say(
             f"warning: {paths[0]} holds values {far:.0f} times their spread away from 0, which "
             "stands outside the series and where values miss, as in the paper, and may outweigh "
             "them; subtract each channel's mean"

@@ -13,9 +13,12 @@ finished already is skipped; a run that was killed is started again with the sam
 """
 
 import argparse
+import logging
 from pathlib import Path
 
 from sinbad import atomic, cli, errors, layouts, loco, matrices
+
+log = logging.getLogger("sinbad")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -57,7 +60,7 @@ def make_matrices(
     for plan in plans:
         folder = out_dir / plan.mvtype
         if not overwrite and matrices.is_current(folder, plan):
-            errors.say(f"{plan.mvtype}: finished already, {folder}")
+            log.info(f"{plan.mvtype}: finished already, {folder}")
             continue
         layouts.warn_about_counts(plan)
         # With --overwrite only what this run has made is linked.
@@ -65,7 +68,7 @@ def make_matrices(
         matrices.make_data_set(plan, out_dir, n_workers, link)
         made.add(plan.class_dir)
         counts = " / ".join(str(len(plan.paths[split])) for split in matrices.SPLITS)
-        errors.say(f"{plan.mvtype}: {counts} train / valid / test images")
+        log.info(f"{plan.mvtype}: {counts} train / valid / test images")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -12,11 +12,14 @@ than that share is expected to be. Exit status 1 if a picture could not be score
 
 import argparse
 import json
+import logging
 from dataclasses import fields
 from pathlib import Path
 
 from sinbad import atomic, cli, detectors, errors, layouts
 from sinbad.report import figures, tables
+
+log = logging.getLogger("sinbad")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -104,7 +107,7 @@ def fit(args: argparse.Namespace) -> None:
     )
     detector.save(args.out)
     smallest = 1 / (len(detector.calibration) + 1)
-    errors.say(
+    log.info(
         f"{args.out}: {detector.about['n_train']} training pictures, verdicts by "
         f"{len(detector.calibration)} good pictures: false alarms from {smallest:.3g}"
     )
@@ -123,7 +126,7 @@ def score(args: argparse.Namespace) -> int:
     for verdict, scores, place in detector.examine(pictures, args.false_alarms):
         verdicts.append(verdict)
         if verdict.error:
-            errors.say(f"error: {verdict.error}")
+            log.error(f"{verdict.error}")
         elif args.heatmaps is not None:
             name = f"{len(verdicts):04d}_{Path(verdict.path).name}.png"
             about = f"score {verdict.score:.2f}, anomalous above "
@@ -145,7 +148,7 @@ def score(args: argparse.Namespace) -> int:
         atomic.atomic_write(args.json, json.dumps(records, indent=1, ensure_ascii=False) + "\n")
     n_bad = sum(bool(one.error) for one in verdicts)
     n_anomalous = sum(one.is_anomalous for one in verdicts)
-    errors.say(f"{len(verdicts) - n_bad} pictures scored, {n_anomalous} anomalous, {n_bad} broken")
+    log.info(f"{len(verdicts) - n_bad} pictures scored, {n_anomalous} anomalous, {n_bad} broken")
     return int(n_bad > 0)
 
 

@@ -13,6 +13,7 @@ command.
 """
 
 import argparse
+import logging
 from collections import defaultdict
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -20,6 +21,8 @@ from pathlib import Path
 import torch
 
 from sinbad import atomic, backbones, cli, errors, loco, matrices, score_files, score_plans, scoring
+
+log = logging.getLogger("sinbad")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -74,8 +77,8 @@ def load_data_sets(plan: score_plans.ScorePlan) -> dict[str, matrices.MatrixSet]
             )
         n_same = len(set(own.sha256("train")) & set(own.sha256("valid")))
         if n_same:
-            errors.say(
-                f"warning: {n_same} validation images of {mvtype} are training images too: they "
+            log.warning(
+                f"{n_same} validation images of {mvtype} are training images too: they "
                 "score about 0, what is divided by their mean is too high"
             )
     return data_sets
@@ -91,7 +94,7 @@ def unfinished(
         if path.parent.exists():
             atomic.remove_left_overs(atomic.folder_beside(path.parent))
         if not plan.overwrite and score_files.is_finished(path, runs[task]):
-            errors.say(f"finished already: {path}")
+            log.info(f"finished already: {path}")
         else:
             todo[loco.split_mvtype(task.mvtype)[0]].append(task)
     return todo

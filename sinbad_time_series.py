@@ -15,6 +15,7 @@ What OUT holds already is kept and not computed again; --overwrite does.
 import argparse
 import hashlib
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ from torch import Tensor
 import sinbad_utils
 from sinbad import atomic, backbones, cli, errors, uea
 from sinbad.report import tables
+
+log = logging.getLogger("sinbad")
 
 # ROC-AUC in percent; arXiv 2311.14773, requoted by a benchmark site
 PUBLISHED = {
@@ -276,14 +279,14 @@ def main(argv: list[str] | None = None) -> None:
     for name in wanted:
         data = uea.load_data_set(paths[name], KEPT_LENGTHS.get(name, (0, np.inf)), min_steps=WINDOW)
         classes = np.unique(data.train_labels).tolist()
-        errors.say(
+        log.info(
             f"{name}: {len(data.train)} training and {len(data.test)} test series of "
             f"{len(classes)} classes, {data.train.shape[1]} channels, {data.train.shape[2]} steps"
         )
         result = results.setdefault(name, {"files": files[name], "classes": classes, "seeds": {}})
         missing = [seed for seed in seeds if str(seed) not in result["seeds"]]
         if len(missing) < len(seeds):
-            errors.say(f"{name}: {len(seeds) - len(missing)} seeds are in {args.out} already")
+            log.info(f"{name}: {len(seeds) - len(missing)} seeds are in {args.out} already")
         for seed in cli.progress(missing, desc=name, unit="seed"):
             result["seeds"][str(seed)] = score_seed(
                 data, seed, args.n_projections, args.n_quantiles, device

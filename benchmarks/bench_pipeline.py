@@ -13,6 +13,7 @@ machine; still, compare ratios rather than seconds.
 """
 
 import argparse
+import logging
 import os
 import platform
 import resource
@@ -40,6 +41,8 @@ from reproduce_paper import parse_args as paper_flags
 from sinbad import atomic, backbones, cli, errors, loco, score_files, score_plans
 from sinbad.report import tables
 from sinbad_single_layer import score_and_save
+
+log = logging.getLogger("sinbad")
 
 PARTS = {
     "train/good": "train",
@@ -153,7 +156,7 @@ def bench_scoring(args: argparse.Namespace, device: torch.device, root: Path) ->
         bare = bare_network(args.net, levels, precision, device, sum(crops))
         seconds[precision]["scoring"].append(scoring)
         seconds[precision]["bare network"].append(bare)
-        errors.say(f"{precision}: scoring {scoring:.1f} s, bare network {bare:.1f} s")
+        log.info(f"{precision}: scoring {scoring:.1f} s, bare network {bare:.1f} s")
     peak = {"cpu": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}
     if device.type == "cuda":
         peak["gpu"] = torch.cuda.max_memory_allocated(device)
@@ -238,7 +241,7 @@ def main(argv: list[str] | None = None) -> None:
             figures["agreement"] = bench_agreement(args, device, Path(folder) / "agreement")
             print("\n" + tables.markdown(figures["agreement"]))
     atomic.atomic_write(args.out, atomic.to_json(figures) + "\n")
-    errors.say(f"written: {args.out}")
+    log.info(f"written: {args.out}")
 
 
 if __name__ == "__main__":

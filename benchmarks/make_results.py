@@ -13,6 +13,7 @@ validation images of the archive.
 
 import argparse
 import json
+import logging
 import os
 import platform
 import sys
@@ -32,6 +33,8 @@ import sinbad_single_layer
 import sinbad_time_series
 from sinbad import atomic, backbones, cli, detectors, ensembles, errors, layouts, score_plans
 from sinbad.report import figures, metrics, tables
+
+log = logging.getLogger("sinbad")
 
 SHARED = Path("../shared")
 MVTYPE = "juice_bottle_loco"
@@ -103,7 +106,7 @@ def save(args: argparse.Namespace, name: str, seeds: list[int], rows: list[list[
     about |= {"machine": platform.machine(), "cpus": os.cpu_count()}
     head = f"# python benchmarks/make_results.py --only {name}; seeds {seeds}; {about}\n"
     atomic.atomic_write(args.out / f"{name}.csv", head + tables.csv_text(rows))
-    errors.say(f"written: {args.out / f'{name}.csv'}")
+    log.info(f"written: {args.out / f'{name}.csv'}")
 
 
 def time_series(args: argparse.Namespace) -> None:
@@ -321,7 +324,7 @@ def main(argv: list[str] | None = None) -> None:
         if folder.is_dir():
             measure(args)
         else:
-            errors.say(f"note: {measure.__name__} is left out, there is no {folder}")
+            log.info(f"note: {measure.__name__} is left out, there is no {folder}")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ Writes  OUT_DIR/<class>/{train,validation,test}/<good|logical_anomalies|structur
 """
 
 import argparse
+import logging
 import sys
 from pathlib import Path
 
@@ -15,6 +16,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from demo.drawings import DEFECTS, DRAWING_VERSION, draw_image
 from sinbad import atomic, cli, errors
+
+log = logging.getLogger("sinbad")
 
 SETTINGS_FILE = "demo_settings.json"
 
@@ -64,7 +67,7 @@ def main(argv: list[str] | None = None) -> None:
     settings = atomic.to_json(own | {"drawing_version": DRAWING_VERSION})
     path = args.out_dir / SETTINGS_FILE
     if path.exists() and path.read_text("utf-8") == settings:
-        errors.say(f"{args.out_dir} is there already")
+        log.info(f"{args.out_dir} is there already")
         return
     if args.out_dir.exists() and any(args.out_dir.iterdir()):
         raise errors.UserError(
@@ -74,7 +77,7 @@ def main(argv: list[str] | None = None) -> None:
     with atomic.atomic_path(args.out_dir) as root:
         write_data_set(root, args)
         (root / SETTINGS_FILE).write_text(settings, "utf-8")
-    errors.say(f"{args.out_dir}: {', '.join(DEFECTS)}")
+    log.info(f"{args.out_dir}: {', '.join(DEFECTS)}")
 
 
 if __name__ == "__main__":

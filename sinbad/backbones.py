@@ -6,6 +6,7 @@ strides 32 to 4. torchvision's ResNets are meant by their own names, any other n
 """
 
 import hashlib
+import logging
 import re
 import sys
 from contextlib import redirect_stdout
@@ -20,6 +21,8 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from sinbad import errors
+
+log = logging.getLogger(__name__)
 
 STAGE_OF_LEVEL = {56: 1, 28: 2, 14: 3, 7: 4}  # of a torchvision ResNet
 INPUT_SIDE = 224  # pixels
@@ -120,7 +123,7 @@ def _read_state(path: Path) -> dict[str, Tensor]:
     for wrapper in WRAPPERS:
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
             state = state[wrapper]
-            errors.say(f"note: weights are those under {wrapper!r} of {path.name}")
+            log.info(f"note: weights are those under {wrapper!r} of {path.name}")
     if not isinstance(state, dict) or not state or not all(map(torch.is_tensor, state.values())):
         raise errors.UserError(
             f"weights must hold a state_dict of tensors, got {path}; pass --weights FILE"
@@ -128,7 +131,7 @@ def _read_state(path: Path) -> dict[str, Tensor]:
     for prefix in PREFIXES:
         if all(name.startswith(prefix) for name in state):
             state = {name.removeprefix(prefix): value for name, value in state.items()}
-            errors.say(f"note: prefix {prefix!r} taken off the names in {path.name}")
+            log.info(f"note: prefix {prefix!r} taken off the names in {path.name}")
     return state
 
 
@@ -137,7 +140,7 @@ def _download(net: str) -> Path:
     url = torchvision.models.get_model_weights(net).IMAGENET1K_V1.url  # type: ignore[attr-defined]
     path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
     if not path.is_file():
-        errors.say(f"downloading {url}")
+        log.info(f"downloading {url}")
         try:
             with redirect_stdout(sys.stderr):  # torch prints there
                 torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True)
@@ -402,7 +405,7 @@ class FeatureExtractor:
                     ) from error
             # Only here, when the error with its frames is gone, is their memory free again.
             self.chunk = (chunk + 1) // 2
-            errors.say(
+            log.info(
                 f"GPU memory is too small for {chunk} crops at once, going on with {self.chunk}"
             )
             torch.cuda.empty_cache()

@@ -4,6 +4,7 @@ Standard library only (tqdm when a bar is shown), so the array generators start 
 """
 
 import argparse
+import logging
 import os
 import re
 import shlex
@@ -13,6 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from sinbad import errors, loco
+
+log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -250,7 +253,7 @@ class _LogLines:
     def write(self, text: str) -> None:
         """Say what is not blank."""
         if text.strip():
-            errors.say(text.strip())
+            log.info(text.strip())
 
     def flush(self) -> None:
         """Do nothing, a line is flushed at once."""

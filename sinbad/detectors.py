@@ -9,6 +9,7 @@ number. The verdict is conformal: of good pictures like the calibration ones at 
 import hashlib
 import io
 import json
+import logging
 import math
 import os
 from collections.abc import Iterator, Sequence
@@ -36,6 +37,8 @@ from sinbad import (
     score_plans,
     scoring,
 )
+
+log = logging.getLogger(__name__)
 
 FORMAT = 1  # of the file
 Grid = tuple[int, int]  # level, number of crops
@@ -211,8 +214,8 @@ class Detector:
         digests = [{hashlib.sha256(m).hexdigest() for m in own} for own in splits.values()]
         n_same = len(digests[0] & digests[1])
         if n_same:
-            errors.say(
-                f"warning: {n_same} validation pictures are training pictures too: they score "
+            log.warning(
+                f"{n_same} validation pictures are training pictures too: they score "
                 "about 0, so others score too high"
             )
         extractor, sha256 = _load_network(options, where)
@@ -264,7 +267,7 @@ class Detector:
                 verdict = Verdict(name, score, p_value, p_value <= false_alarms, levels)
                 yield verdict, scores, place
             if len(pictures) > matrices.IMAGES_AT_ONCE:
-                errors.say(f"{first + len(part)} of {len(pictures)} pictures")
+                log.info(f"{first + len(part)} of {len(pictures)} pictures")
 
     def threshold(self, false_alarms: float) -> float:
         """Return the score above which a picture is called anomalous."""

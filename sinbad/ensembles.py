@@ -6,6 +6,7 @@ Scores are joined only if they were made alike. `load_data_set` checks the files
 
 import argparse
 import csv
+import logging
 import re
 import textwrap
 from collections.abc import Hashable, Iterable
@@ -18,6 +19,8 @@ import numpy as np
 
 import sinbad_utils
 from sinbad import errors, loco, score_files
+
+log = logging.getLogger(__name__)
 
 NETWORK_FILE = re.compile(r"(\d+)_crop_anom_maps\.npz")
 PIXEL_FILE = re.compile(r"(\d+)\.00_lvl_anom_maps\.npz")
@@ -235,8 +238,8 @@ def check_runs(runs: dict[str, list[DataSetScores]]) -> None:
     _check_alike(files)
     without = [file.path for _, file in files if not file.settings]
     if without:
-        errors.say(
-            f"warning: {len(without)} of {len(files)} files of scores carry no record of what made "
+        log.warning(
+            f"{len(without)} of {len(files)} files of scores carry no record of what made "
             f"them, as {without[0]}: whether they belong together could not be checked"
         )
 

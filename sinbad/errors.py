@@ -4,10 +4,13 @@ Standard library only (tqdm where a bar is on screen): the array generators run 
 """
 
 import errno
+import logging
 import os
 import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
+
+log = logging.getLogger("sinbad")
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
@@ -30,14 +33,27 @@ class UserError(Exception):
     """An error of the user's input: shown as one line, `error: <what> must be <rule>, got ...`."""
 
 
-def say(message: str) -> None:
-    """Write a line of progress or a warning to stderr; stdout carries results only."""
-    if sys.stderr.isatty():
-        from tqdm import tqdm  # keeps a bar that is on screen whole
+class StderrHandler(logging.Handler):
+    """Shows log records on stderr, one line each, and keeps a progress bar on screen whole."""
 
-        tqdm.write(message, file=sys.stderr)
-    else:
-        print(message, file=sys.stderr, flush=True)
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print a record; information plainly, the rest under its level's name."""
+        level = "" if record.levelno <= logging.INFO else f"{record.levelname.lower()}: "
+        message = level + record.getMessage()
+        if sys.stderr.isatty():
+            from tqdm import tqdm
+
+            tqdm.write(message, file=sys.stderr)
+        else:
+            print(message, file=sys.stderr, flush=True)
+
+
+def log_to_stderr() -> None:
+    """Show what the package logs on stderr; stdout carries results only."""
+    if not any(isinstance(handler, StderrHandler) for handler in log.handlers):
+        log.addHandler(StderrHandler())
+        log.setLevel(logging.INFO)
+        log.propagate = False
 
 
 def run_script(main: Callable[..., Any], argv: list[str] | None = None) -> NoReturn:
@@ -47,6 +63,7 @@ def run_script(main: Callable[..., Any], argv: list[str] | None = None) -> NoRet
     """
     debug = "--debug" in (sys.argv[1:] if argv is None else argv)
     _prepare_streams()
+    log_to_stderr()
     try:
         status = main(argv)
         sys.stdout.flush()  # here its errors are still caught
@@ -73,7 +90,7 @@ def run_script(main: Callable[..., Any], argv: list[str] | None = None) -> NoRet
             )
         )
     except KeyboardInterrupt:
-        say("interrupted; run the same command again to go on, finished outputs are kept")
+        log.info("interrupted; run the same command again to go on, finished outputs are kept")
         sys.exit(EXIT_INTERRUPTED)
     sys.exit(status or 0)
 

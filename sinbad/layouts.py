@@ -4,6 +4,7 @@ import argparse
 import csv
 import hashlib
 import json
+import logging
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from sinbad import cli, errors, loco
+
+log = logging.getLogger(__name__)
 
 GOOD = "good"
 DEFECTS_FILE = "defects_config.json"
@@ -124,11 +127,11 @@ def choose_data_sets(dataset_dir: Path, names: list[str] | None) -> list[str]:
     found = find_layouts(dataset_dir)
     by_layout = {layout: [name for name in found if found[name] == layout] for layout in TREES}
     shown = [f"{layout} ({', '.join(own)})" for layout, own in by_layout.items() if own]
-    errors.say(f"layouts in {dataset_dir}: {'; '.join(shown)}")
+    log.info(f"layouts in {dataset_dir}: {'; '.join(shown)}")
     expected = loco.LOCO_CLASSES if by_layout[LOCO] else _read_visa(dataset_dir)
     missing = [name for name in expected if name not in found]
     if names is None and missing:
-        errors.say(f"note: not in {dataset_dir}: {', '.join(missing)}")
+        log.info(f"note: not in {dataset_dir}: {', '.join(missing)}")
     kinds_of = {name: tuple(loco.KINDS) if found[name] == LOCO else (loco.ALL,) for name in found}
     chosen = []
     for mvtype in loco.expand_mvtypes(names or [loco.ALL], kinds_of):
@@ -138,7 +141,7 @@ def choose_data_sets(dataset_dir: Path, names: list[str] | None) -> list[str]:
             chosen.append(mvtype)
         else:
             folder = dataset_dir / class_name / "test" / loco.KINDS.get(kind, "<any>")
-            errors.say(f"note: {mvtype} left out, there is no {folder}")
+            log.info(f"note: {mvtype} left out, there is no {folder}")
     if not chosen:
         raise errors.UserError(f"{dataset_dir} must hold anomalies of a class, got none; {LAYOUTS}")
     return chosen
@@ -175,7 +178,7 @@ def list_images(class_dir: Path, part: str) -> list[str]:
     _check_utf8(folder, [part, *names])
     n_others = len(everything) - len(names)
     if n_others:
-        errors.say(
+        log.info(
             f"note: {n_others} of {len(everything)} things in {folder} are no images, left out"
         )
     return [f"{part}/{name}" for name in names]
@@ -205,7 +208,7 @@ def _list_parts(
     beside = [path for split in (*in_good, "test") for path in class_dir.glob(f"{split}/*")]
     others = [path for path in beside if f"{path.parent.name}/{path.name}" not in read]
     if others:
-        errors.say(f"note: {len(others)} things of {class_dir} are left out, as {min(others)}")
+        log.info(f"note: {len(others)} things of {class_dir} are left out, as {min(others)}")
     return {p: [i for f in own for i in list_images(class_dir, f)] for p, own in folders.items()}
 
 
@@ -306,7 +309,7 @@ def warn_about_counts(plan: Plan) -> None:
     if counts and found not in [list(own.values()) for own in counts]:
         expected = zip(counts[0].items(), found, strict=True)
         pairs = [f"{name} {own} (LOCO: {loco})" for (name, loco), own in expected if own != loco]
-        errors.say(f"warning: {plan.mvtype} is not the whole data set: {', '.join(pairs)}")
+        log.warning(f"{plan.mvtype} is not the whole data set: {', '.join(pairs)}")
 
 
 # ---------------------------------------------------------------- reading an image
@@ -368,12 +371,12 @@ def defect_images(class_dir: Path, image_paths: list[str]) -> dict[str, list[int
             values = dict(zip(anomalous, pool.map(_mask_values, masks), strict=True))
     without = [image_paths[i] for i, own in values.items() if not own]
     if without:
-        errors.say(f"warning: {len(without)} images of {class_dir} have no mask, as {without[0]}")
+        log.warning(f"{len(without)} images of {class_dir} have no mask, as {without[0]}")
     if not names:
         kinds = [part for part in dict.fromkeys(parts) if part not in (GOOD, *loco.KINDS.values())]
         return {kind: [i for i in anomalous if parts[i] == kind] for kind in kinds}
     if set().union(*values.values()) == {WHITE} and len(names) > 1:
-        errors.say(
+        log.info(
             f"note: the masks in {class_dir} are black and white, which defect is not told by them"
         )
         return {}

@@ -4,12 +4,15 @@ Source: Bergmann et al., "Beyond Dents and Scratches", IJCV 2022 (the data set);
 and 2311.14773 (the runs). Standard library only: the array generators import this on login nodes.
 """
 
+import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from sinbad import errors
+
+log = logging.getLogger(__name__)
 
 KINDS = {"loco": "logical_anomalies", "struct": "structural_anomalies"}
 ALL = "all"  # kind of a data set of all anomalies of a class, whatever their folders
@@ -163,7 +166,7 @@ def choose_mvtypes(names: Iterable[str], present: Iterable[str]) -> list[str]:
     chosen = [name for name in wanted if name in found or name in names]
     missing = [name for name in wanted if name not in chosen]
     if chosen and missing:
-        errors.say(f"note: not there: {', '.join(missing)}")
+        log.info(f"note: not there: {', '.join(missing)}")
     return chosen or wanted
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import math
 import mmap
 import shutil
@@ -20,6 +21,8 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from sinbad import atomic, cli, errors, layouts, loco, score_files
+
+log = logging.getLogger(__name__)
 
 SPLITS = {"train": "train_data.npy", "valid": "valid_data.npy", "test": "test_data.npy"}
 SHARED_SPLITS = ("train", "valid")  # of a class' data sets
@@ -212,12 +215,10 @@ def is_current(folder: Path, plan: layouts.Plan) -> bool:
         raise errors.UserError(f"{folder} was made with {name} {old}, now {name} is {new}; {cure}")
     changed = _changed_images(matrices, plan)
     if changed:
-        errors.say(
-            f"{plan.mvtype}: made again, {len(changed)} images have changed, as {changed[0]}"
-        )
+        log.info(f"{plan.mvtype}: made again, {len(changed)} images have changed, as {changed[0]}")
     elif made_by != now:
-        errors.say(
-            f"warning: {folder} was made by Pillow {made_by}, now it is {now}: single pixels may "
+        log.warning(
+            f"{folder} was made by Pillow {made_by}, now it is {now}: single pixels may "
             "differ by 1; --overwrite makes it again"
         )
     return not changed

@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import itertools
 import json
+import logging
 import os
 import re
 import shlex
@@ -23,6 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from sinbad import atomic, cli, errors, loco
+
+log = logging.getLogger(__name__)
 
 Task = tuple[str, str]  # a line of tasks.tsv: outputs as a bash brace pattern, command
 Ratios = dict[str, float]  # crop ratios by the files that they write
@@ -278,7 +281,7 @@ def generate(args: Namespace, levels: list[int], folder: Path, script: str) -> N
     atomic.atomic_write(array, ARRAY.format(options="\n".join(lines), setup="\n".join(args.setup)))
     atomic.atomic_write(master, BATCH_MASTER.format(program=program, flags=shlex.join(submission)))
     atomic.atomic_write(folder / "tasks.tsv", format_tasks(tasks))
-    errors.say(f"{len(tasks)} tasks; submit them: sh {shlex.quote(str(master))}")
+    log.info(f"{len(tasks)} tasks; submit them: sh {shlex.quote(str(master))}")
 
 
 def format_tasks(tasks: list[Task]) -> str:
@@ -320,7 +323,7 @@ def run_array(args: Namespace, levels: list[int], script: str) -> int:
     n_waiting = sum(bool(reason) for _, reason in alive.values())
     waiting = f" ({n_waiting} of them waiting)" if n_waiting else ""
     n_done = len(tasks) - len(alive) - len(missing)
-    errors.say(
+    log.info(
         f"{len(tasks)} tasks: {n_done} done, {len(alive)} running{waiting}, {len(missing)} missing;"
         f" folder {folder}"
     )
@@ -416,7 +419,7 @@ def find_alive(name: str, needed: bool) -> Alive:
     except errors.UserError as error:
         if needed:
             raise
-        errors.say(f"note: {error}")
+        log.info(f"note: {error}")
         return alive
     form = rf"^(\d+)\|(.*)\|(\w+)\|{name}(?:\+(\d+))?\|(.*)$"
     for job, indices, state, offset, reason in re.findall(form, listing, re.M):
@@ -456,13 +459,13 @@ def submit(folder: Path, args: Namespace, alive: Alive, missing: list[int]) -> N
         words += [array] if size else []
         job = sbatch(folder, [*words, "array.sbatch", str(first)])
         before = [job]
-        errors.say(f"submitted {array} as job {job}, of the tasks from {first}")
+        log.info(f"submitted {array} as job {job}, of the tasks from {first}")
     if args.then_ensemble:
         state, earlier, words = plan_ensemble(folder, args, needed=True)
         if missing and earlier:  # it waits for less
             ask_slurm(["scancel", *earlier])
             state = ""
-        errors.say(f"ensemble {state or 'submitted as job ' + sbatch(folder, words)}")
+        log.info(f"ensemble {state or 'submitted as job ' + sbatch(folder, words)}")
 
 
 def plan_ensemble(folder: Path, args: Namespace, needed: bool) -> tuple[str, list[str], list[str]]:
@@ -510,16 +513,16 @@ def run_locally(folder: Path, args: Namespace, tasks: list[Task], missing: list[
     run_here(folder, pool, "\n".join(map(str, missing)))
     failed = [task for task in missing if not is_done(tasks[task])]
     for line in why_failed(folder, tasks, failed):
-        errors.say(f"task {line}")
+        log.info(f"task {line}")
     if failed:
-        errors.say(f"tasks {shorten_numbers(failed)} failed; the same command runs them again")
+        log.info(f"tasks {shorten_numbers(failed)} failed; the same command runs them again")
     elif args.then_ensemble:
         state, _, words = plan_ensemble(folder, args, needed=False)
         if not state:
             script = 'exec bash array.sbatch 0 "$0" >logs/ensemble_local.log 2>&1'
             failed = [0] if run_here(folder, ["sh", "-c", script, words[-1]]) else []
             state = f"{'failed' if failed else 'done'}, see {folder}/logs/ensemble_local.log"
-        errors.say(f"ensemble {state}")
+        log.info(f"ensemble {state}")
     return int(bool(failed))
 
 

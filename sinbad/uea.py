@@ -4,6 +4,7 @@ A file that does not follow its format is an error of one line that names the fi
 """
 
 import io
+import logging
 import re
 from collections import Counter
 from itertools import chain
@@ -15,6 +16,8 @@ from numpy.typing import NDArray
 from scipy.io import arff
 
 from sinbad import errors
+
+log = logging.getLogger(__name__)
 
 ARCHIVE_PAGE = "https://www.timeseriesclassification.com"
 FORMATS = ("ts", "arff")
@@ -214,8 +217,8 @@ def load_data_set(
         )
     far = abs(zeros).max()
     if far > FAR_FROM_ZERO:
-        errors.say(
-            f"warning: {paths[0]} holds values {far:.0f} times their spread away from 0, which "
+        log.warning(
+            f"{paths[0]} holds values {far:.0f} times their spread away from 0, which "
             "stands outside the series and where values miss, as in the paper, and may outweigh "
             "them; subtract each channel's mean"
         )

@@ -10,6 +10,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from data_to_matrices import make_matrices
+from sinbad import errors
 
 IM_SIZE = 64  # pixels, side of the drawn data set's matrices
 COUNTS = {
@@ -23,6 +24,7 @@ GOLDEN = Path(__file__).parent / "golden"
 SHARED = Path(__file__).parents[2] / "shared"
 
 torch.set_num_threads(2)
+errors.log_to_stderr()
 
 
 def draw_image(part: str, number: int, size: tuple[int, int] = (85, 50)) -> Image.Image:

@@ -100,7 +100,9 @@ def test_scores_of_images_that_have_changed_do_not_count_as_finished(
     ],
 )
 def test_a_reader_that_goes_away(redirection: str, status: int, words: str) -> None:
-    code = "from sinbad.errors import *; run_script(lambda argv: print('x' * 9) or say('y'), [])"
+    code = (
+        "from sinbad.errors import *; run_script(lambda argv: print('x' * 9) or log.info('y'), [])"
+    )
     command = f"'{sys.executable}' -c \"{code}\" {redirection}"
     reader, pipe = os.pipe()
     os.close(reader)

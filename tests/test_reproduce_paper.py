@@ -117,7 +117,7 @@ def test_figures_of_two_seeds(folder: Path) -> None:
         assert by_kind["mean"] == pytest.approx(
             (by_kind["logical_anomalies"] + by_kind["structural_anomalies"]) / 2
         )
-        assert values["mean"]["classification"]["auc_roc"] == by_kind
+        assert run["mean"]["classification"]["auc_roc"] == by_kind
         values.append(100 * entry["auroc"]["level 224"])
     with open(folder / "out" / "table.csv", newline="") as file:
         row = next(csv.DictReader(file))

@@ -1,12 +1,15 @@
 """The report on ensembled scores: metrics, tables, per-image scores, figures, anomaly maps."""
 
 import argparse
+import logging
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from sinbad import atomic, ensembles, errors, layouts, loco
+from sinbad import atomic, ensembles, layouts, loco
 from sinbad.report import metrics, tables
+
+log = logging.getLogger(__name__)
 
 NOTES = """
 AUROC in percent; the interval is a bootstrap over test images (of the first of several runs).
@@ -57,7 +60,7 @@ def write_report(runs: dict[str, list[ensembles.DataSetScores]], options: Report
         from sinbad.report import maps
 
         maps.write_maps(options.maps_dir, first, options.dataset_dir)
-        errors.say(f"anomaly maps (coarse: where to look) in {options.maps_dir}")
+        log.info(f"anomaly maps (coarse: where to look) in {options.maps_dir}")
     text, files = _tables(runs, options)
     if options.figures:
         from sinbad.report import figures  # matplotlib is slow to import

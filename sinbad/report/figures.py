@@ -5,6 +5,7 @@ blind; what a colour tells is also said by a marker, a line style or a word.
 """
 
 import io
+import logging
 import math
 import textwrap
 import warnings
@@ -25,8 +26,10 @@ from PIL import Image
 from sklearn.metrics import roc_curve
 
 import sinbad_utils
-from sinbad import ensembles, errors, layouts, loco
+from sinbad import ensembles, layouts, loco
 from sinbad.report import maps, metrics, tables
+
+log = logging.getLogger(__name__)
 
 DPI = 150
 WIDTH = 1600 / DPI  # inches
@@ -80,7 +83,7 @@ def draw_figures(sets: Sequence[ensembles.DataSetScores], dataset_dir: Path) -> 
             without.append(scores.mvtype)
     if without:
         names = ", ".join(without)
-        errors.say(f"note: no sheets of images for {names}: their images are not in {dataset_dir}")
+        log.info(f"note: no sheets of images for {names}: their images are not in {dataset_dir}")
     return pictures
 
 
@@ -103,9 +106,7 @@ def png_of(draw: Callable[..., Figure], *of: object) -> bytes:
         warnings.simplefilter("always")
         draw(*of).savefig(file, format="png", dpi=DPI, metadata={"Software": None})
     if any("missing from font" in str(warning.message) for warning in caught):
-        errors.say(
-            "note: no font here has all characters of the names; install e.g. fonts-noto-cjk"
-        )
+        log.info("note: no font here has all characters of the names; install e.g. fonts-noto-cjk")
     return file.getvalue()
 
 

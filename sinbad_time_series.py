@@ -113,7 +113,9 @@ def score_seed(
     _, channels, n_steps = data.train.shape
     n_dilations = count_dilations(n_steps)
     n_features = n_dilations * channels * WINDOW
-    directions = sinbad_utils.random_directions(n_projections, n_features, key=(seed,)).to(device)
+    directions = sinbad_utils.random_directions(n_projections, n_features, seed_key=(seed,)).to(
+        device
+    )
     zeros = torch.from_numpy(data.zeros).to(device)
     train, test = (
         torch.cat(

@@ -75,7 +75,7 @@ def histograms_figure(scores: ensembles.DataSetScores, data_dir: Path, weights: 
         loco.NETWORK_SETTINGS.n_projections, elements.shape[1], key
     )
     values = sinbad_utils.project(directions, elements)
-    low, high = sinbad_utils.fit_ranges(values[: min(sinbad_utils.FIT_SETS, len(train_ids))])
+    low, high = sinbad_utils.fit_ranges(values[: min(sinbad_utils.N_RANGE_SETS, len(train_ids))])
     described = sinbad_utils.cumulative_histogram(values, low, high, loco.N_QUANTILES)
     shares = described.unflatten(1, (-1, loco.N_QUANTILES)).numpy()  # (images, directions, bins)
     chosen = most_telling_direction(shares[: len(train_ids)], shares[-1])

@@ -132,7 +132,7 @@ class Fitted:
     ranges: Tensor
     counts: NDArray[Any]
     n_elements: int
-    whitenings: list[sinbad_utils.Whitening] = field(default_factory=list)
+    whitenings: list[sinbad_utils.WhitenedNeighbours] = field(default_factory=list)
 
     def descriptors(self, draw: int) -> Tensor:
         """Return the training descriptors of a draw, (n_train, n_directions * n_bins), float32."""
@@ -373,7 +373,7 @@ class Detector:
                         sinbad_utils.fit_whitening(d.to(self.device), shrinkage) for d in described
                     ]
                 descriptors = scorer.descriptors(job, task, "test")
-                scores = sinbad_utils.nearest_distances(own.whitenings[task.rep], descriptors)
+                scores = own.whitenings[task.rep].nearest(descriptors)
                 crops[task.level, job.n_crops][task.rep, job.crop] = scores
         return crops
 
@@ -440,9 +440,7 @@ def _fit_positions(
             for task, descriptors in zip(own, described, strict=True):
                 if valid:
                     whitening = sinbad_utils.fit_whitening(descriptors, shrinkage)
-                    scores = sinbad_utils.nearest_distances(
-                        whitening, scorer.descriptors(job, task, "valid")
-                    )
+                    scores = whitening.nearest(scorer.descriptors(job, task, "valid"))
                 else:
                     scores = fold_scores(descriptors, shrinkage, options.folds, options.seed)
                 crops[key][task.rep, job.crop] = scores
@@ -459,5 +457,5 @@ def fold_scores(
     for fold in range(fold_of.max() + 1):
         own = torch.from_numpy(fold_of == fold).to(descriptors.device)
         whitening = sinbad_utils.fit_whitening(descriptors[~own], shrinkage)
-        scores[fold_of == fold] = sinbad_utils.nearest_distances(whitening, descriptors[own])
+        scores[fold_of == fold] = whitening.nearest(descriptors[own])
     return scores

@@ -43,7 +43,7 @@ class EnsembleOptions:
     rep_num_224: int  # raw-pixel repetitions, 0 to n - 1; 0 for none
     lambda_factor: float  # weight of the raw pixels
     crop_norm: str = "grid"  # or (ours) "crop": by each crop position's own validation mean
-    crop_pool: str = "mean"  # how the crops of an image are joined, see `sinbad_utils.grid_scores`
+    crop_pool: str = "mean"  # how the crops of an image are joined, see `sinbad_utils.pool_crops`
 
     def folders(self) -> list[tuple[int, Path]]:
         """Return the levels and, of each, the folder of the data sets; one for each repetition."""
@@ -160,11 +160,11 @@ def join(mvtype: str, files: list[ScoreFile], options: EnsembleOptions) -> DataS
     levels = {}
     for level in options.levels:
         own = [grid for level_of_grid, grid in grids if level_of_grid == level]
-        levels[level] = sinbad_utils.level_scores(
+        levels[level] = sinbad_utils.combine_grids(
             [grid.test for grid in own], [grid.valid for grid in own]
         )
     pixels = [
-        sinbad_utils.level_scores([g.test], [g.valid])
+        sinbad_utils.combine_grids([g.test], [g.valid])
         for level, g in grids
         if level == loco.PIXEL_LEVEL
     ]
@@ -199,7 +199,7 @@ def _grid_of(file: ScoreFile, options: EnsembleOptions) -> GridScores:
     if options.crop_norm == "crop":
         test, valid = own, valid / means
     joined, joined_valid = (
-        sinbad_utils.grid_scores(crops, options.crop_pool) for crops in (test, valid)
+        sinbad_utils.pool_crops(crops, options.crop_pool) for crops in (test, valid)
     )
     crops = sinbad_utils.normalise_scores(test, joined_valid)
     return GridScores(joined, joined_valid, crops, own, file.settings)

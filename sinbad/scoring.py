@@ -55,7 +55,7 @@ def range_groups(
         for split in ("train", "valid", "test"):
             ids = pool.ids[mvtype, split]
             fit_ids = tuple(
-                (ids if official else pool.ids[mvtype, "train"])[: sinbad_utils.FIT_SETS]
+                (ids if official else pool.ids[mvtype, "train"])[: sinbad_utils.N_RANGE_SETS]
             )
             group = groups.setdefault(fit_ids, RangeGroup(fit_ids, {}))
             for index in ids:
@@ -216,7 +216,7 @@ class ClassScorer:
         scores: dict[score_plans.ScoreTask, list[sinbad_utils.Scores]] = {}
         for job in self.crop_jobs(tasks):
             fitted: dict[
-                tuple[int, ...], sinbad_utils.Whitening
+                tuple[int, ...], sinbad_utils.WhitenedNeighbours
             ] = {}  # shared by a class' data sets
             for task in job.tasks:
                 ids = {split: self.pool.ids[task.mvtype, split] for split in ("train", *splits)}
@@ -228,11 +228,11 @@ class ClassScorer:
                         shrinkage = self.plan.descriptor(task.level).shrinkage
                         train = self.descriptors(job, task, "train")
                         fitted[key] = sinbad_utils.fit_whitening(
-                            train, shrinkage, squared=self.plan.official
+                            train, shrinkage, full_inverse=self.plan.official
                         )
                     for split, rows in zip(splits, own, strict=True):
                         described = self.descriptors(job, task, split)
-                        rows[job.crop] = sinbad_utils.nearest_distances(fitted[key], described)
+                        rows[job.crop] = fitted[key].nearest(described)
                 n_done[task] += 1
                 if n_done[task] == job.n_crops:
                     yield task, *scores.pop(task)

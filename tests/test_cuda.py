@@ -67,11 +67,9 @@ def test_each_step_is_the_cpus() -> None:
     found = sinbad_utils.cumulative_histogram(values.cuda(), low.cuda(), high.cuda(), 5)
     assert torch.equal(found.cpu(), described)
     for squared in (False, True):
-        expected = sinbad_utils.nearest_distances(
-            sinbad_utils.fit_whitening(described[:20], 0.1, squared), described[20:]
-        )
+        expected = sinbad_utils.fit_whitening(described[:20], 0.1, squared).nearest(described[20:])
         whitening = sinbad_utils.fit_whitening(described[:20].cuda(), 0.1, squared)
-        found = sinbad_utils.nearest_distances(whitening, described[20:].cuda())
+        found = whitening.nearest(described[20:].cuda())
         np.testing.assert_allclose(found, expected, rtol=1e-10)
 
 

@@ -76,7 +76,7 @@ def fake_gpu(free_bytes: int) -> Iterator[list[torch.Size]]:
         mock.patch.object(FakeTensor, "tolist", to_list),
         mock.patch.object(matrices, "ThreadPoolExecutor", InLine),
         mock.patch.object(scoring, "ThreadPoolExecutor", InLine),
-        mock.patch("sinbad_utils.FIT_SETS", 3),
+        mock.patch("sinbad_utils.N_RANGE_SETS", 3),
         FakeTensorMode(allow_non_fake_inputs=True),
     ):
         yield waits

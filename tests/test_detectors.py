@@ -176,9 +176,7 @@ def test_folds_score_each_picture_by_the_others() -> None:
     fold_of = np.random.default_rng(3).permutation(11) % 4
     for i in range(11):
         others = descriptors[torch.from_numpy(fold_of != fold_of[i])]
-        wanted = sinbad_utils.nearest_distances(
-            sinbad_utils.fit_whitening(others, 0.1), descriptors[i : i + 1]
-        )
+        wanted = sinbad_utils.fit_whitening(others, 0.1).nearest(descriptors[i : i + 1])
         np.testing.assert_array_equal(scores[i], wanted[0])
 
 

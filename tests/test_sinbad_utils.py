@@ -250,7 +250,7 @@ def test_bad_descriptor_inputs() -> None:
         sinbad_utils.cumulative_histogram(values, torch.zeros(2), torch.ones(2), 5)
     with pytest.raises(ValueError, match="n_bins must be at least 1, got 0"):
         sinbad_utils.cumulative_histogram(values, *ends, 0)
-    with pytest.raises(ValueError, match="directions must have 3 channels as the elements, got 2"):
+    with pytest.raises(ValueError, match="directions must have 3 channels, got 2"):
         sinbad_utils.project(torch.zeros(5, 2), values)
 
 
@@ -266,9 +266,7 @@ def test_whitening_equals_the_p_by_p_inverse(
     mixing = tensors(9, length, length).double()
     train = tensors(5, n_train, length).double() @ mixing
     queries = tensors(6, 7, length).double() @ mixing + 1.0
-    found = sinbad_utils.nearest_distances(
-        sinbad_utils.fit_whitening(train, shrinkage, squared), queries
-    )
+    found = sinbad_utils.fit_whitening(train, shrinkage, squared).nearest(queries)
     power = 1.0 if squared else 0.5
     expected = slow_scores(train.numpy(), queries.numpy(), shrinkage, power)
     np.testing.assert_allclose(found, expected, rtol=1e-6)
@@ -287,7 +285,7 @@ def test_norms_are_distances_to_the_training_mean(shrinkage: float) -> None:
 
 def test_full_shrinkage_is_euclidean_up_to_a_constant() -> None:
     train, queries = tensors(7, 9, 20), tensors(8, 4, 20)
-    found = sinbad_utils.nearest_distances(sinbad_utils.fit_whitening(train, 1.0), queries)
+    found = sinbad_utils.fit_whitening(train, 1.0).nearest(queries)
     plain = [min(float((q - t).double().square().sum()) for t in train) for q in queries]
     variance = float(train.double().var(0, unbiased=False).mean())
     np.testing.assert_allclose(found, np.array(plain) / variance, rtol=1e-6)
@@ -296,11 +294,11 @@ def test_full_shrinkage_is_euclidean_up_to_a_constant() -> None:
 def test_a_training_image_is_at_distance_zero_and_scale_does_not_matter() -> None:
     train, queries = tensors(7, 9, 20).double(), tensors(8, 4, 20).double()
     whitening = sinbad_utils.fit_whitening(train, 0.1)
-    assert np.abs(sinbad_utils.nearest_distances(whitening, train)).max() < 1e-9
+    assert np.abs(whitening.nearest(train)).max() < 1e-9
     larger = sinbad_utils.fit_whitening(train * 50.0, 0.1)
     np.testing.assert_allclose(
-        sinbad_utils.nearest_distances(larger, queries * 50.0),
-        sinbad_utils.nearest_distances(whitening, queries),
+        larger.nearest(queries * 50.0),
+        whitening.nearest(queries),
         rtol=1e-9,
     )
 
@@ -308,7 +306,7 @@ def test_a_training_image_is_at_distance_zero_and_scale_does_not_matter() -> Non
 def test_equal_training_descriptors_give_finite_scores() -> None:
     train = torch.full((5, 8), 0.3)
     queries = torch.stack([train[0], train[0] + 0.5])
-    found = sinbad_utils.nearest_distances(sinbad_utils.fit_whitening(train, 0.1), queries)
+    found = sinbad_utils.fit_whitening(train, 0.1).nearest(queries)
     assert found[0] == pytest.approx(0.0, abs=1e-9)
     assert found[1] == pytest.approx(8 * 0.25, rel=1e-5)
 
@@ -318,8 +316,10 @@ def test_equal_training_descriptors_give_finite_scores() -> None:
 def test_scores_equal_the_authors(case: str, split: str, golden: dict[str, Array]) -> None:
     train = torch.from_numpy(golden[f"{case}_train_descriptors"])
     queries = torch.from_numpy(golden[f"{case}_{split}_descriptors"])
-    whitening = sinbad_utils.fit_whitening(train, float(golden[f"{case}_shrinkage"]), squared=True)
-    found = sinbad_utils.nearest_distances(whitening, queries)
+    whitening = sinbad_utils.fit_whitening(
+        train, float(golden[f"{case}_shrinkage"]), full_inverse=True
+    )
+    found = whitening.nearest(queries)
     np.testing.assert_allclose(found, golden[f"{case}_{split}_scores"], rtol=1e-5)
 
 

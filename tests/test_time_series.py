@@ -92,7 +92,7 @@ def test_scores_equal_the_textbook(n_steps: int) -> None:
     normal = np.float32(generator.normal(size=(7, 2, n_steps)))
     test = np.float32(generator.normal(size=(5, 2, n_steps)) * 1.5)
     n_dilations = count_dilations(n_steps)
-    directions = sinbad_utils.random_directions(6, n_dilations * 2 * 9, key=(3,))
+    directions = sinbad_utils.random_directions(6, n_dilations * 2 * 9, seed_key=(3,))
     wanted = textbook_scores(
         normal.astype(float), test.astype(float), directions.double().numpy(), 4
     )
@@ -112,7 +112,7 @@ def test_roc_auc_of_a_data_set_equals_the_textbook(tmp_path: Path) -> None:
         test=data.test - data.zeros[:, None],
         zeros=np.zeros(2, np.float32),
     )
-    directions = sinbad_utils.random_directions(7, 2 * 2 * 9, key=(5,)).double().numpy()
+    directions = sinbad_utils.random_directions(7, 2 * 2 * 9, seed_key=(5,)).double().numpy()
     wanted = [
         100
         * roc_auc_score(
@@ -148,7 +148,7 @@ def test_a_small_signal_on_a_great_offset_scores_as_the_textbook(tmp_path: Path)
         splits[split] = drawn
     data = uea.load_data_set(uea.find_files(tmp_path, "Toy", "ts"))
     directions, zeros = (
-        sinbad_utils.random_directions(6, 90, key=(0,)),
+        sinbad_utils.random_directions(6, 90, seed_key=(0,)),
         torch.from_numpy(data.zeros),
     )
     train, test = (
@@ -169,7 +169,7 @@ def test_number_of_dilations(n_steps: int, wanted: int) -> None:
 
 def test_order_of_the_elements_is_ignored() -> None:
     series = torch.randn(9, 2, 30, generator=torch.Generator().manual_seed(0))
-    values = project_series(series, sinbad_utils.random_directions(5, 3 * 2 * 9, key=(0,)), 3)
+    values = project_series(series, sinbad_utils.random_directions(5, 3 * 2 * 9, seed_key=(0,)), 3)
     shuffled = values[:, :, torch.randperm(30, generator=torch.Generator().manual_seed(1))]
     assert not torch.equal(values, shuffled)
     one, other = (score_class(v[:6], v, 4) for v in (values, shuffled))

@@ -1,111 +1,119 @@
-"""What the scripts' command lines share: the parser, groups of flags (argparse parents), progress.
+"""Command lines: the parser, flags made from settings, flags of paths, progress bars.
 
 Standard library only (tqdm when a bar is shown), so the array generators start at once.
 """
 
 import argparse
 import logging
-import os
 import re
 import shlex
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
-from sinbad import errors, loco
-
-log = logging.getLogger(__name__)
+from sinbad import errors, settings
 
 if TYPE_CHECKING:
     from tqdm import tqdm
 
+log = logging.getLogger(__name__)
 Item = TypeVar("Item")
-PRECISIONS = ("fp32", "tf32", "bf16")  # of the network alone
 SECONDS_BETWEEN_LOG_LINES = 60.0
+HELP_WIDTH, FLAG_WIDTH = 100, 30  # characters
 
-# ---------------------------------------------------------------- parser and types
+# ---------------------------------------------------------------- parser
 
 
-class _DefaultsShown(argparse.RawDescriptionHelpFormatter):
-    """Adds the default to the help of every flag that has one, unless the text names it."""
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """Flags in one column, help in another; defaults as one would type them."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=FLAG_WIDTH, width=HELP_WIDTH)
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        text, default = action.help or "", action.default
+        description, default = action.help or "", action.default
         hidden = any(default is value for value in (None, False, argparse.SUPPRESS))
-        if hidden or "default" in text:
-            return text
-        values = default if isinstance(default, list) else [default]
-        return f"{text} (default: {' '.join(map(str, values))})".strip()
+        if hidden or "default" in description:
+            return description
+        values = default if isinstance(default, (list, tuple)) else [default]
+        return f"{description} (default: {' '.join(map(str, values))})".strip()
 
 
 class ScriptParser(argparse.ArgumentParser):
     """Parser whose help is the script's docstring; errors are one line; @FILE holds more flags."""
 
-    def __init__(
-        self,
-        description: str | None = None,
-        parents: Iterable[argparse.ArgumentParser] = (),
-        **options: Any,  # noqa: ANN401  what argparse gives to the parsers of sub-commands
-    ) -> None:
+    def __init__(self, description: str | None = None, **options: Any) -> None:  # noqa: ANN401  argparse's
         super().__init__(
             description=description,
-            formatter_class=_DefaultsShown,
+            formatter_class=_Help,
             allow_abbrev=False,
-            fromfile_prefix_chars="@",
-            parents=list(parents),
+            add_help=False,
             epilog="@FILE anywhere reads flags from a file, one a line; # begins a comment.",
             **options,
         )
-        self.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
-    def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
-        """Split a line of an @FILE as a shell does."""
-        try:
-            return shlex.split(arg_line, comments=True)
-        except ValueError as error:
-            rule = f"a line of an @FILE must be a flag as in a shell, got {arg_line} ({error})"
-            raise errors.UserError(f"{rule}; close the quotes") from None
+    def group(self, title: str) -> argparse._ArgumentGroup:
+        """Return the group of flags with a title, made at its first use."""
+        groups = {group.title: group for group in self._action_groups}
+        return groups[title] if title in groups else self.add_argument_group(title)
+
+    def parse_known_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> tuple[argparse.Namespace, list[str]]:
+        """Parse; --help and --debug come last among the groups."""
+        if "--help" not in self._option_string_actions:
+            add = self.group("help").add_argument
+            add("-h", "--help", action="help", help="show this help")
+            add("--debug", action="store_true", help="show the traceback of an error")
+        arguments = _with_files(sys.argv[1:] if args is None else args)
+        return super().parse_known_args(arguments, namespace)
 
     def error(self, message: str) -> NoReturn:
         """Raise what argparse would print with its usage."""
         raise errors.UserError(f"{message}; see --help")
 
 
-def integer_from(low: int) -> Callable[[str], int]:
-    """Make an argparse type: a whole number not below `low`."""
-
-    def parse(text: str) -> int:
-        if not re.fullmatch(r"[+]?[0-9]{1,18}", text) or int(text) < low:
-            raise argparse.ArgumentTypeError(f"must be a whole number from {low}, got {text}")
-        return int(text)
-
-    return parse
-
-
-def number_between(low: float, high: float, ends: str = "[]") -> Callable[[str], float]:
-    """Make an argparse type: a number of an interval; `ends` as in "(]" tells which ends count."""
-    rule = f"{'above' if ends[0] == '(' else 'from'} {low:g} "
-    rule += f"{'and below' if ends[1] == ')' else 'to'} {high:g}"
-
-    def parse(text: str) -> float:
+def _with_files(arguments: Iterable[str], inside: tuple[Path, ...] = ()) -> list[str]:
+    """Replace every @FILE by the flags in it; `inside` are the files that are being read."""
+    result: list[str] = []
+    for argument in arguments:
+        if not argument.startswith("@") or argument == "@":
+            result.append(argument)
+            continue
+        path = Path(argument[1:]).expanduser()
+        if path.resolve() in inside:
+            raise errors.UserError(f"@{path} names itself; remove that line")
         try:
-            value = float(text)
-        except ValueError:
-            value = float("nan")
-        inside = low <= value <= high
-        if not inside or (value == low and ends[0] == "(") or (value == high and ends[1] == ")"):
-            raise argparse.ArgumentTypeError(f"must be {rule}, got {text}")
-        return value
+            lines = path.read_text(encoding="utf-8-sig").splitlines()
+            words = [word for line in lines for word in shlex.split(line, comments=True)]
+        except UnicodeDecodeError:
+            raise errors.UserError(f"{path} must be UTF-8 text; save it again as UTF-8") from None
+        except ValueError as error:
+            raise errors.UserError(f"{path} must hold flags as in a shell ({error})") from None
+        result += _with_files(words, (*inside, path.resolve()))
+    return result
+
+
+def parse_as(rule: settings.Rule) -> Callable[[str], Any]:
+    """Return an argparse type from a setting's rule."""
+
+    def parse(text: str) -> Any:  # noqa: ANN401  of the rule
+        try:
+            return rule(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
 
     return parse
 
 
-ratio_type = number_between(0, 1, "()")
+def int_at_least(low: int) -> Callable[[str], int]:
+    """Return the argparse type of a whole number not below `low`."""
+    return parse_as(settings.whole_number(low))
 
 
 def integer_ranges(text: str) -> list[int]:
-    """Parse "3" or "0-99" (an argparse type; several of them are joined by `flatten`)."""
+    """Parse "3" or "0-99" (an argparse type; several of them are merged by `sorted_unique`)."""
     form = re.fullmatch("([0-9]{1,6})(?:-([0-9]{1,6}))?", text)
     numbers = range(int(form[1]), int(form[2] or form[1]) + 1) if form else range(0)
     if not numbers:
@@ -113,145 +121,143 @@ def integer_ranges(text: str) -> list[int]:
     return list(numbers)
 
 
-def flatten(lists: Iterable[Iterable[int]]) -> list[int]:
-    """Join lists of numbers into one, ordered, each number once."""
+def sorted_unique(lists: Iterable[Iterable[int]]) -> list[int]:
+    """Merge lists of numbers into one, sorted, each number once."""
     return sorted({number for numbers in lists for number in numbers})
 
 
-# ---------------------------------------------------------------- groups of flags
+def path(text: str) -> Path:
+    """Parse a path; ~ is the home folder, in an @FILE too."""
+    return Path(text).expanduser()
 
 
-def workers_flag() -> argparse.ArgumentParser:
-    """Return --num_workers."""
-    group = argparse.ArgumentParser(add_help=False)
-    group.add_argument(
-        "--num_workers",
-        type=integer_from(1),
-        default=os.cpu_count() or 1,
-        help="threads that read images (default: one a processor)",
-    )
-    return group
+# ---------------------------------------------------------------- flags of settings
 
 
-def device_flags() -> argparse.ArgumentParser:
-    """Return --device and --num_workers."""
-    group = argparse.ArgumentParser(add_help=False, parents=[workers_flag()])
-    group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:<i>")
-    return group
+def add_settings(
+    parser: ScriptParser,
+    names: Iterable[str],
+    **defaults: Any,  # noqa: ANN401  of the settings
+) -> None:
+    """Add the flags of settings, each in the group of its title; `defaults` replace theirs."""
+    for name in names:
+        declared = settings.DECLARED[name]
+        default = defaults.get(name, declared.default)
+        options: dict[str, Any] = {"default": default, "help": declared.metadata["help"]}
+        if declared.metadata["rule"] is settings.switch:
+            options["action"] = "store_true"
+        else:
+            options["type"] = parse_as(declared.metadata["rule"])
+            options["metavar"] = _placeholder(declared.default, default, name)
+            if isinstance(declared.default, tuple):
+                options |= {"nargs": "+", "default": list(default)}
+        parser.group(declared.metadata["group"]).add_argument(f"--{name}", **options)
 
 
-def network_flags() -> argparse.ArgumentParser:
-    """Return the flags of the network and its input."""
-    group = argparse.ArgumentParser(add_help=False)
-    add = group.add_argument
-    about = "a ResNet or ResNeXt of torchvision, or a model of timm with feature maps"
-    add("--net", default="wide_resnet50_2", help=about)
-    add("--weights", default="imagenet", help="imagenet (downloaded once), random, or a FILE")
-    add(
-        "--precision",
-        choices=PRECISIONS,
-        default="fp32",
-        help="of the network alone; tf32 acts on CUDA only",
-    )
-    add(
-        "--batch_size",
-        type=integer_from(1),
-        help="crops of one forward pass; default 32, on a GPU 256",
-    )
-    add(
-        "--compile",
-        action="store_true",
-        help="let torch.compile make the network faster; may change last bits",
-    )
-    return group
+def _placeholder(declared: object, default: object, name: str) -> str:
+    """Return what stands for a setting's value in the help."""
+    value = declared[0] if isinstance(declared, tuple) else default
+    if isinstance(value, str):
+        return "NAME"
+    return "X" if isinstance(value, float) or name == "shrinkage_factor" else "N"
 
 
-def scoring_flags() -> argparse.ArgumentParser:
-    """Return the flags that say how crops are described and scored."""
-    group = argparse.ArgumentParser(add_help=False)
-    add = group.add_argument
-    add("--n_projections", type=integer_from(1), help="directions; default 1000, level 224: 10")
-    add(
-        "--n_quantiles",
-        type=integer_from(1),
-        default=loco.N_QUANTILES,
-        help="thresholds of a direction",
-    )
-    add(
-        "--shrinkage_factor",
-        type=number_between(0, 1, "(]"),
-        help="of the covariance, above 0 to 1; default .1, level 224: 1",
-    )
-    add(
-        "--crop_num_edge",
-        type=integer_from(1),
-        default=loco.CROP_NUM_EDGE,
-        help="stride = side / this",
-    )
-    add(
-        "--initial_res",
-        type=integer_from(8),
-        default=loco.IM_SIZE,
-        help="side of the matrices in pixels",
-    )
-    about = "the authors' numerics: ranges of each split's own images, C^-1 for C^(-1/2)"
-    add("--official", action="store_true", help=about)
-    return group
+def settings_of(args: argparse.Namespace, **changes: Any) -> settings.Settings:  # noqa: ANN401
+    """Return the settings that parsed flags ask for; `changes` replace them."""
+    values = {name: value for name, value in vars(args).items() if name in settings.DECLARED}
+    return settings.Settings(**values | changes)
 
 
-def results_flags() -> argparse.ArgumentParser:
-    """Return the flags of where scores lie."""
-    group = argparse.ArgumentParser(add_help=False)
-    add = group.add_argument
-    add("--results_dir", type=Path, default=loco.DEFAULT_RESULTS_DIR, help="folder of the scores")
-    add("--version_name", default=loco.DEFAULT_VERSION, help="start of the folder names")
-    return group
+def flags_of(values: settings.Settings, names: Iterable[str]) -> list[str]:
+    """Return the flags of settings that are not the default, as on a command line."""
+    flags = []
+    for name in names:
+        value = getattr(values, name)
+        if isinstance(value, tuple):
+            flags += [f"--{name}", *map(str, value)]
+        elif value is True:
+            flags.append(f"--{name}")
+        elif value != settings.DECLARED[name].default:
+            flags.append(f"--{name}={value}")
+    return flags
 
 
-def report_flags() -> argparse.ArgumentParser:
-    """Return the flags of a report, but --out, whose default differs."""
-    group = argparse.ArgumentParser(add_help=False)
-    add = group.add_argument
-    add(
-        "--lambda_factor",
-        type=number_between(0, 1e6),
-        default=loco.LAMBDA_FACTOR,
-        help="weight of level 224",
-    )
-    add(
-        "--dataset_dir",
-        type=Path,
-        default=loco.DEFAULT_DATASET_DIR,
-        help="folder of the classes: their images, and masks for the AUROC per defect",
-    )
-    add("--extra_scores", type=Path, help="CSV of another method: image_path,score")
-    add("--extra_weight", type=number_between(0, 1e6), default=1.0, help="weight of --extra_scores")
-    add("--maps_dir", type=Path, help="write anomaly maps (.tiff) there")
-    add("--figures", action=argparse.BooleanOptionalAction, default=True, help="draw pictures")
-    return group
+BACKBONE_FLAGS = ("net", "weights", "precision", "batch_size", "compile")
+MACHINE_FLAGS = ("device", "num_workers")
+DESCRIPTOR_FLAGS = ("n_projections", "n_quantiles", "shrinkage_factor")
+GRID_FLAGS = ("crop_num_edge", "initial_res")
+ENSEMBLE_FLAGS = ("lambda_factor", "crop_norm", "crop_pool")
+
+# ---------------------------------------------------------------- flags of paths and names
+
+DATASET_DIR = Path("../dataset_loco")
+RUNS_DIR = Path("../sinbad_runs")
+SUBSETS = "test subsets (pushpins_loco), categories (pushpins), loco, struct or all"
+PATH_FLAGS: dict[str, dict[str, Any]] = {
+    "mvtype": {"nargs": "+", "metavar": "NAME", "help": SUBSETS},
+    "dataset_dir": {"type": path, "default": DATASET_DIR, "help": "folder of the categories"},
+    "data_dir": {
+        "type": path,
+        "default": DATASET_DIR / "data_matrices",
+        "help": "folder of the preprocessed images, from data_to_matrices.py",
+    },
+    "results_dir": {"type": path, "default": RUNS_DIR / "results", "help": "folder of the scores"},
+    "version_name": {"default": "ver1", "metavar": "NAME", "help": "prefix of the score folders"},
+    "out": {"type": path, "metavar": "DIR", "help": "folder of tables and figures"},
+    "overwrite": {"action": "store_true", "help": "compute finished outputs again"},
+    "extra_scores": {"type": path, "metavar": "CSV", "help": "another method's image_path,score"},
+    "extra_weight": {
+        "type": parse_as(settings.number(0, 1e6)),
+        "default": 1.0,
+        "metavar": "X",
+        "help": "weight of --extra_scores",
+    },
+    "extra_norm": {
+        "choices": ("mean", "std"),
+        "default": "mean",
+        "help": "divide --extra_scores by their validation mean, or standardise them",
+    },
+    "maps_dir": {"type": path, "metavar": "DIR", "help": "folder of anomaly maps (.tiff)"},
+    "figures": {
+        "action": argparse.BooleanOptionalAction,
+        "default": True,
+        "help": "plot score distributions, ROC curves and example images",
+    },
+    "rep": {
+        "type": integer_ranges,
+        "nargs": "+",
+        "default": [[0]],
+        "metavar": "N",
+        "help": "repetitions with other random projections, as 3 or 0-99 (default: 0)",
+    },
+    "valid_share": {
+        "type": parse_as(settings.number(0, 1, "()")),
+        "default": 0.1,
+        "metavar": "X",
+        "help": "fraction of the training images used for validation where there are none",
+    },
+}
+REPORT_FLAGS = ("extra_scores", "extra_weight", "extra_norm", "maps_dir", "figures")
 
 
-def add_level_flag(parser: argparse.ArgumentParser, default: Iterable[int]) -> None:
-    """Add --pyramid_level."""
-    parser.add_argument(
-        "--pyramid_level",
-        type=integer_from(1),
-        nargs="+",
-        default=list(default),
-        metavar="LEVEL",
-        help=f"{', '.join(map(str, loco.LEVELS[:-1]))}: stages of the network, by the side of their "
-        f"feature map; {loco.LEVELS[-1]}: raw pixels",
-    )
+def add_paths(parser: ScriptParser, *names: str, **changes: dict[str, Any]) -> None:
+    """Add flags of PATH_FLAGS; `changes` name -> options that differ in this script."""
+    add = parser.group(settings.INPUT_OUTPUT).add_argument
+    for name in names:
+        options = PATH_FLAGS[name] | changes.get(name, {})
+        if "type" in options and options["type"] is path:
+            options = {"metavar": "DIR", **options}
+        add(f"--{name}", **options)
 
 
 # ---------------------------------------------------------------- progress
 
 
 class _LogLines:
-    """What a bar writes to where no terminal is: a line each time."""
+    """What a bar writes to where no terminal is: one log line each time."""
 
     def write(self, text: str) -> None:
-        """Say what is not blank."""
+        """Log what is not blank."""
         if text.strip():
             log.info(text.strip())
 
@@ -260,27 +266,26 @@ class _LogLines:
 
 
 def progress_bar(total: int, desc: str, unit: str = "it") -> "tqdm":
-    """Return a tqdm bar, on a terminal; elsewhere it is a line a minute at most."""
+    """Return a tqdm bar on a terminal; elsewhere it is one line per minute at most."""
     from tqdm import tqdm
 
     if sys.stderr.isatty():
         return tqdm(total=total, desc=desc, unit=unit, dynamic_ncols=True)
-    every = SECONDS_BETWEEN_LOG_LINES
-    form = "{desc}: {n_fmt}/{total_fmt}, {rate_noinv_fmt}, {remaining} left"
+    interval = SECONDS_BETWEEN_LOG_LINES
     return tqdm(
         total=total,
         desc=desc,
         unit=unit,
         file=_LogLines(),
-        bar_format=form,
-        mininterval=every,
-        maxinterval=every,
-        delay=every,
+        bar_format="{desc}: {n_fmt}/{total_fmt}, {rate_noinv_fmt}, {remaining} left",
+        mininterval=interval,
+        maxinterval=interval,
+        delay=interval,
     )
 
 
 def progress(items: "list[Item]", desc: str, unit: str = "it") -> Iterator[Item]:
-    """Yield the items of a list and show how far it is (see `progress_bar`)."""
+    """Yield the items of a list with a progress bar (see `progress_bar`)."""
     with progress_bar(len(items), desc, unit) as bar:
         for item in items:
             yield item

@@ -1,0 +1,60 @@
+"""Files of scores before they are computed: what each holds and where it lies.
+
+Standard library only: the array generators import this on login nodes.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from sinbad import crops, errors, settings
+
+
+@dataclass(frozen=True)
+class ScoreTask:
+    """One file of scores: a test subset, a level, a crop grid, a seed, a repetition, its version."""
+
+    mvtype: str
+    level: int
+    ratio: float
+    seed: int
+    rep: int
+    version: str
+
+    def path(self, results_dir: Path, values: settings.Settings) -> Path:
+        """Return the file that the scores are written to."""
+        folder = scores_folder(results_dir, self.version, self.level, self.rep, self.mvtype)
+        return folder / scores_file_name(self.level, grid_of(self.ratio, values))
+
+
+def grid_of(ratio: float, values: settings.Settings) -> crops.CropGrid:
+    """Return the crop grid of a ratio."""
+    return crops.CropGrid(values.initial_res, ratio, values.crop_num_edge)
+
+
+def scores_file_name(level: int, grid: crops.CropGrid) -> str:
+    """Return the name of the file with a grid's scores, as the authors' ensemble script expects."""
+    if level == settings.PIXEL_LEVEL:
+        return f"{grid.side:.2f}_lvl_anom_maps.npz"
+    return f"{len(grid)}_crop_anom_maps.npz"
+
+
+def scores_folder(
+    results_dir: Path, version: str, level: int | str, rep: int | str, mvtype: str
+) -> Path:
+    """Return the folder with the scores of one level, repetition and test subset."""
+    return results_dir / f"{version}_pyramid_lvl_{level}" / f"rep_num_{rep}" / mvtype
+
+
+def check_ratios(level: int, ratios: Iterable[float], values: settings.Settings) -> None:
+    """Stop if two crop ratios would write the same file."""
+    ratio_of: dict[str, float] = {}
+    for ratio in dict.fromkeys(ratios):
+        name = scores_file_name(level, grid_of(ratio, values))
+        other = ratio_of.setdefault(name, ratio)
+        if other != ratio:
+            raise errors.UserError(
+                f"crop_size_ratio must give files of different names, got {other} and {ratio}, "
+                f"which both write {name} at crop_num_edge {values.crop_num_edge}; run them under "
+                "two --version_name"
+            )

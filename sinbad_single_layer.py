@@ -1,4 +1,4 @@
-"""Score the images of data sets at one or more pyramid levels.
+"""Score the images of test subsets at one or more pyramid levels.
 
 Reads   DATA_DIR/<mvtype>/{train,valid,test}_data.npy   (from data_to_matrices.py)
 Writes  RESULTS_DIR/<version>_pyramid_lvl_<level>/rep_num_<rep>/<mvtype>/
@@ -15,133 +15,192 @@ command.
 import argparse
 import logging
 from collections import defaultdict
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
-import torch
-
-from sinbad import atomic, backbones, cli, errors, loco, matrices, score_files, score_plans, scoring
+from sinbad import (
+    backbones,
+    cli,
+    errors,
+    image_pool,
+    loco,
+    matrices,
+    score_files,
+    scoring,
+    settings,
+)
+from sinbad.score_tasks import ScoreTask, check_ratios
 
 log = logging.getLogger("sinbad")
+
+SCORED = ("test", "valid")  # splits
+SETTINGS = (
+    *("pyramid_level", "crop_size_ratio", "seed", *cli.DESCRIPTOR_FLAGS, *cli.GRID_FLAGS),
+    *("official", *cli.BACKBONE_FLAGS, *cli.MACHINE_FLAGS),
+)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
-    groups = cli.network_flags(), cli.scoring_flags(), cli.results_flags(), cli.device_flags()
-    parser = cli.ScriptParser(__doc__, groups)
-    add = parser.add_argument
-    add("--mvtype", nargs="+", required=True, help="data sets, classes, loco, struct or all")
-    cli.add_level_flag(parser, default=[7])
-    add(
-        "--crop_size_ratio",
-        type=cli.ratio_type,
-        nargs="+",
-        default=[loco.DEFAULT_CROP_RATIO],
-        help="side of a crop as a share of the image's, above 0 and below 1",
-    )
-    add(
-        "--rep",
-        type=cli.integer_ranges,
-        nargs="+",
-        default=[[0]],
-        help="repetitions, as 3 or 0-99 (default: 0)",
-    )
-    add("--seed", type=cli.integer_from(0), default=0, help="of the random directions")
-    add("--data_dir", type=Path, default=loco.DEFAULT_DATA_DIR, help="matrices")
-    add("--overwrite", action="store_true", help="compute finished outputs again")
+    parser = cli.ScriptParser(__doc__)
+    names = "mvtype", "data_dir", "results_dir", "version_name", "overwrite"
+    cli.add_paths(parser, *names, mvtype={"required": True})
+    cli.add_settings(parser, SETTINGS[:2], pyramid_level=(7,), crop_size_ratio=(0.999,))
+    cli.add_paths(parser, "rep")
+    cli.add_settings(parser, SETTINGS[2:])
     return parser.parse_args(argv)
 
 
-def plan_scores(args: argparse.Namespace) -> score_plans.ScorePlan:
-    """Return the plan of what the flags ask for."""
-    found = [path.parent.name for path in args.data_dir.glob("*/train_data.npy")]
-    score_tasks = [
-        score_plans.ScoreTask(mvtype, level, ratio, args.seed, rep, args.version_name)
-        for mvtype in loco.choose_mvtypes(args.mvtype, found)
-        for level in dict.fromkeys(args.pyramid_level)
-        for ratio in dict.fromkeys(args.crop_size_ratio)
-        for rep in cli.flatten(args.rep)
+def requested_tasks(args: argparse.Namespace, values: settings.Settings) -> list[ScoreTask]:
+    """Return the files of scores that the flags ask for."""
+    present = [path.parent.name for path in args.data_dir.glob("*/train_data.npy")]
+    return [
+        ScoreTask(mvtype, level, ratio, values.seed, rep, args.version_name)
+        for mvtype in loco.choose_mvtypes(args.mvtype, present)
+        for level in values.pyramid_level
+        for ratio in values.crop_size_ratio
+        for rep in cli.sorted_unique(args.rep)
     ]
-    return score_plans.ScorePlan.of(args, score_tasks, args.data_dir)
 
 
-def load_data_sets(plan: score_plans.ScorePlan) -> dict[str, matrices.MatrixSet]:
-    """Map the matrices of every data set of a plan."""
-    data_sets = {}
-    for mvtype in dict.fromkeys(task.mvtype for task in plan.tasks):
-        own = data_sets[mvtype] = matrices.load_matrices(plan.data_dir, mvtype)
-        if own.im_size != plan.initial_res:
+def load_subsets(
+    tasks: Sequence[ScoreTask], data_dir: Path, values: settings.Settings
+) -> dict[str, matrices.MatrixSet]:
+    """Map the preprocessed images of every test subset of some tasks."""
+    subsets = {}
+    for mvtype in dict.fromkeys(task.mvtype for task in tasks):
+        subset = subsets[mvtype] = matrices.load_matrices(data_dir, mvtype)
+        if subset.im_size != values.initial_res:
             raise errors.UserError(
-                f"initial_res must be the side of the matrices of {mvtype}, {own.im_size}, got "
-                f"{plan.initial_res}; pass --initial_res {own.im_size}"
+                f"initial_res must be the side of the matrices of {mvtype}, {subset.im_size}, got "
+                f"{values.initial_res}; pass --initial_res {subset.im_size}"
             )
-        n_same = len(set(own.sha256("train")) & set(own.sha256("valid")))
-        if n_same:
+        n_shared = len(set(subset.sha256("train")) & set(subset.sha256("valid")))
+        if n_shared:
             log.warning(
-                f"{n_same} validation images of {mvtype} are training images too: they "
-                "score about 0, what is divided by their mean is too high"
+                f"{n_shared} validation images of {mvtype} are training images too: they score "
+                "near 0, so scores normalised by the validation mean are inflated"
             )
-    return data_sets
+    return subsets
 
 
-def unfinished(
-    plan: score_plans.ScorePlan, runs: dict[score_plans.ScoreTask, score_files.Run]
-) -> dict[str, list[score_plans.ScoreTask]]:
-    """Return class -> tasks that are not finished yet; say which are."""
-    todo: dict[str, list[score_plans.ScoreTask]] = defaultdict(list)
-    for task in plan.tasks:
-        path = plan.output(task)
-        if path.parent.exists():
-            atomic.remove_left_overs(atomic.folder_beside(path.parent))
-        if not plan.overwrite and score_files.is_finished(path, runs[task]):
-            log.info(f"finished already: {path}")
-        else:
-            todo[loco.split_mvtype(task.mvtype)[0]].append(task)
-    return todo
+def record_settings(
+    task: ScoreTask,
+    subset: matrices.MatrixSet,
+    values: settings.Settings,
+    weights: backbones.Weights | None,
+) -> dict[str, Any]:
+    """Return what determines a task's scores."""
+    record = values.recorded(task.level) | {
+        "mvtype": task.mvtype,
+        "pyramid_level": task.level,
+        "crop_size_ratio": task.ratio,
+        "rep": task.rep,
+        "seed": task.seed,
+        "matrices": subset.settings,
+        "images_sha256": subset.digest(),
+        "n_images": {split: len(array) for split, array in subset.images.items()},
+    }
+    if weights is not None and task.level != settings.PIXEL_LEVEL:
+        record["weights_sha256"] = weights.sha256
+    return record
 
 
-def score_and_save(plan: score_plans.ScorePlan, device: torch.device) -> list[Path]:
-    """Score every task of a plan that is not finished yet; save each as soon as it is complete.
+def score_and_save(
+    tasks: Sequence[ScoreTask],
+    values: settings.Settings,
+    data_dir: Path,
+    results_dir: Path,
+    overwrite: bool,
+) -> list[Path]:
+    """Score every task that is not finished yet; save each as soon as it is complete.
 
     Returns
     -------
     The file of every task
     """
-    data_sets = load_data_sets(plan)
-    needs_network = loco.network_levels(task.level for task in plan.tasks)
-    weights = backbones.load_weights(plan.net, plan.weights) if needs_network else None
-    runs = {
-        t: score_plans.run_record(plan, t, data_sets[t.mvtype], weights, device) for t in plan.tasks
-    }
-    todo = unfinished(plan, runs)
-    levels = loco.network_levels(sorted(task.level for tasks in todo.values() for task in tasks))
+    for level in dict.fromkeys(task.level for task in tasks):
+        check_ratios(level, [task.ratio for task in tasks if task.level == level], values)
+    device = backbones.choose_device(values.device)
+    subsets = load_subsets(tasks, data_dir, values)
+    needs_network = settings.backbone_levels(task.level for task in tasks)
+    weights = backbones.load_weights(values.net, values.weights) if needs_network else None
+    todo: dict[str, dict[ScoreTask, score_files.Record]] = defaultdict(dict)
+    for task in tasks:
+        path = task.path(results_dir, values)
+        record = record_settings(task, subsets[task.mvtype], values, weights)
+        if not overwrite and score_files.is_finished(path, record):
+            log.info(f"finished already: {path}")
+            continue
+        batch_size = scoring.batch_size_on(device, values)
+        made_with = score_files.environment_info(batch_size, device)
+        category = loco.split_mvtype(task.mvtype)[0]
+        todo[category][task] = {"settings": record, "made_with": made_with}
+    levels = settings.backbone_levels(sorted(t.level for records in todo.values() for t in records))
     extractor = None
     if weights is not None and levels:
-        backbone = backbones.build_backbone(plan.net, weights, levels)
-        extractor = backbones.FeatureExtractor(backbone, device, plan.precision, plan.compile)
-    for class_tasks in todo.values():
-        own = {task.mvtype: data_sets[task.mvtype] for task in class_tasks}
+        backbone = backbones.build_backbone(values.net, weights, levels)
+        extractor = backbones.FeatureExtractor(backbone, device, values.precision, values.compile)
+    for category, records in todo.items():
+        names = dict.fromkeys(task.mvtype for task in records)
+        pool, ids = image_pool.pool_subsets(
+            [subsets[name] for name in names], device, scoring.n_workers(values)
+        )
+        scorer = scoring.CropScorer(pool, values, extractor, category)
+        score_category(scorer, ids, records, subsets, results_dir)
+    return [task.path(results_dir, values) for task in tasks]
+
+
+def score_category(
+    scorer: scoring.CropScorer,
+    ids: dict[tuple[str, str], list[int]],
+    records: dict[ScoreTask, score_files.Record],
+    subsets: dict[str, matrices.MatrixSet],
+    results_dir: Path,
+) -> None:
+    """Score the test subsets of a category; those with the same training images in one pass."""
+    by_train: dict[tuple[int, ...], list[str]] = defaultdict(list)
+    for mvtype in dict.fromkeys(task.mvtype for task in records):
+        by_train[tuple(ids[mvtype, "train"])].append(mvtype)
+    for train_ids, mvtypes in by_train.items():
+        files: dict[scoring.GridTask, list[ScoreTask]] = defaultdict(list)
+        for task in records:
+            if task.mvtype in mvtypes:
+                projection = scoring.Projection(task.level, task.seed, task.rep)
+                files[scoring.GridTask(task.ratio, projection)].append(task)
+        splits = {(mvtype, split): ids[mvtype, split] for mvtype in mvtypes for split in SCORED}
         with ThreadPoolExecutor(1) as writer:  # writing stays off the critical path
             writes: list[Future[None]] = []
-            for task, test, valid in scoring.ClassScorer(plan, own, extractor, device).score(
-                class_tasks
+            for grid_task, scores in scorer.score_grids(
+                list(files), train_ids, list(splits.values())
             ):
-                of = own[task.mvtype]
-                names = of.paths["test"] if of.settings else []
-                scores = score_files.LevelScores(test, valid, of.labels, names, runs[task])
-                writes.append(writer.submit(score_files.save_scores, plan.output(task), scores))
+                by_split = dict(zip(splits, scores, strict=True))
+                for task in files[grid_task]:
+                    subset = subsets[task.mvtype]
+                    file = score_files.ScoreFile(
+                        task.path(results_dir, scorer.values),
+                        task.level,
+                        by_split[task.mvtype, "test"],
+                        by_split[task.mvtype, "valid"],
+                        subset.labels,
+                        subset.paths["test"] if subset.settings else [],
+                        records[task],
+                    )
+                    writes.append(writer.submit(score_files.write_scores, file))
                 for write in filter(Future.done, writes):
                     write.result()  # a full disk stops the run at once
             for write in writes:
                 write.result()
-    return [plan.output(task) for task in plan.tasks]
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Score the data sets asked for and print the files written."""
+    """Score the test subsets asked for and print the files written."""
     args = parse_args(argv)
-    plan = plan_scores(args)
-    for path in score_and_save(plan, backbones.choose_device(args.device)):
+    values = cli.settings_of(args)
+    tasks = requested_tasks(args, values)
+    for path in score_and_save(tasks, values, args.data_dir, args.results_dir, args.overwrite):
         print(path)
 
 

@@ -237,13 +237,14 @@ PATH_FLAGS: dict[str, dict[str, Any]] = {
         "help": "fraction of the training images used for validation where there are none",
     },
 }
+COMPUTED_FLAGS = dict.fromkeys(("rep", "valid_share"), settings.COMPUTED)
 REPORT_FLAGS = ("extra_scores", "extra_weight", "extra_norm", "maps_dir", "figures")
 
 
 def add_paths(parser: ScriptParser, *names: str, **changes: dict[str, Any]) -> None:
     """Add flags of PATH_FLAGS; `changes` name -> options that differ in this script."""
-    add = parser.group(settings.INPUT_OUTPUT).add_argument
     for name in names:
+        add = parser.group(COMPUTED_FLAGS.get(name, settings.INPUT_OUTPUT)).add_argument
         options = PATH_FLAGS[name] | changes.get(name, {})
         if "type" in options and options["type"] is path:
             options = {"metavar": "DIR", **options}

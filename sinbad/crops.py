@@ -43,3 +43,17 @@ class CropGrid:
 
     def __len__(self) -> int:
         return len(self.corners)
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Where the crops of a grid lie in an image: in its square, of which the image fills a part.
+
+    Attributes
+    ----------
+    grid : the crops of the square
+    extent : (width, height) of the image in the square's top left corner, in pixels
+    """
+
+    grid: CropGrid
+    extent: tuple[int, int]

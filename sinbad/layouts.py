@@ -216,7 +216,7 @@ def add_valid_share_flag(parser: argparse.ArgumentParser) -> None:
     """Add --valid_share."""
     parser.add_argument(
         "--valid_share",
-        type=cli.ratio_type,
+        type=cli.PATH_FLAGS["valid_share"]["type"],
         default=loco.VALID_SHARE,
         help=f"of the training images, at least {MIN_VALID}, taken where there is no validation",
     )

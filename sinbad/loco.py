@@ -5,10 +5,8 @@ and 2311.14773 (the runs). Standard library only: the array generators import th
 """
 
 import logging
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from sinbad import errors
 
@@ -19,6 +17,9 @@ ALL = "all"  # kind of a data set of all anomalies of a class, whatever their fo
 KIND_NAMES = {"loco": "logical", "struct": "structural"}
 DOWNLOAD_PAGE = "https://www.mvtec.com/company/research/datasets/mvtec-loco"
 ARCHIVE_SHA256 = "9e7c84dba550fd2e59d8e9e231c929c45ba737b6b6a6d3814100f54d63aae687"
+
+
+VALID_SHARE = 0.1
 
 
 @dataclass(frozen=True)
@@ -65,45 +66,6 @@ PUBLISHED_LOCO = {
 }
 # Mean of logical and structural; arXiv 2311.14773 as requoted by benchmark sites.
 PUBLISHED_ENSEMBLE_MEAN = 88.3
-
-
-@dataclass(frozen=True)
-class LevelSettings:
-    """The paper's settings of a level: crops, directions, shrinkage, repetitions."""
-
-    crop_ratios: tuple[float, ...]
-    n_projections: int
-    shrinkage: float
-    n_reps: int
-
-
-NETWORK_SETTINGS = LevelSettings((0.25, 0.5, 0.7, 0.99), 1000, 0.1, 1)
-PIXEL_SETTINGS = LevelSettings((0.999,), 10, 1.0, 100)
-N_QUANTILES = 5  # thresholds a direction
-LAMBDA_FACTOR = 0.1  # weight of the raw pixels in the ensemble
-PIXEL_LEVEL = 224
-LEVELS = (7, 14, 28, 56, PIXEL_LEVEL)  # a ResNet's: last, third, second, first stage; raw pixels
-PAPER_LEVELS = (7, 14)
-CROP_NUM_EDGE = 4
-IM_SIZE = 1024  # pixels, side of a matrix' images
-DEFAULT_CROP_RATIO = 0.999
-VALID_SHARE = 0.1  # of the training images, taken for validation where there is none
-
-DEFAULT_DATASET_DIR = Path("../dataset_loco")
-DEFAULT_DATA_DIR = DEFAULT_DATASET_DIR / "data_matrices"
-DEFAULT_RUNS_DIR = Path("../sinbad_runs")
-DEFAULT_RESULTS_DIR = DEFAULT_RUNS_DIR / "results"
-DEFAULT_VERSION = "ver1"
-
-
-def level_settings(level: int) -> LevelSettings:
-    """Return the paper's settings of a pyramid level."""
-    return PIXEL_SETTINGS if level == PIXEL_LEVEL else NETWORK_SETTINGS
-
-
-def network_levels(levels: Iterable[int]) -> tuple[int, ...]:
-    """Return the levels that need the network, each once."""
-    return tuple(level for level in dict.fromkeys(levels) if level != PIXEL_LEVEL)
 
 
 # ---------------------------------------------------------------- names of data sets
@@ -168,57 +130,3 @@ def choose_mvtypes(names: Iterable[str], present: Iterable[str]) -> list[str]:
     if chosen and missing:
         log.info(f"note: not there: {', '.join(missing)}")
     return chosen or wanted
-
-
-# ---------------------------------------------------------------- crops
-
-
-def crop_side(im_size: int, ratio: float) -> int:
-    """Return the side of a crop in pixels."""
-    return math.floor(im_size * ratio)
-
-
-def crop_corners(im_size: int, ratio: float, crop_num_edge: int) -> list[tuple[int, int]]:
-    """Return the top left corners (y, x) of all crops of a grid, in pixels, row by row."""
-    side, stride = crop_side(im_size, ratio), im_size // crop_num_edge
-    if side < 1 or stride < 1:
-        raise errors.UserError(
-            f"crops must be at least 1 pixel wide, got crop_size_ratio {ratio} and crop_num_edge "
-            f"{crop_num_edge} at {im_size} pixels; take larger crops or fewer of them"
-        )
-    starts = [i * stride for i in range((im_size - side) // stride + 1)]
-    return [(y, x) for y in starts for x in starts]
-
-
-# ---------------------------------------------------------------- files of scores
-
-
-def scores_file_name(level: int, im_size: int, ratio: float, crop_num_edge: int) -> str:
-    """Return the name of the file with a grid's scores, as the authors' ensemble script expects."""
-    if level == PIXEL_LEVEL:
-        return f"{crop_side(im_size, ratio):.2f}_lvl_anom_maps.npz"
-    return f"{len(crop_corners(im_size, ratio, crop_num_edge))}_crop_anom_maps.npz"
-
-
-def ratios_by_file(
-    level: int, im_size: int, ratios: Iterable[float], crop_num_edge: int
-) -> dict[str, float]:
-    """Return the crop ratios by the files that they write; no two may write the same."""
-    by_file: dict[str, float] = {}
-    for ratio in dict.fromkeys(ratios):
-        name = scores_file_name(level, im_size, ratio, crop_num_edge)
-        if name in by_file:
-            raise errors.UserError(
-                f"crop_size_ratio must give files of different names, got {by_file[name]} and "
-                f"{ratio}, which both write {name} at crop_num_edge {crop_num_edge}; run them "
-                "under two --version_name"
-            )
-        by_file[name] = ratio
-    return by_file
-
-
-def scores_folder(
-    results_dir: Path, version: str, level: int | str, rep: int | str, mvtype: str
-) -> Path:
-    """Return the folder with the scores of one level, repetition and data set."""
-    return results_dir / f"{version}_pyramid_lvl_{level}" / f"rep_num_{rep}" / mvtype

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional
 from tqdm import tqdm
 
-from sinbad import atomic, cli, errors, layouts, loco, score_files
+from sinbad import atomic, cli, errors, layouts, loco, settings
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +59,11 @@ class MatrixSet:
     def im_size(self) -> int:
         """Side of the images in pixels."""
         return self.images["train"].shape[2]
+
+    @property
+    def image_extent(self) -> tuple[int, int]:
+        """Width and height in pixels of the images in their squares."""
+        return self.settings.get("width", self.im_size), self.settings.get("height", self.im_size)
 
     def sha256(self, split: str) -> list[str]:
         """Return what tells a split's images apart; the authors' by data set and position."""
@@ -206,8 +211,8 @@ def is_current(folder: Path, plan: layouts.Plan) -> bool:
         )
     matrices = load_matrices(folder.parent, folder.name)
     made_by, now = matrices.settings["pillow"], plan.settings["pillow"]
-    difference = score_files.first_difference(matrices.settings | {"pillow": now}, plan.settings)
-    difference = difference or score_files.first_difference(matrices.paths, plan.paths)
+    difference = settings.first_difference(matrices.settings | {"pillow": now}, plan.settings)
+    difference = difference or settings.first_difference(matrices.paths, plan.paths)
     if difference is not None:
         name, old, new = difference
         if name in SPLITS:
@@ -250,7 +255,7 @@ def load_matrices(data_dir: Path, mvtype: str) -> MatrixSet:
     """
     folder = data_dir / mvtype
     command = f"python data_to_matrices.py --mvtype {loco.split_mvtype(mvtype)[0]}"
-    if data_dir != loco.DEFAULT_DATA_DIR:
+    if data_dir != cli.PATH_FLAGS["data_dir"]["default"]:
         command += f" --dataset_dir <images> --out_dir {data_dir}"
     needed = [*SPLITS.values(), LABELS_FILE]
     missing = [name for name in needed if not (folder / name).is_file()]
@@ -311,121 +316,3 @@ def _read_record(path: Path, redo: str) -> dict[str, Any]:
             f"{path} must be JSON with train, valid, test, files and settings, got another "
             f"({type(error).__name__}: {error}); {redo}"
         ) from error
-
-
-# ---------------------------------------------------------------- crops
-
-
-def crop_pixels(
-    image: NDArray[Any], corner: tuple[int, int], source: NDArray[np.int64]
-) -> NDArray[np.uint8]:
-    """Gather the nearest-sampled pixels of one crop of one image.
-
-    Parameters
-    ----------
-    image : (3, im_size, im_size), uint8, or float32 of k/255
-    corner : (y, x) of the crop in pixels
-    source : (size,)
-        `nearest_source` of the crop's side.
-
-    Returns
-    -------
-    (3, size, size), uint8
-    """
-    y, x = corner
-    pixels = image[:, y + source[:, None], x + source[None, :]]
-    if pixels.dtype == np.uint8:
-        return pixels
-    values = np.rint(pixels * 255.0)
-    if not (values.min() >= 0.0 and values.max() <= 255.0):  # NaN is neither
-        raise errors.UserError(
-            "float32 matrices must hold k/255, got other values; make them again"
-        )
-    return values.astype(np.uint8)
-
-
-class ImagePool:
-    """The images of a class' data sets in the order train, valid, test; equal files once.
-
-    Attributes
-    ----------
-    ids : (mvtype, split) -> indices of its images in the pool
-    names : path of each image, for messages
-    """
-
-    def __init__(self, data_sets: Iterable[MatrixSet], device: torch.device) -> None:
-        self.sources: list[tuple[NDArray[Any], int]] = []
-        self.names: list[str] = []
-        self.ids: dict[tuple[str, str], list[int]] = {}
-        self.device = device
-        self.resident: Tensor | None = None
-        known: dict[tuple[str, str], int] = {}
-        for data_set in data_sets:
-            made_by = atomic.to_json(data_set.settings)
-            for split, images in data_set.images.items():
-                ids = self.ids[data_set.mvtype, split] = []
-                for row, sha256 in enumerate(data_set.sha256(split)):
-                    index = known.setdefault((sha256, made_by), len(known))
-                    if index == len(self.sources):
-                        self.sources.append((images, row))
-                        self.names.append(data_set.paths[split][row])
-                    ids.append(index)
-
-    def __len__(self) -> int:
-        return len(self.sources)
-
-    def is_empty(self, corner: tuple[int, int], side: int) -> bool:
-        """Tell whether a crop is padding (zeros) only in every image."""
-        rows, columns = (slice(start, start + side) for start in corner)
-        for start in range(0, len(self), IMAGES_AT_ONCE):
-            part = self.sources[start : start + IMAGES_AT_ONCE]
-            is_empty = not any(images[row, :, rows, columns].any() for images, row in part)
-            self.release()  # part by part, or the pages of a whole class would be in memory
-            if not is_empty:
-                return False
-        return True
-
-    def move_to_device(self, num_workers: int) -> None:
-        """Copy the images into the GPU's memory where they take less than half of what is free."""
-        if self.device.type != "cuda" or any(own.dtype != np.uint8 for own, _ in self.sources):
-            return
-        shape = (len(self), *self.sources[0][0].shape[1:])
-        if math.prod(shape) > torch.cuda.mem_get_info(self.device)[0] // 2:
-            return
-        self.resident = torch.empty(shape, dtype=torch.uint8, device=self.device)
-
-        def copy(index: int) -> None:
-            images, row = self.sources[index]
-            self.resident[index].copy_(torch.from_numpy(np.array(images[row])))
-
-        with ThreadPoolExecutor(num_workers) as pool:
-            list(pool.map(copy, range(len(self))))
-        self.release()
-
-    def release(self) -> None:
-        """Let go of the mapped files' pages: the process does not grow with the images it has read.
-
-        They stay in the system's cache, so reading them again costs next to nothing.
-        """
-        for images in {id(images): images for images, _ in self.sources}.values():
-            mapped = getattr(images, "_mmap", None)
-            if mapped is not None and hasattr(mmap, "MADV_DONTNEED"):
-                mapped.madvise(mmap.MADV_DONTNEED)
-
-    def gather(self, ids: list[int], corner: tuple[int, int], source: NDArray[np.int64]) -> Tensor:
-        """Return the nearest-sampled pixels of one crop of several images.
-
-        Returns
-        -------
-        (n, 3, 224, 224), uint8, on the GPU if the images are there, else on the CPU
-        """
-        if self.resident is None:
-            crops = np.empty((len(ids), 3, len(source), len(source)), np.uint8)
-            for out, index in zip(crops, ids, strict=True):
-                images, row = self.sources[index]
-                out[:] = crop_pixels(images[row], corner, source)
-            return torch.from_numpy(crops)
-        rows, columns = (torch.from_numpy(start + source).to(self.device) for start in corner)
-        images_at = torch.tensor(ids, device=self.device)[:, None, None, None]
-        channels = torch.arange(3, device=self.device)[:, None, None]
-        return self.resident[images_at, channels, rows[:, None], columns]

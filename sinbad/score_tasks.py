@@ -12,7 +12,7 @@ from sinbad import crops, errors, settings
 
 @dataclass(frozen=True)
 class ScoreTask:
-    """One file of scores: a test subset, a level, a crop grid, a seed, a repetition, its version."""
+    """One file of scores: test subset, level, crop grid, seed, repetition and version."""
 
     mvtype: str
     level: int

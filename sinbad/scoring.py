@@ -1,357 +1,412 @@
-"""From matrices to the scores of every crop: one pass over the images for all that is asked.
+"""Crops of images in full batches: fit every crop position on training images, score the others.
 
-The fast way to the numbers of `sinbad_utils.score_crop`. The crops of all images, position by
-position, run through the network in full batches; every level, repetition and seed takes its
-elements from the same forward pass, and the data sets of a class share the images they have in
-common. Kept in memory: the descriptors of the crop positions in the batch at hand (n_images x
-n_projections n_quantiles floats each), never features of images.
+The fast way to the numbers of `sinbad_utils.score_crop`. Position by position, the crops of all
+images run through the network in full batches, and every level, seed and repetition takes its
+elements from the same forward pass. The training images of a position come first; its models are
+fitted on their descriptors; the other images are scored batch by batch as they come, and nothing of
+theirs is kept but their scores. No files: arrays and settings in, arrays out.
 """
 
-from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from itertools import groupby, islice
+from dataclasses import dataclass
+from itertools import chain, groupby, islice
 from operator import itemgetter
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 import sinbad_utils
-from sinbad import backbones, cli, errors, loco, matrices, score_plans
+from sinbad import backbones, cli, crops, errors, matrices, score_tasks, settings
+from sinbad.image_pool import ImagePool
+from sinbad_utils import CropModel, Histograms, Scores
 
 BATCHES_AHEAD = 2
-# Projected values worked on at a time: what stays in a processor's cache; half a GB of a GPU.
-VALUES_AT_ONCE = {"cpu": 1 << 20, "cuda": 1 << 27}
+# Crops of one forward pass; many small batches would keep a GPU waiting for the next one.
+BATCH_SIZES = {"cpu": 32, "cuda": 256}
 
-Ranges = Sequence[tuple[Tensor, Tensor]]  # (low, high) of every draw
-Extract = Callable[[Tensor], dict[int, Tensor]]
-Batch = list[tuple["CropJob", list[int]]]  # crops of several positions: position, images
+Elements = dict[int, Tensor]  # level -> (n_images, channels, n_elements)
 
 
-# ---------------------------------------------------------------- descriptors, batch by batch
+class Projection(NamedTuple):
+    """A sample of random projections: of a level, a seed and a repetition."""
+
+    level: int
+    seed: int
+    rep: int
+
+
+class GridTask(NamedTuple):
+    """Scores to compute: of a crop grid, by a sample of random projections."""
+
+    ratio: float
+    projection: Projection
+
+
+@dataclass(frozen=True)
+class CropPosition:
+    """A crop of a grid, and the random projections that are scored there."""
+
+    grid: crops.CropGrid
+    crop: int
+    corner: tuple[int, int]  # (y, x) in pixels
+    projections: tuple[Projection, ...]
+
+
+Models = dict[Projection, CropModel]
+KnownModels = Callable[[CropPosition], Models]
+
+
+class PositionScores(NamedTuple):
+    """What was fitted and scored at one crop position; scores are (n_images,) of each split."""
+
+    position: CropPosition
+    models: Models
+    scores: dict[Projection, list[Scores]]
+
+
+Batch = list[tuple["Segment", list[int]]]  # crops of one forward pass
+
+# ---------------------------------------------------------------- one crop position
+
+
+def fit_models(
+    batches: Iterator[Elements], n_train: int, position: CropPosition, values: settings.Settings
+) -> Models:
+    """Fit the models of a crop position on the elements of its training images, batch by batch."""
+    first, batches = _with_first_sets(batches)
+    histograms: dict[Projection, Histograms] = {}
+    descriptors: dict[Projection, Tensor] = {}
+    for projection in position.projections:
+        elements, at_level = first[projection.level], values.at_level(projection.level)
+        seed_key = (projection.seed, projection.rep, projection.level)
+        directions = sinbad_utils.random_directions(
+            at_level.n_projections,
+            elements.shape[1],
+            (*seed_key, len(position.grid), position.crop),
+        ).to(elements.device)
+        histograms[projection] = sinbad_utils.fit_histograms(
+            directions, elements[: sinbad_utils.N_RANGE_SETS], values.n_quantiles
+        )
+        length = at_level.n_projections * values.n_quantiles
+        descriptors[projection] = torch.empty(n_train, length, device=elements.device)
+    start = 0
+    for elements_by_level in batches:
+        for projection, histogram in histograms.items():
+            elements = elements_by_level[projection.level]
+            rows = slice(start, start + len(elements))
+            descriptors[projection][rows] = histogram.describe(elements)
+        start = rows.stop
+    return {
+        projection: sinbad_utils.fit_crop_model(
+            histogram,
+            descriptors[projection],
+            values.at_level(projection.level).shrinkage_factor,
+            values.official,
+        )
+        for projection, histogram in histograms.items()
+    }
+
+
+def score_images(
+    batches: Iterator[Elements], models: Models, n_images: int, official: bool
+) -> dict[Projection, Scores]:
+    """Score images by the models of a crop position, batch by batch; (n_images,) each.
+
+    `official`: by the ranges of their own first 32 in place of the training images'.
+    """
+    histograms = {projection: model.histograms for projection, model in models.items()}
+    if official:
+        first, batches = _with_first_sets(batches)
+        for projection, fitted in histograms.items():
+            elements = first[projection.level][: sinbad_utils.N_RANGE_SETS]
+            histograms[projection] = sinbad_utils.fit_histograms(
+                fitted.directions, elements, fitted.n_bins
+            )
+    scores = {projection: np.empty(n_images) for projection in models}
+    start = 0
+    for elements_by_level in batches:
+        for projection, model in models.items():
+            elements = elements_by_level[projection.level]
+            rows = slice(start, start + len(elements))
+            scores[projection][rows] = sinbad_utils.score_elements(
+                model, elements, histograms[projection]
+            )
+        start = rows.stop
+    return scores
+
+
+def _with_first_sets(batches: Iterator[Elements]) -> tuple[Elements, Iterator[Elements]]:
+    """Merge the first batches until ranges can be fitted on them; return them, and all batches."""
+    parts = [next(batches)]
+    while _n_images(parts) < sinbad_utils.N_RANGE_SETS and (part := next(batches, None)):
+        parts.append(part)
+    first = {level: torch.cat([part[level] for part in parts]) for level in parts[0]}
+    return first, chain([first], batches)
+
+
+def _n_images(parts: Iterable[Elements]) -> int:
+    """Return how many images some batches hold."""
+    return sum(len(next(iter(part.values()))) for part in parts)
+
+
+# ---------------------------------------------------------------- all crop positions
 
 
 @dataclass(frozen=True, eq=False)
+class Segment:
+    """Images that go through the network one after the other at one crop position."""
+
+    position: CropPosition
+    image_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class RangeGroup:
-    """Images that are described with the same ranges, and the images these are fitted on."""
+    """Splits that are scored with the same histogram ranges, and their images, each once."""
 
-    fit_ids: tuple[int, ...]
-    members: dict[int, int]  # image -> row among the descriptors
+    splits: list[int]  # their numbers
+    image_ids: tuple[int, ...]
 
-
-def range_groups(
-    pool: matrices.ImagePool, mvtypes: list[str], official: bool
-) -> dict[tuple[str, str], RangeGroup]:
-    """Assign a range group to every (mvtype, split).
-
-    Ranges are fitted on the first 32 training images; with `official` on the first 32 of each
-    split, test included, as the authors' code does.
-    """
-    groups: dict[tuple[int, ...], RangeGroup] = {}
-    assigned = {}
-    for mvtype in mvtypes:
-        for split in ("train", "valid", "test"):
-            ids = pool.ids[mvtype, split]
-            fit_ids = tuple(
-                (ids if official else pool.ids[mvtype, "train"])[: sinbad_utils.N_RANGE_SETS]
-            )
-            group = groups.setdefault(fit_ids, RangeGroup(fit_ids, {}))
-            for index in ids:
-                group.members.setdefault(index, len(group.members))
-            assigned[mvtype, split] = group
-    return assigned
+    def by_split(self, scores: Scores, splits: Sequence[Sequence[int]]) -> dict[int, Scores]:
+        """Return the scores of each split's images from those (n_images,) of the group's."""
+        place = {index: i for i, index in enumerate(self.image_ids)}
+        return {split: scores[[place[index] for index in splits[split]]] for split in self.splits}
 
 
-def as_index(numbers: list[int]) -> slice | list[int]:
-    """Return consecutive numbers as a slice: a GPU need not be waited for to index by it."""
-    first = numbers[0] if numbers else 0
-    consecutive = numbers == list(range(first, first + len(numbers)))
-    return slice(first, first + len(numbers)) if consecutive else numbers
+def range_groups(splits: Sequence[Sequence[int]], official: bool) -> list[RangeGroup]:
+    """Group the splits: all of them, or with `official` those with the same first 32 images."""
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for number, image_ids in enumerate(splits):
+        fit_ids = tuple(image_ids[: sinbad_utils.N_RANGE_SETS]) if official else ()
+        groups.setdefault(fit_ids, []).append(number)
+    together = [(numbers, chain(*(splits[n] for n in numbers))) for numbers in groups.values()]
+    return [RangeGroup(numbers, tuple(dict.fromkeys(ids))) for numbers, ids in together]
 
 
-class DescriptorBuilder:
-    """Describes the images of a range group at one level and crop position, batch by batch.
-
-    Elements that come before their ranges can be fitted wait; no others are kept.
-
-    Attributes
-    ----------
-    described : (n_draws, n_images, n_directions * n_bins), rows as the group's
-    """
-
-    def __init__(
-        self, group: RangeGroup, directions: list[Tensor], n_bins: int, ranges: Ranges = ()
-    ) -> None:
-        self.group, self.directions, self.n_bins = group, directions, n_bins
-        shape = len(directions), len(group.members), len(directions[0]) * n_bins
-        self.described = torch.empty(shape, device=directions[0].device)
-        self.waiting: list[tuple[list[int], Tensor]] = []
-        self.ranges = ranges  # of each draw; fitted where none are given
-
-    def add(self, ids: list[int], elements: Tensor) -> None:
-        """Describe those of some images that belong to the group; (n, channels, n_elements)."""
-        own = [i for i, index in enumerate(ids) if index in self.group.members]
-        ids, elements = [ids[i] for i in own], elements[as_index(own)]
-        if not self.ranges:
-            self.waiting.append((ids, elements.clone()))
-            ids = [index for part, _ in self.waiting for index in part]
-            if not set(ids).issuperset(self.group.fit_ids):
-                return
-            elements = torch.cat([part for _, part in self.waiting])
-            self.waiting.clear()
-            first = elements[as_index([ids.index(index) for index in self.group.fit_ids])]
-            self.ranges = [
-                sinbad_utils.fit_ranges(sinbad_utils.project(own, first)) for own in self.directions
-            ]
-        step = self._step(len(self.directions[0]) * elements.shape[2])
-        for start in range(0, len(ids), step):
-            rows = self._rows(ids[start : start + step])
-            for draw, directions in enumerate(self.directions):
-                values = sinbad_utils.project(directions, elements[start : start + step])
-                shares = sinbad_utils.cumulative_histogram(values, *self.ranges[draw], self.n_bins)
-                self.described[draw, rows] = shares
-
-    def _step(self, n_values: int) -> int:
-        """Return how many images of `n_values` projected values are worked on at a time."""
-        return max(1, VALUES_AT_ONCE[self.described.device.type] // n_values)
-
-    def _rows(self, ids: list[int]) -> slice | list[int]:
-        """Return the rows of images of the group."""
-        return as_index([self.group.members[index] for index in ids])
-
-    def descriptors(self, draw: int, ids: list[int]) -> Tensor:
-        """Return the descriptors (n, n_directions * n_bins) of images of the group."""
-        return self.described[draw, self._rows(ids)]
-
-
-@dataclass(eq=False)
-class CropJob:
-    """One crop position of a grid: where it is, and the builders of every level that wants it.
-
-    Attributes
-    ----------
-    tasks : the tasks of this grid
-    crop, n_crops : number of the position, row by row, and how many the grid has
-    corner, side : (y, x) and side in pixels
-    is_empty : whether there is only padding in every image
-    builders : level -> a builder for each range group
-    finite : level -> whether the elements of each image so far are finite, batch by batch
-    """
-
-    tasks: list[score_plans.ScoreTask]
-    crop: int
-    n_crops: int
-    corner: tuple[int, int]
-    side: int
-    is_empty: bool
-    builders: dict[int, list[DescriptorBuilder]] = field(default_factory=dict)
-    finite: dict[int, list[Tensor]] = field(default_factory=dict)
-
-    def draws(self, level: int) -> list[tuple[int, int]]:
-        """Return the draws of directions, (seed, rep), that a level wants."""
-        return list(dict.fromkeys((t.seed, t.rep) for t in self.tasks if t.level == level))
-
-    def check_finite(self, names: list[str]) -> None:
-        """Stop if the network gave NaN or infinity for an image; `names` of all images."""
-        for level, parts in self.finite.items():
-            flags = torch.cat(parts).tolist()  # one wait for the GPU
-            bad = [name for name, is_finite in zip(names, flags, strict=True) if not is_finite]
-            if bad:
-                raise errors.UserError(
-                    f"features must be finite, got NaN or infinity for image {bad[0]} at level "
-                    f"{level} ({len(bad)} images in all); check the weights and the --precision"
-                )
-
-
-# ---------------------------------------------------------------- the stream
-
-
-class ClassScorer:
-    """Scores the data sets of one class, each crop forwarded once for all tasks.
+class CropScorer:
+    """Runs the crops of images through the network in full batches, fits and scores them.
 
     Parameters
     ----------
-    plan : ScorePlan
-    data_sets : mvtype -> matrices, of one class
-    extractor : the network; may be None if only the raw-pixel level is wanted
-    device : torch.device
-    known : (level, number of crops, crop) -> ranges, of training images seen before: nothing is
-        fitted, and what is not there is padding
+    pool : the images
+    values : what is computed, and how
+    extractor : the network; None if only raw pixels are wanted
+    title : of the progress bar
     """
 
     def __init__(
         self,
-        plan: score_plans.ScorePlan,
-        data_sets: dict[str, matrices.MatrixSet],
+        pool: ImagePool,
+        values: settings.Settings,
         extractor: backbones.FeatureExtractor | None,
-        device: torch.device,
-        known: Mapping[tuple[int, int, int], Ranges] | None = None,
+        title: str = "images",
     ) -> None:
-        for mvtype, data_set in data_sets.items():
-            n_train = len(data_set.images["train"])
-            if n_train < 2 and known is None:
-                raise errors.UserError(
-                    f"train images must be at least 2, got {n_train} of {mvtype}; add some, and "
-                    "make the matrices again"
-                )
-        self.plan, self.extractor, self.device, self.known = plan, extractor, device, known
-        self.batch_size = plan.batch_size_on(device)
-        self.im_size = next(iter(data_sets.values())).im_size
-        self.pool = matrices.ImagePool(data_sets.values(), device)
-        self.pool.move_to_device(plan.num_workers)
-        self.groups = range_groups(self.pool, list(data_sets), plan.official)
+        self.pool, self.values, self.extractor, self.title = pool, values, extractor, title
+        self.batch_size = batch_size_on(pool.device, values)
 
-    def score(
-        self, tasks: list[score_plans.ScoreTask]
-    ) -> Iterator[tuple[score_plans.ScoreTask, sinbad_utils.Scores, sinbad_utils.Scores]]:
+    def score_grids(
+        self, tasks: Sequence[GridTask], train_ids: Sequence[int], splits: Sequence[Sequence[int]]
+    ) -> Iterator[tuple[GridTask, list[Scores]]]:
         """Yield every task as soon as its last crop is scored.
 
         Yields
         ------
-        task, (n_crops, n_test) and (n_crops, n_valid) scores, float64, higher = more anomalous
+        task, scores (n_crops, n_images) of each of `splits`, float64, higher = more anomalous
         """
-        splits, n_done = ("test", "valid"), Counter[score_plans.ScoreTask]()
-        scores: dict[score_plans.ScoreTask, list[sinbad_utils.Scores]] = {}
-        for job in self.crop_jobs(tasks):
-            fitted: dict[
-                tuple[int, ...], sinbad_utils.WhitenedNeighbours
-            ] = {}  # shared by a class' data sets
-            for task in job.tasks:
-                ids = {split: self.pool.ids[task.mvtype, split] for split in ("train", *splits)}
-                shapes = [(job.n_crops, len(ids[split])) for split in splits]
-                own = scores.setdefault(task, [np.zeros(shape) for shape in shapes])
-                if not job.is_empty:
-                    key = (task.level, task.seed, task.rep, *ids["train"])
-                    if key not in fitted:
-                        shrinkage = self.plan.descriptor(task.level).shrinkage
-                        train = self.descriptors(job, task, "train")
-                        fitted[key] = sinbad_utils.fit_whitening(
-                            train, shrinkage, full_inverse=self.plan.official
-                        )
-                    for split, rows in zip(splits, own, strict=True):
-                        described = self.descriptors(job, task, split)
-                        rows[job.crop] = fitted[key].nearest(described)
-                n_done[task] += 1
-                if n_done[task] == job.n_crops:
-                    yield task, *scores.pop(task)
+        arrays: dict[GridTask, list[Scores]] = {}
+        for position, _, scores in self.score_positions(tasks, train_ids, splits):
+            n_crops = len(position.grid)
+            for projection, split_scores in scores.items():
+                task = GridTask(position.grid.ratio, projection)
+                if task not in arrays:
+                    arrays[task] = [np.zeros((n_crops, len(ids))) for ids in splits]
+                for array, crop_scores in zip(arrays[task], split_scores, strict=True):
+                    array[position.crop] = crop_scores
+                if position.crop == n_crops - 1:
+                    yield task, arrays.pop(task)
 
-    def crop_jobs(self, tasks: list[score_plans.ScoreTask]) -> Iterator[CropJob]:
-        """Yield every crop position with all images described; it is emptied afterwards."""
-        network = [task for task in tasks if task.level != loco.PIXEL_LEVEL]
-        pixels = [task for task in tasks if task.level == loco.PIXEL_LEVEL]
-        if network:
-            assert self.extractor is not None
-            yield from self._stream(network, self.extractor.extract)
-        if pixels:
-            yield from self._stream(
-                pixels, lambda crops: {loco.PIXEL_LEVEL: backbones.pixel_elements(crops)}
-            )
-
-    def _stream(self, tasks: list[score_plans.ScoreTask], extract: Extract) -> Iterator[CropJob]:
-        """Describe the crops of tasks whose elements come from the same `extract`."""
-        mvtypes = list(dict.fromkeys(task.mvtype for task in tasks))
-        images = sorted(
-            {i for (name, _), ids in self.pool.ids.items() if name in mvtypes for i in ids}
-        )
-        names = [self.pool.names[index] for index in images]
-        groups = [group for (name, _), group in self.groups.items() if name in mvtypes]
-        ratios = dict.fromkeys(task.ratio for task in tasks)
-        jobs = [job for ratio in ratios for job in self._grid(ratio, tasks)]
-        yield from (job for job in jobs if job.is_empty)
-        jobs = [job for job in jobs if not job.is_empty]
-        levels = ",".join(dict.fromkeys(str(task.level) for task in tasks))
-        with cli.progress_bar(
-            len(images) * len(jobs), f"{'+'.join(mvtypes)} level {levels}", "crops"
-        ) as bar:
-            for batch, crops in self._gathered(full_batches(jobs, images, self.batch_size)):
-                elements = extract(crops.to(self.device, non_blocking=True))
-                start = 0
-                for job, ids in batch:
-                    for level, values in elements.items():
-                        self._add(job, level, groups, ids, values[start : start + len(ids)])
-                    start += len(ids)
-                    bar.update(len(ids))
-                    if ids[-1] == images[-1]:
-                        job.check_finite(names)
-                        yield job
-                        job.builders.clear()
-
-    def _grid(self, ratio: float, tasks: list[score_plans.ScoreTask]) -> list[CropJob]:
-        """Return the crop positions of one ratio."""
-        own = [task for task in tasks if task.ratio == ratio]
-        side = loco.crop_side(self.im_size, ratio)
-        corners = loco.crop_corners(self.im_size, ratio, self.plan.crop_num_edge)
-        jobs = []
-        for crop, corner in enumerate(corners):
-            if self.known is None:
-                is_empty = self.pool.is_empty(corner, side)
-            else:
-                is_empty = (own[0].level, len(corners), crop) not in self.known
-            jobs.append(CropJob(own, crop, len(corners), corner, side, is_empty))
-        return jobs
-
-    def _add(
+    def score_positions(
         self,
-        job: CropJob,
-        level: int,
-        groups: list[RangeGroup],
-        ids: list[int],
-        elements: Tensor,
-    ) -> None:
-        """Describe images at a crop position; the level's builders are made on first use."""
-        if level not in job.builders:
-            own = self.plan.descriptor(level)
-            shape = (own.n_projections, elements.shape[1])
-            keys = [(*draw, level, job.n_crops, job.crop) for draw in job.draws(level)]
-            directions = [
-                sinbad_utils.random_directions(*shape, key).to(self.device) for key in keys
+        tasks: Sequence[GridTask],
+        train_ids: Sequence[int],
+        splits: Sequence[Sequence[int]],
+        known_models: KnownModels | None = None,
+    ) -> Iterator[PositionScores]:
+        """Yield the fitted models of every crop position, and the scores of splits of the images.
+
+        A position in the padding of all images has no models, and scores 0.
+
+        Parameters
+        ----------
+        tasks : what is computed
+        train_ids : images that the models are fitted on, unless `known_models` returns them
+        splits : images to score; those that several splits share are scored once
+
+        Raises
+        ------
+        UserError
+            If there are fewer than 2 training images, or features are NaN or infinite.
+        """
+        if not known_models and len(train_ids) < 2:
+            raise errors.UserError(
+                f"training images must be at least 2, got {len(train_ids)}; add some"
+            )
+        is_pixels = [task.projection.level == settings.PIXEL_LEVEL for task in tasks]
+        for pixels in (False, True):
+            wanted = [
+                task for task, is_pixel in zip(tasks, is_pixels, strict=True) if is_pixel == pixels
             ]
-            ranges = (self.known or {}).get((level, job.n_crops, job.crop), ())
-            job.builders[level] = [
-                DescriptorBuilder(group, directions, own.n_quantiles, ranges)
-                for group in dict.fromkeys(groups)
-            ]
-        # One NaN or infinity spoils the sum.
-        job.finite.setdefault(level, []).append(torch.isfinite(elements.sum((1, 2))))
-        for builder in job.builders[level]:
-            builder.add(ids, elements)
+            if wanted:
+                extract = _pixel_elements if pixels else self.extractor.extract
+                positions = self._positions(wanted)
+                yield from self._run(positions, extract, train_ids, splits, known_models)
+
+    def _positions(self, tasks: Sequence[GridTask]) -> list[CropPosition]:
+        """Return the crop positions of all grids of some tasks."""
+        positions = []
+        for ratio in dict.fromkeys(task.ratio for task in tasks):
+            grid = score_tasks.grid_of(ratio, self.values)
+            projections = tuple(task.projection for task in tasks if task.ratio == ratio)
+            corners = enumerate(grid.corners)
+            positions += [CropPosition(grid, i, corner, projections) for i, corner in corners]
+        return positions
+
+    def _run(
+        self,
+        positions: list[CropPosition],
+        extract: Callable[[Tensor], Elements],
+        train_ids: Sequence[int],
+        splits: Sequence[Sequence[int]],
+        known_models: KnownModels | None,
+    ) -> Iterator[PositionScores]:
+        """Fit and score positions whose elements come from the same `extract`."""
+        groups = range_groups(splits, self.values.official)
+        image_ids = [group.image_ids for group in groups]
+        if not known_models:
+            image_ids.insert(0, tuple(train_ids))
+        inside = [p for p in positions if not self.pool.is_padding(p.corner)]
+        segments = self._by_segment([Segment(p, ids) for p in inside for ids in image_ids], extract)
+        for position in positions:
+            if self.pool.is_padding(position.corner):
+                zeros = [np.zeros(len(ids)) for ids in splits]
+                yield PositionScores(position, {}, dict.fromkeys(position.projections, zeros))
+                continue
+            if known_models:
+                models = known_models(position)
+            else:
+                models = fit_models(next(segments), len(train_ids), position, self.values)
+            by_split: dict[Projection, dict[int, Scores]] = {
+                projection: {} for projection in models
+            }
+            for group in groups:
+                batches, n_images = next(segments), len(group.image_ids)
+                scored = score_images(batches, models, n_images, self.values.official)
+                for projection, scores in scored.items():
+                    by_split[projection] |= group.by_split(scores, splits)
+            ordered = {
+                projection: [scores[number] for number in range(len(splits))]
+                for projection, scores in by_split.items()
+            }
+            yield PositionScores(position, models, ordered)
+
+    def _by_segment(
+        self, segments: list[Segment], extract: Callable[[Tensor], Elements]
+    ) -> Iterator[Iterator[Elements]]:
+        """Yield, segment by segment, the batches of elements of its images."""
+        by_segment = groupby(self._forward(segments, extract), key=itemgetter(0))
+        for segment, parts in by_segment:
+            yield self._finite(segment, (elements for _, elements in parts))
+
+    def _forward(
+        self, segments: list[Segment], extract: Callable[[Tensor], Elements]
+    ) -> Iterator[tuple[Segment, Elements]]:
+        """Yield the elements of all segments' images, each batch's in parts of one segment."""
+        total = sum(len(segment.image_ids) for segment in segments)
+        with cli.progress_bar(total, self.title, "crops") as bar:
+            for batch, pixels in self._gathered(full_batches(segments, self.batch_size)):
+                elements = extract(pixels.to(self.pool.device, non_blocking=True))
+                start = 0
+                for segment, ids in batch:
+                    rows = slice(start, start + len(ids))
+                    yield segment, {level: values[rows] for level, values in elements.items()}
+                    start = rows.stop
+                    bar.update(len(ids))
+
+    def _finite(self, segment: Segment, batches: Iterator[Elements]) -> Iterator[Elements]:
+        """Yield batches; stop after the last one if the network gave NaN or infinity."""
+        flags: dict[int, Tensor] = {}
+        start = 0
+        for elements in batches:
+            for level, values in elements.items():
+                if level not in flags:
+                    shape = len(segment.image_ids)
+                    flags[level] = torch.empty(shape, dtype=torch.bool, device=values.device)
+                # One NaN or infinity spoils the sum.
+                flags[level][start : start + len(values)] = torch.isfinite(values.sum((1, 2)))
+            start += len(values)
+            yield elements
+        for level, finite in flags.items():
+            if not finite.all():
+                bad = [
+                    i for i, ok in zip(segment.image_ids, finite.tolist(), strict=True) if not ok
+                ]
+                raise errors.UserError(
+                    f"features must be finite, got NaN or infinity for image "
+                    f"{self.pool.names[bad[0]]} at level {level} ({len(bad)} images in all); check "
+                    "the weights and the --precision"
+                )
 
     def _gathered(self, batches: Iterator[Batch]) -> Iterator[tuple[Batch, Tensor]]:
         """Yield batches with their pixels (batch_size, 3, 224, 224), gathered ahead in threads."""
-        with ThreadPoolExecutor(self.plan.num_workers) as threads:
-            made = ((batch, threads.submit(self._gather, batch)) for batch in batches)
-            ahead = deque(islice(made, BATCHES_AHEAD))
+        with ThreadPoolExecutor(n_workers(self.values)) as threads:
+            submitted = ((batch, threads.submit(self._gather, batch)) for batch in batches)
+            ahead = deque(islice(submitted, BATCHES_AHEAD))
             while ahead:
-                batch, crops = ahead.popleft()
-                yield batch, crops.result()
-                self.pool.release()
-                ahead.extend(islice(made, 1))
+                batch, pixels = ahead.popleft()
+                yield batch, pixels.result()
+                self.pool.drop_page_cache()
+                ahead.extend(islice(submitted, 1))
 
     def _gather(self, batch: Batch) -> Tensor:
         """Return the pixels of a batch; the last one is padded, so every batch is full."""
         parts = [
             self.pool.gather(
-                ids, job.corner, matrices.nearest_source(job.side, backbones.INPUT_SIDE)
+                ids,
+                segment.position.corner,
+                matrices.nearest_source(segment.position.grid.side, backbones.INPUT_SIDE),
             )
-            for job, ids in batch
+            for segment, ids in batch
         ]
         n_padding = self.batch_size - sum(len(part) for part in parts)
-        crops = torch.cat([*parts, parts[0].new_zeros(n_padding, *parts[0].shape[1:])])
-        return crops.pin_memory() if self.device.type == "cuda" and not crops.is_cuda else crops
-
-    def descriptors(self, job: CropJob, task: score_plans.ScoreTask, split: str) -> Tensor:
-        """Return the descriptors of a split's images at one crop position."""
-        group = self.groups[task.mvtype, split]
-        builder = next(own for own in job.builders[task.level] if own.group is group)
-        draw = job.draws(task.level).index((task.seed, task.rep))
-        return builder.descriptors(draw, self.pool.ids[task.mvtype, split])
+        pixels = torch.cat([*parts, parts[0].new_zeros(n_padding, *parts[0].shape[1:])])
+        pin = self.pool.device.type == "cuda" and not pixels.is_cuda
+        return pixels.pin_memory() if pin else pixels
 
 
-def full_batches(jobs: list[CropJob], images: list[int], batch_size: int) -> Iterator[Batch]:
-    """Cut the crops of all jobs, job by job, into batches that may span several jobs."""
-    crops = ((job, index) for job in jobs for index in images)
-    while batch := list(islice(crops, batch_size)):
-        by_job = groupby(batch, key=itemgetter(0))
-        yield [(job, [index for _, index in own]) for job, own in by_job]
+def full_batches(segments: Iterable[Segment], batch_size: int) -> Iterator[Batch]:
+    """Cut the crops of all segments into batches that may span several of them."""
+    pairs = ((segment, index) for segment in segments for index in segment.image_ids)
+    while batch := list(islice(pairs, batch_size)):
+        by_segment = groupby(batch, key=itemgetter(0))
+        yield [(segment, [index for _, index in group]) for segment, group in by_segment]
+
+
+def _pixel_elements(pixels: Tensor) -> Elements:
+    """Return raw pixels as the elements of their level."""
+    return {settings.PIXEL_LEVEL: backbones.pixel_elements(pixels)}
+
+
+def batch_size_on(device: torch.device, values: settings.Settings) -> int:
+    """Return the crops of one forward pass."""
+    return values.batch_size or BATCH_SIZES[device.type]
+
+
+def n_workers(values: settings.Settings) -> int:
+    """Return the threads that read images: by default one per processor of this process."""
+    affinity = getattr(os, "sched_getaffinity", None)  # not on every system
+    return values.num_workers or (len(affinity(0)) if affinity else os.cpu_count() or 1)

@@ -272,3 +272,13 @@ DECLARED = {declared.name: declared for declared in fields(Settings)}
 def names_equal_in(scope: str) -> tuple[str, ...]:
     """Return the recorded settings that must be equal in a scope such as ALL_FILES."""
     return tuple(n for n, declared in DECLARED.items() if declared.metadata["equal_in"] == scope)
+
+
+def first_difference(
+    recorded: dict[str, Any], expected: dict[str, Any]
+) -> tuple[str, Any, Any] | None:
+    """Return (name, recorded, expected) of the first setting that differs, else None."""
+    for name in expected | recorded:
+        if recorded.get(name) != expected.get(name):
+            return name, recorded.get(name), expected.get(name)
+    return None

@@ -1,0 +1,151 @@
+"""The preprocessed images that are scored together: each kept once, crops gathered from them."""
+
+import math
+import mmap
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from sinbad import atomic, errors, matrices
+
+Row = tuple[NDArray[Any], int]  # an array (n, 3, im_size, im_size) and a row of it
+
+
+def crop_pixels(
+    image: NDArray[Any], corner: tuple[int, int], source: NDArray[np.int64]
+) -> NDArray[np.uint8]:
+    """Gather the nearest-sampled pixels of one crop of one image.
+
+    Parameters
+    ----------
+    image : (3, im_size, im_size), uint8, or float32 of k/255
+    corner : (y, x) of the crop in pixels
+    source : (size,), `images.nearest_source` of the crop's side
+
+    Returns
+    -------
+    (3, size, size), uint8
+    """
+    y, x = corner
+    pixels = image.take(y + source, axis=1).take(x + source, axis=2)
+    if pixels.dtype == np.uint8:
+        return pixels
+    values = np.rint(pixels * 255.0)
+    if not (values.min() >= 0.0 and values.max() <= 255.0):  # NaN is neither
+        raise errors.UserError("float32 matrices must hold k/255, got other values; redo them")
+    return values.astype(np.uint8)
+
+
+class ImagePool:
+    """Images by number, in memory-mapped arrays, or on the GPU if they fit there.
+
+    Parameters
+    ----------
+    rows : where each image is
+    names : of each image, for messages
+    extent : (width, height) in pixels of what is no padding, of the largest image
+    device : torch.device
+    num_workers : threads that copy images to the GPU
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[Row],
+        names: Sequence[str],
+        extent: tuple[int, int],
+        device: torch.device,
+        num_workers: int = 1,
+    ) -> None:
+        self.rows, self.names, self.extent, self.device = rows, names, extent, device
+        self.im_size = rows[0][0].shape[-1]
+        self.resident = self._copy_to_gpu(num_workers) if device.type == "cuda" else None
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def is_padding(self, corner: tuple[int, int]) -> bool:
+        """Tell whether a crop with this corner (y, x) lies in the padding of every image."""
+        (y, x), (width, height) = corner, self.extent
+        return y >= height or x >= width
+
+    def _copy_to_gpu(self, num_workers: int) -> Tensor | None:
+        """Copy the images into the GPU's memory where they take less than half of what is free."""
+        shape = (len(self), *self.rows[0][0].shape[1:])
+        is_whole = all(array.dtype == np.uint8 for array, _ in self.rows)
+        if not is_whole or math.prod(shape) > torch.cuda.mem_get_info(self.device)[0] // 2:
+            return None
+        resident = torch.empty(shape, dtype=torch.uint8, device=self.device)
+
+        def copy(index: int) -> None:
+            array, row = self.rows[index]
+            resident[index].copy_(torch.from_numpy(np.array(array[row])))
+
+        with ThreadPoolExecutor(num_workers) as threads:
+            list(threads.map(copy, range(len(self))))
+        self.drop_page_cache()
+        return resident
+
+    def drop_page_cache(self) -> None:
+        """Release the mapped files' pages: the process does not grow with the images it has read.
+
+        They stay in the system's cache, so reading them again costs next to nothing.
+        """
+        for array in {id(array): array for array, _ in self.rows}.values():
+            mapped = getattr(array, "_mmap", None)
+            if mapped is not None and hasattr(mmap, "MADV_DONTNEED"):
+                mapped.madvise(mmap.MADV_DONTNEED)
+
+    def gather(
+        self, ids: Sequence[int], corner: tuple[int, int], source: NDArray[np.int64]
+    ) -> Tensor:
+        """Return the nearest-sampled pixels of one crop of several images.
+
+        Returns
+        -------
+        (n, 3, 224, 224), uint8, on the GPU if the images are there, else on the CPU
+        """
+        if self.resident is None:
+            pixels = np.empty((len(ids), 3, len(source), len(source)), np.uint8)
+            for out, index in zip(pixels, ids, strict=True):
+                array, row = self.rows[index]
+                out[:] = crop_pixels(array[row], corner, source)
+            return torch.from_numpy(pixels)
+        rows, columns = (torch.from_numpy(start + source).to(self.device) for start in corner)
+        images_at = torch.tensor(ids, device=self.device)[:, None, None, None]
+        channels = torch.arange(3, device=self.device)[:, None, None]
+        return self.resident[images_at, channels, rows[:, None], columns]
+
+
+def pool_subsets(
+    subsets: Iterable[matrices.MatrixSet], device: torch.device, num_workers: int
+) -> tuple[ImagePool, dict[tuple[str, str], list[int]]]:
+    """Pool the images of a category's test subsets; equal files once.
+
+    Returns
+    -------
+    The pool, and (mvtype, split) -> numbers of its images
+    """
+    subsets = list(subsets)
+    rows: list[Row] = []
+    names: list[str] = []
+    ids: dict[tuple[str, str], list[int]] = {}
+    numbers: dict[tuple[str, str], int] = {}
+    for subset in subsets:
+        preprocessing = atomic.to_json(subset.settings)
+        for split, array in subset.images.items():
+            ids[subset.mvtype, split] = []
+            for row, sha256 in enumerate(subset.sha256(split)):
+                number = numbers.setdefault((sha256, preprocessing), len(numbers))
+                if number == len(rows):
+                    rows.append((array, row))
+                    names.append(subset.paths[split][row])
+                ids[subset.mvtype, split].append(number)
+    width, height = (
+        max(lengths) for lengths in zip(*(s.image_extent for s in subsets), strict=True)
+    )
+    return ImagePool(rows, names, (width, height), device, num_workers), ids

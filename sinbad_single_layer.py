@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from sinbad import atomic, backbones, cli, errors, loco, matrices, score_files, score_plans, scoring
+from sinbad import backbones, cli, errors, loco, matrices, score_files, score_plans, scoring
 
 log = logging.getLogger("sinbad")
 
@@ -91,8 +91,6 @@ def unfinished(
     todo: dict[str, list[score_plans.ScoreTask]] = defaultdict(list)
     for task in plan.tasks:
         path = plan.output(task)
-        if path.parent.exists():
-            atomic.remove_left_overs(atomic.folder_beside(path.parent))
         if not plan.overwrite and score_files.is_finished(path, runs[task]):
             log.info(f"finished already: {path}")
         else:

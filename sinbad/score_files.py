@@ -45,7 +45,7 @@ def save_scores(path: Path, scores: LevelScores) -> None:
     Where the authors' labels lie already and are equal, ours are not written beside them: their
     ensemble script takes any other file for the labels.
     """
-    hidden_in = atomic.folder_beside(path.parent)
+    hidden_in = atomic.hidden_folder(path.parent)
     theirs = path.with_name(UPSTREAM_LABELS_FILE)
     if not theirs.exists():
         labels = io.BytesIO()
@@ -127,7 +127,7 @@ def _check_scores(path: Path, test: NDArray[Any], valid: NDArray[Any], run: obje
 
 
 def is_finished(path: Path, run: Run) -> bool:
-    """Tell whether a file of scores is there already, made with the same settings.
+    """Tell whether a file of scores is present with the same settings; if so, tidy up beside it.
 
     Raises
     ------
@@ -149,6 +149,8 @@ def is_finished(path: Path, run: Run) -> bool:
             f"{path} was made with {name} {old}, now {name} is {new}; choose another "
             "--version_name, or pass --overwrite to replace it"
         )
+    for output in (path, path.with_name(LABELS_FILE)):
+        atomic.remove_hidden(output, atomic.hidden_folder(path.parent))
     return True
 
 

@@ -10,11 +10,12 @@ import math
 import os
 import random
 import shutil
-import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 
 from sinbad import atomic, backbones, errors
 
+ROOT = Path(__file__).parents[1]
 KILLED = -9
 N_KILLS = int(os.environ.get("SINBAD_KILLS", "2"))  # of each script
 SCRIPTS = [
@@ -44,74 +46,56 @@ class Server:
     def __init__(self, process: "subprocess.Popen[str]") -> None:
         self.process = process
 
-    def run(self, *runs: tuple[str, list[str]], kill_after: float | None = None) -> dict[str, Any]:
+    def run(
+        self,
+        *runs: tuple[str, list[str]],
+        kill_after: float | None = None,
+        kill_at_rename: int | None = None,
+    ) -> dict[str, Any]:
         """Run scripts side by side; return exit statuses and seconds."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
-        request = json.dumps({"runs": runs, "kill_after": kill_after})
-        self.process.stdin.write(request + "\n")
+        kill = {"kill_after": kill_after, "kill_at_rename": kill_at_rename}
+        self.process.stdin.write(json.dumps({"runs": runs, **kill}) + "\n")
         self.process.stdin.flush()
         return json.loads(self.process.stdout.readline())
 
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
-    here = Path(__file__).parent
     with subprocess.Popen(
-        [sys.executable, here / "fork_server.py"],
+        [sys.executable, ROOT / "tests/fork_server.py", *SCRIPTS],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-        cwd=here.parent,
-        env={"PYTHONPATH": str(here.parent), "PATH": "/usr/bin:/bin"},
+        cwd=ROOT,
+        env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"},
     ) as process:
         yield Server(process)
         assert process.stdin is not None
         process.stdin.close()  # it ends with its input
 
 
-def matrices_argv(dataset_dir: Path, out: Path) -> list[str]:
-    flags = ["--im_size", "512", "--num_workers", "2"]
-    return ["--dataset_dir", str(dataset_dir), "--out_dir", str(out), *flags]
-
-
-def paper_argv(dataset_dir: Path, out: Path) -> list[str]:
-    return [
-        *("--dataset_dir", str(dataset_dir), "--data_dir", str(out / "matrices")),
-        *("--results_dir", str(out / "results"), "--out", str(out / "tables")),
-        *("--initial_res", str(IM_SIZE), "--device", "cpu", "--no-figures"),
-        *("--pyramid_level", "224", "--rep_num_224", "6", "--seeds", "0", "1"),
-    ]
-
-
-def scores_argv(data_dir: Path, results: Path) -> list[str]:
-    return [
-        *("--data_dir", str(data_dir), "--results_dir", str(results), "--mvtype", "pushpins"),
-        *("--initial_res", str(IM_SIZE), "--device", "cpu", "--n_projections", "2"),
-        *("--pyramid_level", "224", "--crop_size_ratio", ".999", ".7", "--rep", "0-3"),
-    ]
-
-
-def ensemble_argv(scored: Path, out: Path) -> list[str]:
-    version = str(scored / "ver1_pyramid_lvl_#")
-    flags = ["--version", version, "--version_224", version, "--mvtype", "pushpins"]
-    maps = ["--maps_dir", str(out / "maps"), "--out", str(out / "tables")]
-    return [*flags, "--pyramid_level", "14", "--rep_num_224", "0", *maps]
-
-
-def series_argv(toy: Path, out: Path) -> list[str]:
-    flags = ["--n_projections", "20", "--device", "cpu", "--seeds", "0-3"]
-    return ["--dataset_dir", str(toy), "--dataset", "Toy", *flags, "--out", str(out)]
-
-
-def detector_argv(dataset_dir: Path, out: Path) -> list[str]:
-    flags = ["--initial_res", str(IM_SIZE), "--device", "cpu", "--pyramid_level", "224"]
-    train = ["--train_dir", str(dataset_dir / "pushpins/train/good"), "--rep_num_224", "6"]
-    return ["fit", *train, *flags, "--out", str(out / "detector.npz")]
-
-
-def array_argv(data_dir: Path, out: Path) -> list[str]:
-    return ["--data_dir", str(data_dir), "--mvtype", "pushpins", "--out_dir", str(out)]
+def argv_of(script: str, dataset_dir: Path, data_dir: Path, inputs: Path, out: Path) -> list[str]:
+    """Return the arguments of a script that writes below `out`."""
+    small = f"--initial_res {IM_SIZE} --device cpu --pyramid_level 224"
+    version = f"{inputs}/scores/ver1_pyramid_lvl_#"
+    return {
+        "data_to_matrices": f"--dataset_dir {dataset_dir} --out_dir {out} --im_size 512 "
+        "--num_workers 2",
+        "sinbad_single_layer": f"--data_dir {data_dir} --results_dir {out} --mvtype pushpins "
+        f"{small} --n_projections 2 --crop_size_ratio .999 .7 --rep 0-3",
+        "calc_anom_ensm": f"--version {version} --version_224 {version} --mvtype pushpins "
+        f"--pyramid_level 14 --rep_num_224 0 --maps_dir {out}/maps --out {out}/tables",
+        "reproduce_paper": f"--dataset_dir {dataset_dir} --data_dir {out}/matrices "
+        f"--results_dir {out}/results --out {out}/tables {small} --no-figures --rep_num_224 6 "
+        "--seeds 0 1",
+        "sinbad_time_series": f"--dataset_dir {inputs}/uea --dataset Toy --n_projections 20 "
+        f"--device cpu --seeds 0-3 --out {out}",
+        "sinbad_detector": f"fit --train_dir {dataset_dir}/pushpins/train/good {small} "
+        f"--rep_num_224 6 --out {out}/detector.npz",
+        "create_batch_array_sinbad": f"--data_dir {data_dir} --mvtype pushpins --out_dir {out}",
+    }[script].split()
 
 
 @pytest.fixture(scope="module")
@@ -120,24 +104,12 @@ def inputs(
 ) -> Path:
     """Return a folder with what the last scripts read: scores of level 14, time series."""
     folder = tmp_path_factory.mktemp("inputs")
-    argv = [*scores_argv(data_dir, folder / "scores"), "--net", "resnet18", "--weights", "random"]
-    ratio = ["--pyramid_level", "14", "--crop_size_ratio", ".7", "--rep", "0"]
-    assert server.run(("sinbad_single_layer", [*argv, *ratio]))["codes"] == [0]
+    argv = argv_of("sinbad_single_layer", dataset_dir, data_dir, folder, folder / "scores")
+    argv += "--net resnet18 --weights random --pyramid_level 14".split()
+    argv += "--crop_size_ratio .7 --rep 0".split()
+    assert server.run(("sinbad_single_layer", argv))["codes"] == [0]
     write_ts(folder / "uea" / "Toy")
     return folder
-
-
-def argv_of(script: str, dataset_dir: Path, data_dir: Path, inputs: Path, out: Path) -> list[str]:
-    """Return the arguments of a script that writes below `out`."""
-    return {
-        "data_to_matrices": matrices_argv(dataset_dir, out),
-        "sinbad_single_layer": scores_argv(data_dir, out),
-        "calc_anom_ensm": ensemble_argv(inputs / "scores", out),
-        "reproduce_paper": paper_argv(dataset_dir, out),
-        "sinbad_time_series": series_argv(inputs / "uea", out),
-        "sinbad_detector": detector_argv(dataset_dir, out),
-        "create_batch_array_sinbad": array_argv(data_dir, out),
-    }[script]
 
 
 def write_ts(folder: Path) -> None:
@@ -155,147 +127,234 @@ def write_ts(folder: Path) -> None:
 def test_a_run_killed_at_any_moment_and_started_again_gives_the_same_bytes(
     script: str, server: Server, dataset_dir: Path, data_dir: Path, inputs: Path, tmp_path: Path
 ) -> None:
-    def run(out: Path, kill_after: float | None = None) -> dict[str, Any]:
-        argv = argv_of(script, dataset_dir, data_dir, inputs, out)
-        return server.run((script, argv), kill_after=kill_after)
+    """Started again twice at once; and once where another run has finished everything meanwhile."""
 
-    undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
+    def run(*outs: Path, **kill: Any) -> dict[str, Any]:  # noqa: ANN401  seconds or a number
+        return server.run(
+            *((script, argv_of(script, dataset_dir, data_dir, inputs, out)) for out in outs), **kill
+        )
+
+    undisturbed, killed, finished = (tmp_path / name for name in ("none", "killed", "finished"))
     result = run(undisturbed)
     assert result["codes"] == [0]
-    expected = without_folder(files_below(undisturbed), undisturbed)
+    expected = contents(undisturbed)
     moments, longest = random.Random(0), result["seconds"]
     n_killed = 0
     while n_killed < N_KILLS:
         after = moments.uniform(0.02, 1.0) * longest
-        if run(killed, kill_after=after)["codes"] == [KILLED]:
+        if n_killed % 2:
+            kill = {"kill_after": after}
+        else:
+            kill = {"kill_at_rename": moments.randint(1, 1 + n_killed)}
+        if run(killed, **kill)["codes"] == [KILLED]:
             n_killed += 1
-            for name, found in without_folder(files_below(killed), killed).items():
+            for name, data in contents(killed).items():
                 if name == "time_series.csv":  # grows seed by seed
-                    assert set(found.splitlines(True)) <= set(expected[name].splitlines(True))
+                    assert set(data.splitlines(True)) <= set(expected[name].splitlines(True))
                 elif name == "time_series.json":
-                    json.loads(found)
-                elif ".partial" not in name:  # what is under its name is whole
-                    assert found == expected[name]
-        else:  # it was faster than the moment: kill earlier
+                    json.loads(data)
+                elif ".partial" not in name:  # what is under its name is complete
+                    assert data == expected[name]
+            hidden = list(killed.rglob(".*.partial"))
+            assert hidden or "kill_after" in kill
+        elif "kill_after" in kill:  # it was faster than the moment: kill earlier
             longest = after
-        assert run(killed)["codes"] == [0]
-        assert without_folder(files_below(killed), killed) == expected
+        shutil.copytree(killed, finished)
+        shutil.copytree(undisturbed, finished, dirs_exist_ok=True)
+        assert run(killed, killed, finished)["codes"] == [0, 0, 0]
+        assert contents(killed) == contents(finished) == expected
         shutil.rmtree(killed)
+        shutil.rmtree(finished)
 
 
-def without_folder(files: dict[str, bytes], folder: Path) -> dict[str, bytes]:
-    """Replace the folder's own name in texts (a report names its scores' folders)."""
+def contents(folder: Path) -> dict[str, bytes]:
+    """Return name -> bytes, without the folder's path in texts (a report names its scores')."""
+    files = files_below(folder)
     return {name: data.replace(str(folder).encode(), b"FOLDER") for name, data in files.items()}
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_two_processes_writing_the_same_results(
-    script: str, server: Server, dataset_dir: Path, data_dir: Path, inputs: Path, tmp_path: Path
+# ---------------------------------------------------------------- hidden files
+
+
+def leave_hidden(path: Path, hidden_in: Path | None = None) -> Path:
+    """Leave what a killed run leaves of an output."""
+    with suppress(KeyboardInterrupt), atomic.atomic_path(path, hidden_in) as hidden:
+        raise KeyboardInterrupt
+    hidden.write_bytes(b"half of it")
+    return hidden
+
+
+def write(path: Path, content: str, folder: bool) -> None:
+    if folder:
+        path.mkdir()
+    (path / "part" if folder else path).write_text(content)
+
+
+def test_only_hidden_files_of_the_same_output_are_removed(tmp_path: Path) -> None:
+    score_files = [tmp_path / f"pushpins_{kind}/scores.npz" for kind in ("loco", "struct")]
+    tables = [tmp_path / name for name in ("a.csv", "a.csv.csv", "a", "[a].csv", "n" * 200)]
+    hidden = {path: leave_hidden(path, tmp_path) for path in score_files + tables}
+    others = tmp_path / ".other.partial"
+    for path in (others, *hidden.values()):
+        path.touch()
+        os.utime(path, (0, 0))  # ages do not count
+    while hidden:
+        path, removed = hidden.popitem()
+        atomic.atomic_write(path, "complete", tmp_path)
+        assert not removed.exists()
+        assert all(kept.exists() for kept in (others, *hidden.values()))
+
+
+@pytest.mark.parametrize("folder", [False, True])
+def test_a_slower_run_goes_on_with_the_output_of_a_faster_one(folder: bool, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with atomic.atomic_path(out) as slower:
+        write(slower, "slow", folder)
+        with atomic.atomic_path(out) as faster:
+            write(faster, "fast", folder)
+        before = out.stat().st_ino
+        assert not slower.exists()
+        if folder:
+            write(slower / "more", "late", folder)
+    assert list(files_below(tmp_path).values()) == [b"fast"]
+    assert out.stat().st_ino == before
+
+
+def test_a_slower_run_without_the_output_is_an_error(tmp_path: Path) -> None:
+    missing = tmp_path / "no image"
+    (tmp_path / "out").touch()
+    for path in (tmp_path / "out", tmp_path / "other"):
+        with pytest.raises(FileNotFoundError) as error, atomic.atomic_path(path) as hidden:
+            (missing if path.exists() else hidden).read_bytes()
+        assert error.value.filename == str(missing if path.exists() else path)
+
+
+def test_two_containers_of_one_host_name_leave_what_the_other_is_writing(tmp_path: Path) -> None:
+    container = ["unshare", "--fork", "--pid"]  # has process numbers of its own
+    code = "import sys, pathlib; from sinbad import atomic; "
+    code += "atomic.atomic_write(pathlib.Path(sys.argv[1]), 'complete')"
+    try:
+        subprocess.run([*container, "true"], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("needs the right to make a process namespace (root)")
+    with atomic.atomic_path(tmp_path / "out") as living:
+        living.write_text("complete")
+        for name in ("other", "out"):
+            assert living.exists()
+            command = [*container, sys.executable, "-c", code, tmp_path / name]
+            subprocess.run(command, check=True, cwd=ROOT)
+    assert files_below(tmp_path) == {"other": b"complete", "out": b"complete"}
+
+
+@pytest.mark.parametrize("existed", [False, True])
+def test_a_folder_is_replaced_unless_another_process_has_finished_it_meanwhile(
+    existed: bool, tmp_path: Path
 ) -> None:
-    def argv(out: Path) -> list[str]:
-        return argv_of(script, dataset_dir, data_dir, inputs, out)
-
-    assert server.run((script, argv(tmp_path / "one")))["codes"] == [0]
-    both = (script, argv(tmp_path / "two"))
-    assert server.run(both, both)["codes"] == [0, 0]
-    assert files_below(tmp_path / "two") == files_below(tmp_path / "one")
-
-
-DEAD_PROCESS = 2**22 + 1  # above Linux' largest
-
-
-def left_over(folder: Path, host: str, process: int, age: float = 0.0) -> Path:
-    """Make what a killed run leaves in a folder; `age` in seconds."""
-    path = folder / f".scores.npz.{host}-{process}-0000dead.partial"
-    path.write_bytes(b"half of it")
-    made = path.stat().st_mtime - age
-    os.utime(path, (made, made))
-    return path
+    out = tmp_path / "out"
+    for content in ("first", "second") if existed else ():
+        with atomic.atomic_path(out) as hidden:
+            write(hidden, content, folder=True)
+        assert files_below(tmp_path) == {"out/part": content.encode()}
+    with atomic.atomic_path(out) as hidden:
+        write(hidden, "late", folder=True)
+        if existed:
+            out.rename(tmp_path / "old")
+        write(out, "finished", folder=True)
+    assert files_below(out) == {"part": b"finished"}
+    assert not list(tmp_path.glob(".*"))
 
 
-def test_what_a_killed_run_left_is_removed_but_not_what_a_living_one_writes(tmp_path: Path) -> None:
-    here, day = socket.gethostname(), 24 * 3600.0
-    gone = [
-        left_over(tmp_path, here, DEAD_PROCESS),
-        left_over(tmp_path, "elsewhere", 1, age=day + 60),
-        left_over(tmp_path, here, os.getpid(), age=day + 60),
-    ]
-    kept = [left_over(tmp_path, "elsewhere", 2, age=day - 60), left_over(tmp_path, here, 1)]
-    with atomic.atomic_path(tmp_path / "folder") as living:
-        living.mkdir()
-        (living / "mine").write_bytes(b"whole")
-        atomic.atomic_write(tmp_path / "other.txt", "other")
-        assert (living / "mine").read_bytes() == b"whole"
-    assert not any(path.exists() for path in gone)
-    assert all(path.exists() for path in kept)
-    assert (tmp_path / "folder/mine").read_bytes() == b"whole"
-    assert (tmp_path / "other.txt").read_text() == "other"
-
-
-def test_a_folder_is_replaced_whole(tmp_path: Path) -> None:
-    for content in ("first", "second"):
-        with atomic.atomic_path(tmp_path / "folder") as made:
-            made.mkdir()
-            (made / content).write_text(content)
-    assert files_below(tmp_path) == {"folder/second": b"second"}
-
-
-def test_unfinished_files_lie_where_no_reader_looks(tmp_path: Path) -> None:
+def test_hidden_files_lie_where_no_reader_looks(tmp_path: Path) -> None:
     other = Path("/dev/shm")
     if not other.is_dir() or other.stat().st_dev == tmp_path.stat().st_dev:
         pytest.skip("needs a second file system")
-    assert atomic.folder_beside(tmp_path / "rep_num_0/pushpins_loco") == tmp_path / "rep_num_0"
+    assert atomic.hidden_folder(tmp_path / "rep_num_0/pushpins_loco") == tmp_path / "rep_num_0"
     linked = other / f"sinbad-test-{os.getpid()}" / "level"
     linked.mkdir(parents=True)
     try:
         (tmp_path / "level").symlink_to(linked)
-        assert atomic.folder_beside(tmp_path / "level") == linked.parent
-        atomic.atomic_write(tmp_path / "level/file", "x", atomic.folder_beside(tmp_path / "level"))
-        assert (linked / "file").read_text() == "x"
+        assert atomic.hidden_folder(tmp_path / "level") == linked.parent
+        atomic.atomic_write(tmp_path / "level/file", "x", linked.parent)
+        (tmp_path / "link").symlink_to(linked / "file")
+        atomic.atomic_write(tmp_path / "link", "y", tmp_path)
+        assert files_below(linked.parent) == {"level/file": b"y"}
     finally:
         shutil.rmtree(linked.parent)
 
 
-@pytest.mark.parametrize("script", ["data_to_matrices", "sinbad_single_layer"])
-def test_a_run_with_nothing_to_do_sweeps_too(
-    script: str, server: Server, dataset_dir: Path, data_dir: Path, tmp_path: Path
-) -> None:
-    argv = (
-        ["--dataset_dir", str(dataset_dir), "--out_dir", str(tmp_path), "--im_size", "16"]
-        if script == "data_to_matrices"
-        else [*scores_argv(data_dir, tmp_path), "--rep", "0", "--crop_size_ratio", ".7"]
-    )
-    assert server.run((script, argv))["codes"] == [0]
-    finished = files_below(tmp_path)
-    folder = next(tmp_path.rglob("rep_num_0"), tmp_path)
-    left_over(folder, socket.gethostname(), DEAD_PROCESS)
-    assert server.run((script, argv))["codes"] == [0]
-    assert files_below(tmp_path) == finished
-
-
 def test_many_runs_may_write_below_one_folder_at_once(tmp_path: Path) -> None:
-    def write(number: int) -> None:
+    def write_all(number: int) -> None:
         for i in range(30):
-            atomic.atomic_write(tmp_path / f"{number}_{i}.txt", b"whole")
+            for name in (f"{number}_{i}.txt", "shared.txt"):
+                atomic.atomic_write(tmp_path / name, b"complete")
 
     with ThreadPoolExecutor(8) as pool:
-        list(pool.map(write, range(8)))
-    assert len(files_below(tmp_path)) == 8 * 30
+        list(pool.map(write_all, range(8)))
+    files = files_below(tmp_path)
+    assert len(files) == 8 * 30 + 1
+    assert set(files.values()) == {b"complete"}
 
 
-def test_hidden_files_of_others_stay(tmp_path: Path) -> None:
-    mine = tmp_path / ".mine.partial"
-    mine.touch()
-    os.utime(mine, (0, 0))
-    atomic.atomic_write(tmp_path / "other.txt", b"other")
-    assert mine.exists()
+# ---------------------------------------------------------------- links, devices, pipes
 
 
-def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("dangling", [False, True])
+def test_a_link_stays_and_its_target_is_replaced(dangling: bool, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    target, link = tmp_path / "data/target.csv", tmp_path / "link.csv"
+    link.symlink_to("data/target.csv")
+    if not dangling:
+        target.write_text("before")
+        (tmp_path / "kept").hardlink_to(target)
+    atomic.check_writable(link)
+    atomic.atomic_write(link, "after")
+    assert link.is_symlink()
+    assert target.read_text() == "after"
+    assert dangling or (tmp_path / "kept").read_text() == "before"  # replaced, not written over
+
+
+def test_a_device_or_a_pipe_is_written_and_stays(tmp_path: Path) -> None:
+    fifo, read = tmp_path / "fifo", []
+    os.mkfifo(fifo)
+    atomic.check_writable(fifo)  # waits for no reader
+    reader = threading.Thread(target=lambda: read.append(fifo.read_bytes()))
+    reader.start()
+    atomic.atomic_write(fifo, "data")
+    reader.join()
+    assert read == [b"data"]
+    assert fifo.is_fifo()
+    terminal, device = os.openpty()
+    atomic.check_writable(Path(os.ttyname(device)))
+    atomic.atomic_write(Path(os.ttyname(device)), "data")
+    assert os.read(terminal, 100) == b"data"
+    with pytest.raises(OSError, match="/dev/full"):
+        atomic.atomic_write(Path("/dev/full"), "data")
+
+
+@pytest.mark.parametrize("redirection", ["> file", "| cat > file", ">> file"])
+def test_standard_output_is_written_and_stays(redirection: str, tmp_path: Path) -> None:
+    code = "print('before'); out = pathlib.Path('/dev/stdout'); atomic.check_writable(out); "
+    code += "atomic.atomic_write(out, 'data\\n'); print('after')"
+    command = f'"{sys.executable}" -c "import pathlib; from sinbad import atomic; {code}"'
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    subprocess.run(
+        f"{command} {redirection}", shell=True, check=True, cwd=tmp_path, env=environment
+    )
+    assert files_below(tmp_path) == {"file": b"before\ndata\nafter\n"}
+
+
+def test_an_output_that_cannot_be_written_is_noticed(tmp_path: Path) -> None:
     (tmp_path / "taken").mkdir()
-    with pytest.raises(OSError, match="taken"):
-        atomic.atomic_write(tmp_path / "taken", b"data")
-    assert [path.name for path in tmp_path.iterdir()] == ["taken"]
+    (tmp_path / "file").touch()
+    present = sorted(tmp_path.rglob("*"))
+    for name, error in (("taken", IsADirectoryError), ("file/x/y", NotADirectoryError)):
+        for attempt in (atomic.check_writable, lambda path: atomic.atomic_write(path, b"data")):
+            with pytest.raises(error) as caught:
+                attempt(tmp_path / name)
+            assert str(tmp_path / name).startswith(caught.value.filename)
+    for name in ("file", "new", "missing/folders/new"):
+        atomic.check_writable(tmp_path / name)
+    assert sorted(tmp_path.rglob("*")) == present
 
 
 # ---------------------------------------------------------------- out of GPU memory
@@ -337,15 +396,3 @@ def test_memory_for_no_crop_at_all_is_an_error() -> None:
     extractor = backbones.FeatureExtractor(SmallMemory(0), torch.device("cpu"))
     with pytest.raises(errors.UserError, match="must have memory for one crop"):
         extractor.extract(torch.zeros(3, 3, 224, 224, dtype=torch.uint8))
-
-
-def test_a_folder_that_another_process_has_made_meanwhile_stays(tmp_path: Path) -> None:
-    with atomic.atomic_path(tmp_path / "folder") as made:
-        made.mkdir()
-        (made / "ours").write_text("late")
-        with atomic.atomic_path(tmp_path / "folder") as theirs:
-            theirs.mkdir()
-            (theirs / "theirs").write_text("early")
-        before = (tmp_path / "folder").stat().st_ino
-    assert files_below(tmp_path) == {"folder/theirs": b"early"}
-    assert (tmp_path / "folder").stat().st_ino == before

@@ -1,8 +1,8 @@
 """Imports scripts (its arguments) once, then runs each as a process that can be killed at any time.
 
-Reads lines of JSON: {"runs": [[script, argv], ...], "kill_after": seconds or null, "kill_at_rename":
-number or null}. Starts all runs at once, kills them with SIGKILL after that time or where they
-would rename that output, answers with their exit statuses (-9: killed) and the seconds they took.
+Reads lines of JSON: {"runs": [[script, argv], ...]} with "kill_after": seconds or "kill_at_rename":
+number of an output. Starts all runs at once, kills them with SIGKILL after that time or before that
+output is renamed, answers with their exit statuses (-9: killed) and the seconds that they took.
 """
 
 import importlib
@@ -49,13 +49,13 @@ def main() -> None:
     for line in sys.stdin:
         request = json.loads(line)
         started = time.monotonic()
-        children = [start(*run, request["kill_at_rename"]) for run in request["runs"]]
-        if request["kill_after"] is not None:
+        children = [start(*run, request.get("kill_at_rename")) for run in request["runs"]]
+        if "kill_after" in request:
             time.sleep(request["kill_after"])
             for child in children:
                 os.kill(child, signal.SIGKILL)
         codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-        print(json.dumps({"codes": codes, "seconds": time.monotonic() - started}), flush=True)
+        print(json.dumps([codes, time.monotonic() - started]), flush=True)
 
 
 if __name__ == "__main__":

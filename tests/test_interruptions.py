@@ -6,14 +6,13 @@ kills every script 20 times, 140 times in all.
 """
 
 import json
-import math
 import os
 import random
 import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import Any
 
 import pytest
 import torch
+import uea_toy
 from conftest import IM_SIZE, files_below
 from torch import Tensor, nn
 
@@ -29,124 +29,70 @@ from sinbad import atomic, backbones, errors
 ROOT = Path(__file__).parents[1]
 KILLED = -9
 N_KILLS = int(os.environ.get("SINBAD_KILLS", "2"))  # of each script
-SCRIPTS = [
-    "data_to_matrices",
-    "sinbad_single_layer",
-    "calc_anom_ensm",
-    "reproduce_paper",
-    "sinbad_time_series",
-    "sinbad_detector",
-    "create_batch_array_sinbad",
-]
-
-
-class Server:
-    """Runs scripts as processes (see fork_server.py)."""
-
-    def __init__(self, process: "subprocess.Popen[str]") -> None:
-        self.process = process
-
-    def run(
-        self,
-        *runs: tuple[str, list[str]],
-        kill_after: float | None = None,
-        kill_at_rename: int | None = None,
-    ) -> dict[str, Any]:
-        """Run scripts side by side; return exit statuses and seconds."""
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        kill = {"kill_after": kill_after, "kill_at_rename": kill_at_rename}
-        self.process.stdin.write(json.dumps({"runs": runs, **kill}) + "\n")
-        self.process.stdin.flush()
-        return json.loads(self.process.stdout.readline())
+SMALL = f"--initial_res {IM_SIZE} --device cpu --pyramid_level 224"
+ARGUMENTS = {
+    "data_to_matrices": "--dataset_dir {images} --out_dir {out} --im_size 512 --num_workers 2",
+    "sinbad_single_layer": "--data_dir {matrices} --results_dir {out} --mvtype pushpins "
+    f"{SMALL} --n_projections 2 --crop_size_ratio .999 .7 --rep 0-3",
+    "calc_anom_ensm": "--version {inputs}/ver1_pyramid_lvl_# --mvtype pushpins --pyramid_level 14 "
+    "--version_224 {inputs}/ver1_pyramid_lvl_# --rep_num_224 0 --maps_dir {out}/maps --out {out}/t",
+    "reproduce_paper": "--dataset_dir {images} --data_dir {out}/matrices --results_dir {out}/scores "
+    f"--out {{out}}/tables {SMALL} --no-figures --rep_num_224 6 --seeds 0 1",
+    "sinbad_time_series": "--dataset_dir {inputs}/uea --dataset Toy --n_projections 20 "
+    "--device cpu --seeds 0-3 --out {out}",
+    "sinbad_detector": "fit --train_dir {images}/pushpins/train/good --out {out}/detector.npz "
+    f"{SMALL} --rep_num_224 6",
+    "create_batch_array_sinbad": "--data_dir {matrices} --mvtype pushpins --out_dir {out}",
+}
+Run = Callable[..., tuple[list[int], float]]
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
+def run(
+    dataset_dir: Path, data_dir: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Run]:
+    """Return a function that runs a script once for each output folder (see fork_server.py)."""
+    inputs = tmp_path_factory.mktemp("inputs")  # scores of level 14, time series
+    paths = {"images": dataset_dir, "matrices": data_dir, "inputs": inputs}
+
+    def run(script: str, *outs: Path, more: str = "", **kill: Any) -> tuple[list[int], float]:  # noqa: ANN401
+        arguments = ARGUMENTS[script] + more
+        runs = [(script, arguments.format(out=out, **paths).split()) for out in outs]
+        process.stdin.write(json.dumps({"runs": runs, **kill}) + "\n")
+        process.stdin.flush()
+        return json.loads(process.stdout.readline())
+
     with subprocess.Popen(
-        [sys.executable, ROOT / "tests/fork_server.py", *SCRIPTS],
+        [sys.executable, ROOT / "tests/fork_server.py", *ARGUMENTS],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
         cwd=ROOT,
         env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"},
     ) as process:
-        yield Server(process)
-        assert process.stdin is not None
+        level = " --net resnet18 --weights random --pyramid_level 14 --crop_size_ratio .7 --rep 0"
+        assert run("sinbad_single_layer", inputs, more=level)[0] == [0]
+        uea_toy.write_toy(inputs / "uea")
+        yield run
         process.stdin.close()  # it ends with its input
 
 
-def argv_of(script: str, dataset_dir: Path, data_dir: Path, inputs: Path, out: Path) -> list[str]:
-    """Return the arguments of a script that writes below `out`."""
-    small = f"--initial_res {IM_SIZE} --device cpu --pyramid_level 224"
-    version = f"{inputs}/scores/ver1_pyramid_lvl_#"
-    return {
-        "data_to_matrices": f"--dataset_dir {dataset_dir} --out_dir {out} --im_size 512 "
-        "--num_workers 2",
-        "sinbad_single_layer": f"--data_dir {data_dir} --results_dir {out} --mvtype pushpins "
-        f"{small} --n_projections 2 --crop_size_ratio .999 .7 --rep 0-3",
-        "calc_anom_ensm": f"--version {version} --version_224 {version} --mvtype pushpins "
-        f"--pyramid_level 14 --rep_num_224 0 --maps_dir {out}/maps --out {out}/tables",
-        "reproduce_paper": f"--dataset_dir {dataset_dir} --data_dir {out}/matrices "
-        f"--results_dir {out}/results --out {out}/tables {small} --no-figures --rep_num_224 6 "
-        "--seeds 0 1",
-        "sinbad_time_series": f"--dataset_dir {inputs}/uea --dataset Toy --n_projections 20 "
-        f"--device cpu --seeds 0-3 --out {out}",
-        "sinbad_detector": f"fit --train_dir {dataset_dir}/pushpins/train/good {small} "
-        f"--rep_num_224 6 --out {out}/detector.npz",
-        "create_batch_array_sinbad": f"--data_dir {data_dir} --mvtype pushpins --out_dir {out}",
-    }[script].split()
-
-
-@pytest.fixture(scope="module")
-def inputs(
-    server: Server, dataset_dir: Path, data_dir: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
-    """Return a folder with what the last scripts read: scores of level 14, time series."""
-    folder = tmp_path_factory.mktemp("inputs")
-    argv = argv_of("sinbad_single_layer", dataset_dir, data_dir, folder, folder / "scores")
-    argv += "--net resnet18 --weights random --pyramid_level 14".split()
-    argv += "--crop_size_ratio .7 --rep 0".split()
-    assert server.run(("sinbad_single_layer", argv))["codes"] == [0]
-    write_ts(folder / "uea" / "Toy")
-    return folder
-
-
-def write_ts(folder: Path) -> None:
-    """Write a data set of two classes of sines as .ts."""
-    folder.mkdir(parents=True)
-    for split, start in (("TRAIN", 0), ("TEST", 1)):
-        rows = ["@classLabel true a b", "@data"]
-        for number in range(start, start + 8):
-            steps = (f"{math.sin((1 + number % 2) * step / 3 + number):.4f}" for step in range(30))
-            rows.append(",".join(steps) + f":{'ab'[number % 2]}")
-        (folder / f"{folder.name}_{split}.ts").write_text("\n".join(rows) + "\n")
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", ARGUMENTS)
 def test_a_run_killed_at_any_moment_and_started_again_gives_the_same_bytes(
-    script: str, server: Server, dataset_dir: Path, data_dir: Path, inputs: Path, tmp_path: Path
+    script: str, run: Run, tmp_path: Path
 ) -> None:
     """Started again twice at once; and once where another run has finished everything meanwhile."""
-
-    def run(*outs: Path, **kill: Any) -> dict[str, Any]:  # noqa: ANN401  seconds or a number
-        return server.run(
-            *((script, argv_of(script, dataset_dir, data_dir, inputs, out)) for out in outs), **kill
-        )
-
     undisturbed, killed, finished = (tmp_path / name for name in ("none", "killed", "finished"))
-    result = run(undisturbed)
-    assert result["codes"] == [0]
+    codes, longest = run(script, undisturbed)
+    assert codes == [0]
     expected = contents(undisturbed)
-    moments, longest = random.Random(0), result["seconds"]
-    n_killed = 0
+    moments, n_killed = random.Random(0), 0
     while n_killed < N_KILLS:
-        after = moments.uniform(0.02, 1.0) * longest
-        if n_killed % 2:
-            kill = {"kill_after": after}
-        else:
-            kill = {"kill_at_rename": moments.randint(1, 1 + n_killed)}
-        if run(killed, **kill)["codes"] == [KILLED]:
+        after, at_rename = moments.uniform(0.02, 1.0) * longest, moments.randint(1, 1 + n_killed)
+        by_time = n_killed % 2 == 1
+        kill = {"kill_after": after} if by_time else {"kill_at_rename": at_rename}
+        killed.mkdir()
+        if run(script, killed, **kill)[0] == [KILLED]:
             n_killed += 1
             for name, data in contents(killed).items():
                 if name == "time_series.csv":  # grows seed by seed
@@ -155,13 +101,12 @@ def test_a_run_killed_at_any_moment_and_started_again_gives_the_same_bytes(
                     json.loads(data)
                 elif ".partial" not in name:  # what is under its name is complete
                     assert data == expected[name]
-            hidden = list(killed.rglob(".*.partial"))
-            assert hidden or "kill_after" in kill
-        elif "kill_after" in kill:  # it was faster than the moment: kill earlier
+            assert by_time or list(killed.rglob(".*.partial"))
+        elif by_time:  # it was faster than the moment: kill earlier
             longest = after
         shutil.copytree(killed, finished)
         shutil.copytree(undisturbed, finished, dirs_exist_ok=True)
-        assert run(killed, killed, finished)["codes"] == [0, 0, 0]
+        assert run(script, killed, killed, finished)[0] == [0, 0, 0]
         assert contents(killed) == contents(finished) == expected
         shutil.rmtree(killed)
         shutil.rmtree(finished)

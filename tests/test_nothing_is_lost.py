@@ -7,7 +7,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from urllib.error import URLError
 
 import numpy as np
 import pytest
@@ -18,20 +17,6 @@ from conftest import IM_SIZE, Place, files_below
 from sinbad import atomic, errors
 
 ROOT = Path(__file__).parents[1]
-
-
-def test_weights_that_cannot_be_downloaded(
-    place: Place, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def unreachable(*_: object, **__: object) -> None:
-        raise URLError("no route to host")
-
-    monkeypatch.setenv("TORCH_HOME", str(place.root / "empty_cache"))
-    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", unreachable)
-    line = fails(scores_case(place, "--weights", "imagenet"), capsys)
-    for words in ("no route to host", "download.pytorch.org", "--weights FILE", "empty_cache"):
-        assert words in line
-    assert files_below(place.out) == {}
 
 
 def test_what_was_finished_before_stays_as_it_was(

@@ -33,7 +33,7 @@ def write(path: Path, content: str, folder: bool) -> None:
 
 def test_only_hidden_files_of_the_same_output_are_removed(tmp_path: Path) -> None:
     score_files = [tmp_path / f"pushpins_{kind}/scores.npz" for kind in ("loco", "struct")]
-    tables = [tmp_path / name for name in ("a.csv", "a.csv.csv", "a", "[a].csv", "n" * 200)]
+    tables = [tmp_path / name for name in ("a.csv", "a.csv.csv", "a", "[a].csv", "n" * 250)]
     hidden = {path: leave_hidden(path, tmp_path) for path in score_files + tables}
     others = tmp_path / ".other.partial"
     for path in (others, *hidden.values()):
@@ -113,6 +113,7 @@ def test_hidden_files_lie_where_no_reader_looks(tmp_path: Path) -> None:
     if not other.is_dir() or other.stat().st_dev == tmp_path.stat().st_dev:
         pytest.skip("needs a second file system")
     assert atomic.hidden_folder(tmp_path / "rep_num_0/pushpins_loco") == tmp_path / "rep_num_0"
+    assert atomic.hidden_folder(other) == other  # itself where a file system begins
     linked = other / f"sinbad-test-{os.getpid()}" / "level"
     linked.mkdir(parents=True)
     try:
@@ -180,7 +181,7 @@ def test_standard_output_is_written_and_stays(redirection: str, tmp_path: Path) 
     code = "print('before'); out = pathlib.Path('/dev/stdout'); atomic.check_writable(out); "
     code += "atomic.atomic_write(out, 'data\\n'); print('after')"
     command = f'"{sys.executable}" -c "import pathlib; from sinbad import atomic; {code}"'
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": ""}
     subprocess.run(
         f"{command} {redirection}", shell=True, check=True, cwd=tmp_path, env=environment
     )

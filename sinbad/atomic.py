@@ -44,7 +44,7 @@ def atomic_path(path: Path, hidden_in: Path | None = None) -> Iterator[Path]:
     hidden = Path(f"{prefix}{secrets.token_hex(4)}.partial")
     try:
         yield hidden
-        for written in (*hidden.rglob("*"), hidden, hidden.parent):
+        for written in (*hidden.rglob("*"), hidden):
             _flush(written)
         with suppress(FileNotFoundError):  # another process has just moved it
             if before and hidden.is_dir() and os.path.samestat(before, target.stat()):

@@ -55,11 +55,11 @@ def make_matrices(
     plans = [
         layouts.plan_data_set(dataset_dir, name, im_size, valid_share, seed) for name in mvtypes
     ]
-    atomic.remove_left_overs(out_dir)
     made: set[Path] = set()
     for plan in plans:
         folder = out_dir / plan.mvtype
         if not overwrite and matrices.is_current(folder, plan):
+            atomic.remove_hidden(folder)
             log.info(f"{plan.mvtype}: finished already, {folder}")
             continue
         layouts.warn_about_counts(plan)

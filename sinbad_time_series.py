@@ -289,6 +289,9 @@ def main(argv: list[str] | None = None) -> None:
         missing = [seed for seed in seeds if str(seed) not in result["seeds"]]
         if len(missing) < len(seeds):
             log.info(f"{name}: {len(seeds) - len(missing)} seeds are in {args.out} already")
+        if not missing:
+            for suffix in ("csv", "json"):
+                atomic.remove_hidden(args.out / f"time_series.{suffix}")
         for seed in cli.progress(missing, desc=name, unit="seed"):
             result["seeds"][str(seed)] = score_seed(
                 data, seed, args.n_projections, args.n_quantiles, device

@@ -67,6 +67,7 @@ def main(argv: list[str] | None = None) -> None:
     settings = atomic.to_json(own | {"drawing_version": DRAWING_VERSION})
     path = args.out_dir / SETTINGS_FILE
     if path.exists() and path.read_text("utf-8") == settings:
+        atomic.remove_hidden(args.out_dir)
         log.info(f"{args.out_dir} is there already")
         return
     if args.out_dir.exists() and any(args.out_dir.iterdir()):

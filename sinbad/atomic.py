@@ -1,36 +1,34 @@
-"""Files and folders that are whole or not there, without locks. Standard library only.
+"""Atomic writes of files and folders, without locks. Standard library only.
 
-An output is written under a hidden name of its own, flushed to disk and renamed. Two processes that
-make the same result do it twice and rename equal bytes. What a killed process left is removed by
-the next one that writes there.
+An output is written under a hidden name of its own, flushed to disk and renamed. Who has renamed an
+output removes its other hidden files: they are of killed or slower runs of the same result. A
+slower run whose hidden file is gone goes on with the output it finds.
 """
 
 import errno
+import glob
+import hashlib
 import json
 import os
-import re
+import secrets
 import shutil
-import socket
-import time
-import uuid
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-# .<name>.<host>-<process>-<random>.partial
-PARTIAL = re.compile(r"\..+\.(?P<host>[^/]+)-(?P<process>\d+)-[0-9a-f]{8}\.partial")
-SECONDS_UNTIL_STALE = 24 * 3600.0  # another host's left-over counts as one from then on
+STREAMS = {"/dev/stdout": 1, "/dev/stderr": 2}  # file descriptors
 
 
 @contextmanager
 def atomic_path(path: Path, hidden_in: Path | None = None) -> Iterator[Path]:
-    """Yield a hidden path to write a file or a folder at; rename it to `path` when all is written.
+    """Yield a hidden path to create a file or a folder at; rename it to `path` when complete.
 
     Parameters
     ----------
     path : Path
-        Its folder is made if missing; what is there already is replaced. A folder that was not
-        there at the beginning is another process': that one stays, so its readers never miss it.
+        Its folder is made if missing; what it names is replaced, through a symbolic link. A folder
+        that another process has finished meanwhile stays, so its readers never miss it.
     hidden_in : Path, optional
         Folder on the same file system that no reader lists; by default that of `path`.
 
@@ -39,35 +37,61 @@ def atomic_path(path: Path, hidden_in: Path | None = None) -> Iterator[Path]:
     OSError
         Of the system, always with a file name (a full disk names none).
     """
-    folder = hidden_in or path.parent
-    path.parent.mkdir(parents=True, exist_ok=True)
-    folder.mkdir(parents=True, exist_ok=True)
-    remove_left_overs(folder)
-    was_there = path.exists()
-    own = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
-    partial = folder / f".{path.name}.{own}.partial"
+    target, prefix = _locate(path, hidden_in)
+    for folder in (target.parent, prefix.parent):
+        folder.mkdir(parents=True, exist_ok=True)
+    before = target.stat() if target.is_dir() else None
+    hidden = Path(f"{prefix}{secrets.token_hex(4)}.partial")
     try:
-        yield partial
-        for written in [*sorted(partial.rglob("*")), partial]:
+        yield hidden
+        for written in (*hidden.rglob("*"), hidden):
             _flush(written)
-        _rename(partial, path, was_there)
-        _flush(path.parent)
+        with suppress(FileNotFoundError):  # another process has just moved it
+            if before and hidden.is_dir() and os.path.samestat(before, target.stat()):
+                target.rename(f"{hidden}.old")
+        os.replace(hidden, target)
+        _flush(target.parent)
+        remove_hidden(path, hidden_in)
     except OSError as error:
-        if error.filename is None or error.filename == str(partial):
+        if str(error.filename or hidden).startswith(str(hidden)):
+            is_late = error.errno in (errno.ENOENT, errno.ENOTEMPTY, errno.EEXIST)
+            if is_late and (error.filename2 or not os.path.lexists(hidden)) and target.exists():
+                return  # a faster run has finished the output
             error.filename = str(path)
         raise
     finally:
-        _remove(partial)
+        _remove(hidden)
 
 
 def atomic_write(path: Path, data: bytes | str, hidden_in: Path | None = None) -> None:
-    """Write a file whole or not at all; text is UTF-8 whatever the locale (see `atomic_path`)."""
-    with atomic_path(path, hidden_in) as partial:
-        partial.write_bytes(data.encode("utf-8") if isinstance(data, str) else data)
+    """Write a file atomically (see `atomic_path`), or as a shell does into a device or a pipe.
+
+    Text is UTF-8 whatever the locale.
+    """
+    content = data.encode("utf-8") if isinstance(data, str) else data
+    stream = _find_stream(path)
+    if stream is None:
+        with atomic_path(path, hidden_in) as hidden:
+            hidden.write_bytes(content)
+        return
+    print(end="", flush=True)  # what was printed before comes first
+    with _named(path), open(stream, "wb", closefd=stream is path) as file:
+        file.write(content)
 
 
-def folder_beside(folder: Path) -> Path:
-    """Return the nearest folder, on the same file system, that the readers of `folder` do not list.
+def check_writable(path: Path) -> None:
+    """Raise the system's error if a file cannot be written later; nothing is made."""
+    with _named(path):
+        if _find_stream(path) is None:
+            target, _ = _locate(path)
+            if target.is_dir():
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+            folder = next(folder for folder in target.parents if folder.exists())
+            tempfile.TemporaryFile(dir=folder, prefix=".").close()
+
+
+def hidden_folder(folder: Path) -> Path:
+    """Return the nearest folder, on the same file system, that readers of `folder` do not list.
 
     The folder's parent (of the folder itself, where its name is a symbolic link); the folder where
     that is another file system.
@@ -77,69 +101,63 @@ def folder_beside(folder: Path) -> Path:
     return parent if parent.stat().st_dev == folder.stat().st_dev else folder
 
 
-def remove_left_overs(folder: Path) -> None:
-    """Remove what killed processes left in a folder; what a living one writes stays."""
-    for path in list(folder.glob(".*.partial")):
-        form = PARTIAL.fullmatch(path.name)
-        if form and _is_left_over(path, form["host"], int(form["process"])):
-            _remove(path)
-
-
-def _is_left_over(path: Path, host: str, process: int) -> bool:
-    """Tell whether nobody writes at a hidden path any more."""
-    if host == socket.gethostname() and os.name == "posix":
-        try:
-            os.kill(process, 0)
-        except ProcessLookupError:
-            return True
-        except PermissionError:  # there, and somebody else's
-            pass
-    with suppress(FileNotFoundError):
-        return time.time() - path.lstat().st_mtime > SECONDS_UNTIL_STALE
-    return False
-
-
-def _rename(partial: Path, path: Path, replace: bool) -> None:
-    """Rename to `path`; a folder that is there is moved aside first, or kept if not `replace`."""
-    while True:
-        try:
-            os.replace(partial, path)
-            return
-        except OSError as error:
-            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST) or not partial.is_dir():
-                raise
-        if not replace:
-            return
-        aside = partial.with_name(f".old{partial.name}")
-        with suppress(FileNotFoundError):  # another process has just moved it
-            os.replace(path, aside)
-        _remove(aside)
-
-
-def _remove(path: Path) -> None:
-    """Remove a file or a folder, whoever else may be removing it."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        with suppress(OSError):
-            path.unlink(missing_ok=True)
-
-
-def _flush(path: Path) -> None:
-    """Flush a file or a folder to disk, where the system can."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY)
-    except OSError:  # a folder, on some systems
-        return
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
-            raise
-    finally:
-        os.close(descriptor)
+def remove_hidden(path: Path, hidden_in: Path | None = None) -> None:
+    """Remove what killed and slower runs left of a finished output."""
+    _, prefix = _locate(path, hidden_in)
+    for hidden in prefix.parent.glob(f"{glob.escape(prefix.name)}*"):
+        _remove(hidden)
 
 
 def to_json(value: object) -> str:
     """Return the JSON text of `value`, the same for equal values."""
     return json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False)
+
+
+def _locate(path: Path, hidden_in: Path | None = None) -> tuple[Path, Path]:
+    """Return where an output lies, and how the paths of its hidden files begin.
+
+    The digest tells outputs of one file name apart whose hidden files share a folder.
+    """
+    target = Path(os.path.realpath(path))
+    beside = hidden_in is None or path.is_symlink()  # a link may lead to another file system
+    folder = target.parent if beside else hidden_in.resolve()
+    digest = hashlib.sha256(os.fsencode(os.path.relpath(target, folder))).hexdigest()
+    return target, folder / f".{target.name[:50]}.{digest[:12]}-"
+
+
+def _find_stream(path: Path) -> int | Path | None:
+    """Return what to open for a path that is no file to replace: stdout, stderr, device or pipe."""
+    if str(path) in STREAMS:
+        return STREAMS[str(path)]
+    return None if path.is_file() or path.is_dir() or not path.exists() else path
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:  # a full disk names no file
+        error.filename = str(path)
+        raise
+
+
+def _remove(hidden: Path) -> None:
+    """Remove a file, or a folder at once: a slower run may still be writing in it."""
+    with suppress(OSError):  # another process removes it
+        if hidden.is_dir():
+            shutil.rmtree(hidden.rename(f"{hidden}.old"), ignore_errors=True)
+        else:
+            hidden.unlink()
+
+
+def _flush(path: Path) -> None:
+    """Flush a file or a folder to disk, where the system can."""
+    with suppress(PermissionError, FileNotFoundError):  # a folder on Windows; removed meanwhile
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+                raise
+        finally:
+            os.close(descriptor)

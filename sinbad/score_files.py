@@ -125,7 +125,7 @@ def write_scores(file: ScoreFile) -> None:
     Where the authors' labels lie already and are equal, ours are not written beside them: their
     ensemble script takes any other file for the labels.
     """
-    hidden_in = atomic.folder_beside(file.path.parent)
+    hidden_in = atomic.hidden_folder(file.path.parent)
     upstream_labels = file.path.with_name(UPSTREAM_LABELS_FILE)
     if not upstream_labels.exists():
         labels = io.BytesIO()
@@ -236,6 +236,8 @@ def is_finished(path: Path, expected: dict[str, Any]) -> bool:
             f"{path} was made with {name} {old}, now {name} is {new}; choose another "
             "--version_name, or pass --overwrite to replace it"
         )
+    for output in (path, path.with_name(LABELS_FILE)):
+        atomic.remove_hidden(output, atomic.hidden_folder(path.parent))
     return True
 
 

@@ -1,48 +1,42 @@
-"""Imports the scripts once, then runs each as a process of its own that can be killed at any time.
+"""Imports scripts (its arguments) once, then runs each as a process that can be killed at any time.
 
-Reads lines of JSON: {"runs": [[script, argv], ...], "kill_after": seconds or null}. Starts all runs
-at once, kills them with SIGKILL after that time, answers with their exit statuses (-9: killed) and
-the seconds that they took.
+Reads lines of JSON: {"runs": [[script, argv], ...]} with "kill_after": seconds or "kill_at_rename":
+number of an output. Starts all runs at once, kills them with SIGKILL after that time or before that
+output is renamed, answers with their exit statuses (-9: killed) and the seconds that they took.
 """
 
+import importlib
+import itertools
 import json
 import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
-import calc_anom_ensm
-import create_batch_array_sinbad
-import data_to_matrices
-import reproduce_paper
-import sinbad_detector
-import sinbad_single_layer
-import sinbad_time_series
 from sinbad import errors
 
-MAINS: dict[str, Callable[[list[str]], int | None]] = {
-    "calc_anom_ensm": calc_anom_ensm.main,
-    "create_batch_array_sinbad": create_batch_array_sinbad.main,
-    "data_to_matrices": data_to_matrices.main,
-    "reproduce_paper": reproduce_paper.main,
-    "sinbad_detector": sinbad_detector.main,
-    "sinbad_single_layer": sinbad_single_layer.main,
-    "sinbad_time_series": sinbad_time_series.main,
-}
+SCRIPTS = {name: importlib.import_module(name) for name in sys.argv[1:]}
 
 
-def start(script: str, argv: list[str]) -> int:
-    """Start a script as a child process of its own; return its id."""
+def start(script: str, argv: list[str], kill_at_rename: int | None) -> int:
+    """Start a script as a child process; return its id."""
     child = os.fork()
     if child:
         return child
-    status = 1
+    status, rename, numbers = 1, os.replace, itertools.count(1)
+
+    def replace(source: Path, target: Path) -> None:
+        if next(numbers) == kill_at_rename:
+            os.kill(os.getpid(), signal.SIGKILL)
+        rename(source, target)
+
     try:
+        os.replace = replace
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        errors.run_script(MAINS[script], argv)
+        errors.run_script(SCRIPTS[script].main, argv)
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else 1
     finally:
@@ -55,13 +49,13 @@ def main() -> None:
     for line in sys.stdin:
         request = json.loads(line)
         started = time.monotonic()
-        children = [start(script, argv) for script, argv in request["runs"]]
-        if request["kill_after"] is not None:
+        children = [start(*run, request.get("kill_at_rename")) for run in request["runs"]]
+        if "kill_after" in request:
             time.sleep(request["kill_after"])
             for child in children:
                 os.kill(child, signal.SIGKILL)
         codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-        print(json.dumps({"codes": codes, "seconds": time.monotonic() - started}), flush=True)
+        print(json.dumps([codes, time.monotonic() - started]), flush=True)
 
 
 if __name__ == "__main__":

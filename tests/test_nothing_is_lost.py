@@ -7,7 +7,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from urllib.error import URLError
 
 import numpy as np
 import pytest
@@ -15,23 +14,9 @@ import torch
 from bad_places import ensemble_case, fails, matrices_case, scores_case, write_scores
 from conftest import IM_SIZE, Place, files_below
 
-from sinbad import errors
+from sinbad import atomic, errors
 
 ROOT = Path(__file__).parents[1]
-
-
-def test_weights_that_cannot_be_downloaded(
-    place: Place, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def unreachable(*_: object, **__: object) -> None:
-        raise URLError("no route to host")
-
-    monkeypatch.setenv("TORCH_HOME", str(place.root / "empty_cache"))
-    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", unreachable)
-    line = fails(scores_case(place, "--weights", "imagenet"), capsys)
-    for words in ("no route to host", "download.pytorch.org", "--weights FILE", "empty_cache"):
-        assert words in line
-    assert files_below(place.out) == {}
 
 
 def test_what_was_finished_before_stays_as_it_was(
@@ -100,20 +85,12 @@ def test_scores_of_images_that_have_changed_do_not_count_as_finished(
     ],
 )
 def test_a_reader_that_goes_away(redirection: str, status: int, words: str) -> None:
-    code = (
-        "from sinbad.errors import *; run_script(lambda argv: print('x' * 9) or log.info('y'), [])"
-    )
-    command = f"'{sys.executable}' -c \"{code}\" {redirection}"
+    code = "from sinbad.errors import *; run_script(lambda argv: print('x') or log.info('y'), [])"
     reader, pipe = os.pipe()
     os.close(reader)
+    command = f"'{sys.executable}' -c \"{code}\" {redirection}"
     result = subprocess.run(
-        ["bash", "-c", command],
-        cwd=ROOT,
-        stdin=pipe,
-        capture_output=True,
-        text=True,
-        check=False,
-        env={},
+        ["bash", "-c", command], cwd=ROOT, stdin=pipe, capture_output=True, text=True, env={}
     )
     os.close(pipe)
     assert result.returncode == status
@@ -121,10 +98,28 @@ def test_a_reader_that_goes_away(redirection: str, status: int, words: str) -> N
     assert "Exception" not in result.stderr
 
 
-def test_debug_shows_the_traceback(place: Place) -> None:
-    main, argv = matrices_case(place, place.root / "nowhere", "--debug")
-    with pytest.raises(Exception, match="dataset_dir must"):
-        errors.run_script(main, argv)
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (MemoryError(), "error: memory must suffice, got .*; ask for .*\n"),
+        (torch.OutOfMemoryError("CUDA out of memory."), "error: memory must suffice, got CUDA.*\n"),
+        (errors.UserError("n must be 1, got 2"), "error: n must be 1, got 2\n"),
+        (RuntimeError("a bug"), None),
+    ],
+)
+def test_an_error_is_one_line_unless_it_is_a_bug_or_debug_is_on(
+    error: Exception, line: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def main(argv: list[str] | None) -> None:
+        raise error
+
+    with pytest.raises(SystemExit if line else type(error)) as caught:
+        errors.run_script(main, [])
+    if line:
+        assert caught.value.code == 2
+        assert re.fullmatch(line, capsys.readouterr().err)
+    with pytest.raises(type(error)):
+        errors.run_script(main, ["--debug"])
 
 
 # ---------------------------------------------------------------- file systems
@@ -135,9 +130,7 @@ def mounted(folder: Path, options: str) -> Iterator[Path]:
     """Mount a small file system in memory, or skip the test."""
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
-    try:
-        subprocess.run(mount, check=True, capture_output=True)
-    except (OSError, subprocess.CalledProcessError):
+    if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("needs the right to mount a file system (root)")
     try:
         yield folder
@@ -149,59 +142,32 @@ def mounted(folder: Path, options: str) -> Iterator[Path]:
 def test_read_only_file_system(
     script: str, place: Place, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    for level in (7, 14):
+        write_scores(place, level, 1)
+    cases = {
+        "data_to_matrices": matrices_case(place, place.drawn),
+        "sinbad_single_layer": scores_case(place, "--pyramid_level", "224"),
+        "calc_anom_ensm": ensemble_case(place),
+    }
     with mounted(place.out, "ro"):
-        if script == "data_to_matrices":
-            case = matrices_case(place, place.drawn)
-        elif script == "sinbad_single_layer":
-            case = scores_case(place, "--pyramid_level", "224")
-        else:
-            for level in (7, 14):
-                write_scores(place, level, 1)
-            case = ensemble_case(place)
-        line = fails(case, capsys)
+        line = fails(cases[script], capsys)
         assert str(place.out) in line
         assert "Read-only file system; choose a folder that is not read-only" in line
+        with pytest.raises(OSError, match=rf"Read-only file system: '{place.out}/missing/file'"):
+            atomic.check_writable(place.out / "missing/file")
 
 
-def test_full_disk_while_matrices_are_written(
-    place: Place, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with mounted(place.out, "size=1m"):
-        line = fails(matrices_case(place, place.drawn, "--im_size", "512"), capsys)
-        assert "No space left on device; free some space" in line
-        assert files_below(place.out) == {}
-
-
-def test_full_disk_while_scores_are_written(
-    place: Place, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.mark.parametrize("script", ["data_to_matrices", "sinbad_single_layer"])
+def test_full_disk(script: str, place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    reps = ["--pyramid_level", "224", "--rep", "0-19", "--crop_size_ratio", ".7"]
     with mounted(place.out, "size=64k"):
         (place.out / "filler").write_bytes(bytes(32 * 1024))
-        reps = ["--pyramid_level", "224", "--rep", "0-19", "--crop_size_ratio", ".7"]
-        line = fails(scores_case(place, *reps), capsys)
+        if script == "data_to_matrices":
+            line = fails(matrices_case(place, place.drawn), capsys)
+        else:
+            line = fails(scores_case(place, *reps), capsys)
         assert "No space left on device; free some space" in line
-        assert not list(place.out.rglob(".*.partial"))
         (place.out / "filler").unlink()
-        for name in files_below(place.out):  # what is there is whole
+        for name in files_below(place.out):  # what is present is complete, nothing is hidden
+            assert name.endswith(".npz" if "anom_maps" in name else "lbl.npy")
             np.load(place.out / name)
-
-
-@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory.")])
-def test_no_memory_left_is_one_line(error: Exception, capsys: pytest.CaptureFixture[str]) -> None:
-    def main(argv: list[str] | None) -> None:
-        raise error
-
-    with pytest.raises(SystemExit) as caught:
-        errors.run_script(main, [])
-    assert caught.value.code == 2
-    assert re.fullmatch("error: memory must suffice, got .*; ask for .*\n", capsys.readouterr().err)
-    with pytest.raises(type(error)):
-        errors.run_script(main, ["--debug"])
-
-
-def test_errors_of_ours_show_where_they_come_from() -> None:
-    def main(argv: list[str] | None) -> None:
-        raise RuntimeError("a bug")
-
-    with pytest.raises(RuntimeError):
-        errors.run_script(main, [])

@@ -1,9 +1,9 @@
-# make demo    drawn data, three steps, one table; installs what it needs into .venv first
+# make demo    synthetic images, three steps, one table; installs what it needs into .venv first
 # make test    every test
-# make mutants  single faults planted in the code: do the tests notice?
+# make mutants  plants single faults in the code and reports which of them the tests miss
 # make paper DATASET=../dataset_loco    the paper's table
-# make results    what README states, measured again where there is data
-# make bench   scoring timed against the bare network
+# make results    measures the numbers of the README and of docs/ again, where the data are present
+# make bench   times of scoring, beside those of the forward pass alone
 
 PYTHON ?= python3
 DATASET ?= ../dataset_loco

@@ -314,11 +314,11 @@ def test_the_example_of_the_docs(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     train = sorted((class_dir / "train/good").iterdir())
-    good_pictures = train * 2  # ten are needed for a rate of .1
+    normal_images = train * 2  # ten are needed for a rate of .1
     noise = np.random.default_rng(0).integers(0, 256, (*Image.open(train[0]).size[::-1], 3))
     Image.fromarray(noise.astype(np.uint8)).save("doubtful.png")
     failed, tried = doctest.testfile(
-        str(ROOT / "docs/detector.md"), False, globs={"good_pictures": good_pictures}
+        str(ROOT / "docs/detector.md"), False, globs={"normal_images": normal_images}
     )
     assert (failed, tried) == (0, 7)
 

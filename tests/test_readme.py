@@ -1,7 +1,8 @@
-"""Every command of the README runs, in the order of the page; its figures are those measured."""
+"""Every command of the README runs, in the order of the page; its numbers are those measured."""
 
 import csv
 import importlib.util
+import os
 import re
 import shlex
 import statistics
@@ -14,11 +15,17 @@ import pytest
 from conftest import draw_class, draw_image
 from uea_toy import write_toy
 
-from sinbad_time_series import PUBLISHED
+import sinbad_time_series
+from sinbad import loco
 
 ROOT = Path(__file__).parents[1]
 NET = ["--net", "test_resnet", "--weights", "random", "--initial_res", "64", "--n_projections", "5"]
-SMALL = {  # what is added to the commands, so that they run on small drawings
+PAGES = [
+    path.relative_to(ROOT).as_posix()
+    for folder in (".", "docs", "benchmarks")
+    for path in sorted((ROOT / folder).glob("*.md"))
+]
+SMALL = {  # what is added to the commands, so that they run on small synthetic images
     "data_to_matrices.py": ["--im_size", "64"],
     "sinbad_single_layer.py": [*NET, "--device", "cpu"],
     "calc_anom_ensm.py": ["--no-figures"],
@@ -30,7 +37,15 @@ SMALL = {  # what is added to the commands, so that they run on small drawings
     "demo/make_dataset.py": ["--n_train", "1", "--n_valid", "1", "--n_test", "1", "--scale", ".05"],
     "batch_master.sh": ["--local", "2"],
 }
-NOT_RUN = ("make", "pip")  # they install
+NOT_RUN = (
+    "make",
+    "pip",
+    ".",
+    "sha256sum",
+    "mkdir",
+    "tar",
+    "sbatch",
+)  # they install, download, submit
 
 
 def commands(page: str = "README.md") -> list[str]:
@@ -39,7 +54,7 @@ def commands(page: str = "README.md") -> list[str]:
     blocks = re.findall(r"^```sh\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     lines = "".join(blocks).replace("\\\n", " ").splitlines()
     parts = (part.strip() for line in lines for part in line.split(" # ")[0].split(";"))
-    return [part for part in parts if part]
+    return [part for part in parts if part and not part.startswith("python -m venv")]
 
 
 def scripts() -> list[Path]:
@@ -61,7 +76,7 @@ def test_every_command_runs_in_the_order_of_the_page(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     draw_class(tmp_path / "dataset_loco/breakfast_box", (80, 64))
-    for name in PUBLISHED:
+    for name in sinbad_time_series.PUBLISHED:
         write_toy(tmp_path / "dataset_uea", (20, 25), name)
     for folder, n_images in (("normal", 20), ("new", 2)):
         (tmp_path / "repo" / folder).mkdir(parents=True)
@@ -78,8 +93,8 @@ def test_every_command_runs_in_the_order_of_the_page(
         if words[:2] == ["sinbad_detector.py", "fit"]:
             small = [*small, *NET, "--rep_num_224", "2", "--crop_size_ratio", ".99"]
         if program == "sh":
-            found = subprocess.run([program, *words, *small], capture_output=True, check=False)
-            assert found.returncode == 0, found.stderr
+            process = subprocess.run([program, *words, *small], capture_output=True, check=False)
+            assert process.returncode == 0, process.stderr
         else:
             assert program == "python"
             assert not load(ROOT / words[0]).main([*words[1:], *small]), command
@@ -87,22 +102,26 @@ def test_every_command_runs_in_the_order_of_the_page(
     assert {path.name for path in scripts()} <= set(run)
 
 
-@pytest.mark.parametrize(
-    "page", ["README.md", *sorted(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))]
-)
+@pytest.mark.parametrize("page", PAGES)
 def test_commands_of_a_page_are_understood(
     page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "cluster.txt").write_text("--partition gpu\n")
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for name, flags in re.findall(
+        r"^```text\n# (\S+\.txt)\n(.*?)^```", text, re.MULTILINE | re.DOTALL
+    ):
+        (tmp_path / name).write_text(flags)
     for command in commands(page):
         program, *words = shlex.split(command)
+        if program == "sbatch":
+            program, *words = shlex.split(words[words.index("--wrap") + 1])
         if program == "python":
             load(ROOT / words[0]).parse_args(words[1:])
         elif program == "make":
             assert re.search(rf"^{words[0]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
         else:
-            assert program in ("sh", "pip")
+            assert program == "sh" or program in NOT_RUN
 
 
 @pytest.mark.parametrize("path", scripts(), ids=lambda path: path.name)
@@ -116,13 +135,73 @@ def test_command_of_a_docstring(path: Path) -> None:
         module.parse_args(words[2:])
 
 
-def test_every_file_named_by_the_readme_is_there() -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    names = set(re.findall(r"`([\w/]+\.(?:py|txt|sh))`", text))
-    names |= set(re.findall(r"\]\(([\w/]+\.\w+)\)", text))
-    assert len(names) > 10
-    missing = [name for name in names if not (ROOT / name).exists()]
-    assert set(missing) <= {"batch_master.sh"}  # written by the generators
+def anchors(path: Path) -> set[str]:
+    """Return the anchors that GitHub gives to the headings of a page."""
+    headings = re.findall(r"^#+ (.+)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_link_and_every_named_file_exists(page: str) -> None:
+    folder, text = (ROOT / page).parent, (ROOT / page).read_text(encoding="utf-8")
+    links = re.findall(r"\]\(([^)#\s]*)(?:#([^)]+))?\)", text)
+    for target, anchor in links:
+        if not target.startswith("https://"):
+            assert (folder / target).exists(), target
+            assert not anchor or anchor in anchors(folder / target if target else ROOT / page), (
+                anchor
+            )
+    names = set(re.findall(r"`((?:[\w-]+/)*[\w-]+\.(?:py|sh|txt)|results/\w+\.csv)`", text))
+    names -= {"batch_master.sh"}  # written by the generators
+    assert not [name for name in names if not ((folder / name).exists() or (ROOT / name).exists())]
+
+
+def test_the_archive_is_that_of_the_code() -> None:
+    for page in ("README.md", "docs/troubleshooting.md"):
+        text = (ROOT / page).read_text(encoding="utf-8")
+        assert re.findall(r"\b[0-9a-f]{64}\b", text) == [loco.ARCHIVE_SHA256]
+        assert loco.DOWNLOAD_PAGE in text
+
+
+@pytest.mark.parametrize(
+    ("levels", "pixels", "dependency"),
+    [
+        ("echo 11", "echo 12", ["--dependency=afterok:11:12"]),
+        ("true", "echo 12", ["--dependency=afterok:12"]),
+        ("echo 11", "true", ["--dependency=afterok:11"]),
+        ("true", "true", []),
+        ("exit 2", "echo 12", None),
+        ("echo 11", "exit 2", None),
+    ],
+)
+def test_the_ensemble_is_submitted_after_both_arrays(
+    levels: str, pixels: str, dependency: list[str] | None, tmp_path: Path
+) -> None:
+    page = (ROOT / "docs/slurm.md").read_text(encoding="utf-8")
+    (lines,) = re.findall(r"^```bash\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    for folder, command in (("sbatches", levels), ("sbatches_224", pixels)):
+        (tmp_path / "sinbad_runs" / folder).mkdir(parents=True)
+        (tmp_path / "sinbad_runs" / folder / "batch_master.sh").write_text(f"{command}\n")
+    (tmp_path / "repo").mkdir()
+    (tmp_path / "sbatch").write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    (tmp_path / "sbatch").chmod(0o755)
+    process = subprocess.run(
+        ["sh", "-c", lines],
+        cwd=tmp_path / "repo",
+        env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"},
+        capture_output=True,
+        encoding="utf-8",
+        check=False,
+    )
+    if dependency is None:
+        assert process.returncode == 2
+        assert not process.stdout
+    else:
+        *options, wrap, command = process.stdout.splitlines()
+        assert [*options, wrap] == [*dependency, "--wrap"]
+        program, script, *words = shlex.split(command)
+        assert program == "python"
+        load(ROOT / script).parse_args(words)
 
 
 def measured(name: str) -> list[dict[str, str]]:
@@ -149,15 +228,15 @@ def test_the_table_of_time_series_is_that_measured() -> None:
     for row in measured("time_series"):
         name, published, authors, _, value = row.values()
         values[name, published, authors].append(float(value))
-    assert {name for name, *_ in values} == set(PUBLISHED)
-    for (name, published, authors), own in values.items():
-        assert len(own) == 10
-        ours = rf"{statistics.mean(own):.1f} \+- {statistics.stdev(own):.1f}"
+    assert {name for name, *_ in values} == set(sinbad_time_series.PUBLISHED)
+    for (name, published, authors), aurocs in values.items():
+        assert len(aurocs) == 10
+        ours = rf"{statistics.mean(aurocs):.1f} \+- {statistics.stdev(aurocs):.1f}"
         row = rf"^\| {name} +\| +{published} \| +{authors} \| +{ours} \|$"
         assert re.search(row, text, re.MULTILINE)
 
 
-def test_figures_of_images_are_those_measured() -> None:
+def test_numbers_of_images_are_those_measured() -> None:
     values = defaultdict(list)
     for row in measured("images"):
         values[row["network"], row["way"], row["what"]].append(float(row["ROC-AUC, %"]))
@@ -170,34 +249,34 @@ def test_figures_of_images_are_those_measured() -> None:
     for net in ("resnet18", "tf_efficientnet_lite0"):
         row = next(line for line in text.splitlines() if line.startswith(f"| {net}, level"))
         one_level = {"network levels": "level 14"} if net == "resnet18" else {}
-        wanted = [ours[net, way, one_level.get(what, what)] for way, what in columns]
-        assert [cell.strip() for cell in row.split("|")[2:-1]] == wanted
-    text = (ROOT / "docs/differences.md").read_text(encoding="utf-8")
+        expected = [ours[net, way, one_level.get(what, what)] for way, what in columns]
+        assert [cell.strip() for cell in row.split("|")[2:-1]] == expected
+    text = (ROOT / "docs/reproduction.md").read_text(encoding="utf-8")
     rows = {"level 14, 16 crops": "level 14, 16 crops", "level 14, all grids": "level 14"}
     rows |= {"level 14, 1 crop": "level 14, 1 crops", "ensemble": "ensemble"}
     ways = ("ours", "official", "crop_norm crop", "crop_pool max", "both")
     for name, what in rows.items():
         row = next(line for line in text.splitlines() if line.startswith(f"| {name} |"))
-        wanted = [ours["resnet18", way, what] for way in ways]
-        assert [cell.strip() for cell in row.split("|")[2:-1]] == wanted
+        expected = [ours["resnet18", way, what] for way in ways]
+        assert [cell.strip() for cell in row.split("|")[2:-1]] == expected
 
 
-def test_the_table_of_verdicts_is_that_measured() -> None:
-    found, shares = cells_of("docs/detector.md"), defaultdict(list)
+def test_the_table_of_false_positive_rates_is_that_measured() -> None:
+    table, rates = cells_of("docs/detector.md"), defaultdict(list)
     for row in measured("verdicts"):
         n_train, n_valid, _, *values = row.values()
-        shares[n_train, n_valid].append([float(value) for value in values])
-    assert len(shares) == 6
-    for (n_train, n_valid), rows in shares.items():
+        rates[n_train, n_valid].append([float(value) for value in values])
+    assert len(rates) == 6
+    for (n_train, n_valid), rows in rates.items():
         assert len(rows) == 40
         means = [f"{100 * statistics.mean(column):.1f} %" for column in zip(*rows, strict=True)]
-        assert [n_train, "folds" if n_valid == "0" else n_valid, *means] in found
+        assert [n_train, "folds" if n_valid == "0" else n_valid, *means] in table
 
 
 def test_the_table_of_the_ablation_is_that_measured() -> None:
     names = {
-        "n_projections": "directions",
-        "n_quantiles": "thresholds",
+        "n_projections": "random projections",
+        "n_quantiles": "histogram bins",
         "shrinkage_factor": "shrinkage",
         "crop_size_ratio": "crop ratios",
     }
@@ -205,42 +284,42 @@ def test_the_table_of_the_ablation_is_that_measured() -> None:
     for row in measured("ablation"):
         changed, value, _, auroc, seconds = row.values()
         values[names.get(changed, changed), value, seconds].append(float(auroc))
-    found = cells_of("docs/ablation.md")
-    assert len(found) == len(values) + 2
-    for (changed, value, seconds), own in values.items():
-        assert len(own) == 5
-        spread = f"{min(own):.1f} to {max(own):.1f}"
-        assert [changed, value, f"{statistics.median(own):.1f}", spread, seconds] in found
+    table = cells_of("docs/ablation.md")
+    assert len(table) == len(values) + 2
+    for (changed, value, seconds), aurocs in values.items():
+        assert len(aurocs) == 5
+        spread = f"{min(aurocs):.1f} to {max(aurocs):.1f}"
+        assert [changed, value, f"{statistics.median(aurocs):.1f}", spread, seconds] in table
 
 
-def test_figures_of_a_gpu_are_those_measured() -> None:
+def test_numbers_of_a_gpu_are_those_measured() -> None:
     values = {
         (row["network"], row["precision"], row["what"]): row["value"] for row in measured("gpu")
     }
-    found, wide = cells_of("benchmarks/README.md"), "wide_resnet50_2"
+    tables, wide = cells_of("benchmarks/README.md"), "wide_resnet50_2"
     text, page = words_of("README.md"), words_of("benchmarks/README.md")
     ranges = "ranges of 10 x 1605632 values"
     topk, kthvalue = (
         f"{float(values['-', 'fp32', f'{ranges}, torch.{name}, ms']):.1f}"
         for name in ("topk", "kthvalue")
     )
-    assert f"`torch.topk`: for the raw pixels {topk} ms a draw" in page
+    assert f"`torch.topk`: for the raw pixels {topk} ms per repetition" in page
     assert f"took {kthvalue}." in page
-    assert "fp32 scores are the CPU's within 1e-4, ROC-AUC in tf32 and bf16 within 0.2" in text
+    assert "fp32 scores are the CPU's within 1e-4, AUROC in tf32 and bf16 within 0.2" in text
     for precision in ("bf16", "tf32"):
         names = {"scoring, seconds": "s", "bare network, seconds": "s", "GPU memory, GB": "GB"}
         cells = [
             f"{float(values[wide, precision, f'LOCO, {name}']):.1f} {unit}"
             for name, unit in names.items()
         ]
-        assert [precision, *cells] in found
+        assert [precision, *cells] in tables
         assert f"{float(cells[0][:-2]):.0f} s in {precision}" in text
     for precision in ("fp32", "tf32", "bf16"):
         names = ("torchvision's", "ours", "compiled")
         cells = [
             f"{float(values[wide, precision, f'256 crops, {name}, ms']):.1f} ms" for name in names
         ]
-        assert [precision, *cells] in found
+        assert [precision, *cells] in tables
         for net in ("resnet18", "tf_efficientnet_lite0"):
             auroc, *cells = (
                 values[net, precision, f"juice_bottle, ensemble, {what}"]
@@ -250,27 +329,28 @@ def test_figures_of_a_gpu_are_those_measured() -> None:
                     "rank correlation with the CPU",
                 )
             )
-            assert [f"{net}, {precision}", f"{float(auroc):.1f}", *cells] in found
+            assert [f"{net}, {precision}", f"{float(auroc):.1f}", *cells] in tables
             on_cpu = float(values[net, "fp32 on the CPU", "juice_bottle, ensemble, ROC-AUC, %"])
             assert abs(float(auroc) - on_cpu) < 0.2
             assert precision != "fp32" or float(cells[0]) < 1e-4
 
 
-def test_figures_of_a_cpu_are_those_measured() -> None:
+def test_numbers_of_a_cpu_are_those_measured() -> None:
     value = {row["what"]: float(row["value"]) for row in measured("cpu")}
     text, page = words_of("README.md"), words_of("benchmarks/README.md")
-    bare, shares = value["96 images, bare network, seconds"], []
+    forward, fractions = value["96 images, bare network, seconds"], []
     for what in ("bare network", "levels 7 and 14", "everything"):
         seconds = value[f"96 images, {what}, seconds"]
-        shares.append(f"{100 * bare / seconds:.0f} %")
-        (row,) = (cells for cells in cells_of("benchmarks/README.md") if cells[0].startswith(what))
-        assert row[1:] == [f"{seconds:.1f}", f"{96 / seconds:.2f}", shares[-1]]
+        fractions.append(f"{100 * forward / seconds:.0f} %")
+        name = what.replace("bare network", "forward pass alone")
+        (row,) = (cells for cells in cells_of("benchmarks/README.md") if cells[0].startswith(name))
+        assert row[1:] == [f"{seconds:.1f}", f"{96 / seconds:.2f}", fractions[-1]]
     peak = f"{value['96 images, peak memory, GB']} GB"
-    assert f"levels 7 and 14 at {shares[1]} of the bare network's speed" in text
-    assert f"everything (100 raw-pixel repetitions, scoring, writing) at {shares[2]}" in text
+    assert f"levels 7 and 14 at {fractions[1]} of the speed of the forward pass alone" in text
+    assert f"everything (100 raw-pixel repetitions, scoring, writing) at {fractions[2]}" in text
     assert f"in {peak}" in text
-    assert f"peak memory {peak}" in page
-    of = {
+    assert f"peak memory of {peak}" in page
+    rehearsal = {
         what: value[f"rehearsal, {what}"]
         for what in (
             "until killed, seconds",
@@ -283,12 +363,12 @@ def test_figures_of_a_cpu_are_those_measured() -> None:
             "scores, MB",
         )
     }
-    killed, again, n_killed, n_files, memory, *disk, n_scores = of.values()
+    killed, again, n_killed, n_files, memory, *disk, n_scores = rehearsal.values()
     assert f"{killed + again:,.0f} s from images to the table, killed once" in page
     assert f"after {killed:.0f} s, with {n_killed:.0f} of {n_files:,.0f} files of scores" in page
     assert f"Peak memory {memory:.1f} GB" in page
     images, matrices = (f"{megabytes / 1000:.1f} GB" for megabytes in disk)
-    assert f"images {images}, matrices {matrices}, scores {n_scores:.0f} MB" in page
+    assert f"images {images}, preprocessed images {matrices}, scores {n_scores:.0f} MB" in page
     torchvision, ours, compiled = (
         value[f"32 crops, {name}, s"] for name in ("torchvision's", "ours", "compiled")
     )
@@ -297,22 +377,22 @@ def test_figures_of_a_cpu_are_those_measured() -> None:
 
 
 def test_times_of_a_detector_are_those_measured() -> None:
-    found, rows = cells_of("docs/detector.md"), measured("detector")
+    table, rows = cells_of("docs/detector.md"), measured("detector")
     assert len(rows) > 8
     for row in rows:
-        net, what, pictures, seconds, share, peak = row.values()
-        named = what if what.startswith("load") else f"{what}, {pictures}"
-        assert [net, named, seconds, share or "-", f"{peak} GB"] in found
+        net, step, n_images, seconds, ratio, peak = row.values()
+        name = step if step.startswith("load") else f"{step}, {n_images}"
+        assert [net, name, seconds, ratio or "-", f"{peak} GB"] in table
 
 
 def test_times_against_size_are_those_measured() -> None:
     page = words_of("benchmarks/README.md")
     images, series = [], []
-    for what, number, forwards, seconds, bare, peak in (r.values() for r in measured("scaling")):
+    for what, number, forwards, seconds, forward, peak in (r.values() for r in measured("scaling")):
         if what == "time series":
             series.append(f"{number} {seconds} s")
         else:
-            images.append([number, forwards, seconds, bare, f"{peak} GB"])
+            images.append([number, forwards, seconds, forward, f"{peak} GB"])
     assert all(row in cells_of("benchmarks/README.md") for row in images)
     assert len(images) == 3
     assert ", ".join(series).replace(" ", " take ", 1) in page
@@ -321,7 +401,7 @@ def test_times_against_size_are_those_measured() -> None:
 def test_the_table_of_the_demo_is_what_it_printed() -> None:
     rows = [list(row.values()) for row in measured("demo")]
     assert len(rows) == 7
-    found = cells_of("README.md")
+    tables = cells_of("README.md")
     for row in rows:
-        n_columns = len(next(cells for cells in found if cells[0] == row[0]))
-        assert [cell or "-" for cell in row[:n_columns]] in found
+        n_columns = len(next(cells for cells in tables if cells[0] == row[0]))
+        assert [cell or "-" for cell in row[:n_columns]] in tables

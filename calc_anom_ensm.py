@@ -1,4 +1,4 @@
-r"""Ensemble the scores of all levels: ROC-AUC tables and per-image scores.
+r"""Ensemble the scores of all levels: AUROC tables, per-image scores and figures.
 
 Reads   VERSION/rep_num_<rep>/<mvtype>/   (from sinbad_single_layer.py; # is the pyramid level)
 Writes  OUT/{table.md,metrics.json,scores.csv,*.csv,*.png}
@@ -6,74 +6,74 @@ Writes  OUT/{table.md,metrics.json,scores.csv,*.csv,*.png}
     python calc_anom_ensm.py --mvtype loco --version ../sinbad_runs/results/ver1_pyramid_lvl_# \
         --version_224 ../sinbad_runs/results/ver1_pyramid_lvl_#
 
-Scores are joined only if they were made alike: another net, seed, set of images or setting is an
-error. What an earlier report left in OUT is replaced.
+Only consistent scores are ensembled: another net, seed, set of images or setting is an error. What
+an earlier report left in OUT is replaced.
 """
 
 import argparse
 from pathlib import Path
 
-from sinbad import cli, ensembles, errors, loco, report
+from sinbad import cli, errors, report, score_files, settings
 
-DEFAULT_VERSION_PATH = str(loco.DEFAULT_RESULTS_DIR / f"{loco.DEFAULT_VERSION}_pyramid_lvl_#")
+DEFAULT_VERSION = str(
+    cli.PATH_FLAGS["results_dir"]["default"]
+    / f"{cli.PATH_FLAGS['version_name']['default']}_pyramid_lvl_#"
+)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
-    parser = cli.ScriptParser(__doc__, [cli.report_flags()])
-    add = parser.add_argument
-    add("--mvtype", nargs="+", default=["all"], help="class, data set, loco, struct, all")
+    parser = cli.ScriptParser(__doc__)
+    cli.add_paths(parser, "mvtype", mvtype={"default": ["all"]})
+    add = parser.group(settings.INPUT_OUTPUT).add_argument
     add(
         "--version",
-        default=DEFAULT_VERSION_PATH,
-        help="folder of the network's scores, # for the level",
+        default=DEFAULT_VERSION,
+        metavar="DIR",
+        help="folder of the network's scores; # stands for the level",
     )
-    add("--version_224", default=DEFAULT_VERSION_PATH, help="folder of the raw-pixel scores")
     add(
+        "--version_224",
+        default=DEFAULT_VERSION,
+        metavar="DIR",
+        help="folder of the raw-pixel scores",
+    )
+    out = {"help": "folder of tables and figures (default: `ensemble` beside the score folders)"}
+    cli.add_paths(parser, "out", "dataset_dir", *cli.REPORT_FLAGS, out=out)
+    parser.group(settings.COMPUTED).add_argument(
         "--pyramid_level",
-        type=cli.integer_from(1),
+        type=cli.int_at_least(1),
         nargs="*",
-        default=list(loco.PAPER_LEVELS),
+        default=list(settings.PAPER_LEVELS),
+        metavar="N",
         help="levels of the network; none for raw pixels alone",
     )
-    add(
-        "--rep",
-        type=cli.integer_ranges,
-        nargs="+",
-        default=[[0]],
-        help="repetitions of the network's levels; several, as 0-4, give mean and std (default: 0)",
-    )
-    add(
+    rep = {"help": "repetitions of the network's levels; several give mean and std (default: 0)"}
+    cli.add_paths(parser, "rep", rep=rep)
+    parser.group(settings.COMPUTED).add_argument(
         "--rep_num_224",
-        type=cli.integer_from(0),
-        default=loco.PIXEL_SETTINGS.n_reps,
+        type=cli.int_at_least(0),
+        default=settings.PIXEL_DEFAULTS.n_reps,
+        metavar="N",
         help="raw-pixel repetitions; 0 leaves the level out",
     )
-    add("--out", type=Path, help="default: `ensemble` beside the scores' folders")
-    ensembles.add_ensemble_flags(parser)
+    cli.add_settings(parser, cli.ENSEMBLE_FLAGS)
     return parser.parse_args(argv)
 
 
-def options_of_runs(args: argparse.Namespace) -> dict[str, ensembles.EnsembleOptions]:
-    """Return what each repetition of the network's levels is ensembled from."""
+def select_runs(args: argparse.Namespace) -> dict[str, score_files.Selection]:
+    """Return which files each repetition of the network's levels is ensembled from."""
     levels = tuple(dict.fromkeys(args.pyramid_level))
-    if loco.PIXEL_LEVEL in levels:
+    if settings.PIXEL_LEVEL in levels:
         raise errors.UserError(
-            f"pyramid_level must be of the network, got {loco.PIXEL_LEVEL}; raw pixels are added by "
-            "--rep_num_224"
+            f"pyramid_level must be of the network, got {settings.PIXEL_LEVEL}; raw pixels are "
+            "added by --rep_num_224"
         )
     return {
-        f"rep {rep}": ensembles.EnsembleOptions(
-            args.version,
-            args.version_224,
-            levels,
-            rep,
-            args.rep_num_224,
-            args.lambda_factor,
-            args.crop_norm,
-            args.crop_pool,
+        f"rep {rep}": score_files.Selection(
+            args.version, args.version_224, levels, rep, args.rep_num_224
         )
-        for rep in cli.flatten(args.rep)
+        for rep in cli.sorted_unique(args.rep)
     }
 
 
@@ -81,14 +81,15 @@ def main(argv: list[str] | None = None) -> None:
     """Read, ensemble, report."""
     args = parse_args(argv)
     out = args.out or Path(args.version.replace("#", "all")).parent / "ensemble"
-    report_settings = report.report_options(args, out)
-    options = options_of_runs(args)
-    mvtypes = ensembles.find_mvtypes(options.values(), args.mvtype)
+    options = report.report_options(args, out)
+    selections = select_runs(args)
+    values = settings.Settings(**{name: getattr(args, name) for name in cli.ENSEMBLE_FLAGS})
+    mvtypes = score_files.find_mvtypes(selections.values(), args.mvtype)
     runs = {
-        name: [ensembles.load_data_set(o, mvtype) for mvtype in mvtypes]
-        for name, o in options.items()
+        name: [score_files.load_subset(selection, mvtype, values) for mvtype in mvtypes]
+        for name, selection in selections.items()
     }
-    print(report.write_report(runs, report_settings))
+    print(report.write_report(runs, options))
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,20 @@ class MatrixSet:
         """Side of the images in pixels."""
         return self.images["train"].shape[2]
 
+    @cached_property
+    def image_extent(self) -> tuple[int, int]:
+        """(width, height) in pixels of what is image in the top left corner; the rest is padding.
+
+        As recorded; in the authors' matrices by LOCO's sizes, for another category of theirs by
+        what is not zero in all images (the whole square if nothing is).
+        """
+        if self.settings:
+            return self.settings["width"], self.settings["height"]
+        facts = loco.LOCO_CLASSES.get(loco.split_mvtype(self.mvtype)[0])
+        if facts is not None:
+            return images.fitted_size(facts.width, facts.height, self.im_size)
+        return _nonzero_extent(self.images.values())
+
     def sha256(self, split: str) -> list[str]:
         """Return what identifies each image of a split; the authors' by subset and position."""
         return [stamp[2] for stamp in self.files[split]] if self.files else self.paths[split]
@@ -69,6 +84,20 @@ class MatrixSet:
         identities = {split: self.sha256(split) for split in SPLITS}
         content = json.dumps([self.paths, identities, self.labels.tolist()], sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()
+
+
+def _nonzero_extent(arrays: Iterable[NDArray[Any]]) -> tuple[int, int]:
+    """Return the (width, height) that holds every pixel above zero of arrays (n, 3, side, side)."""
+    nonzero: NDArray[np.bool_] | bool = False
+    for array in arrays:
+        mapped = getattr(array, "_mmap", None)
+        for image in array:
+            nonzero = nonzero | image.any(0)  # (side, side)
+            if mapped is not None and hasattr(mmap, "MADV_DONTNEED"):
+                mapped.madvise(mmap.MADV_DONTNEED)  # or all pages would stay in memory
+    rows, columns = np.nonzero(nonzero)
+    side = len(nonzero)
+    return (int(columns.max()) + 1, int(rows.max()) + 1) if len(rows) else (side, side)
 
 
 # ---------------------------------------------------------------- writing

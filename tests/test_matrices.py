@@ -89,6 +89,31 @@ def test_loading_gives_back_what_was_written(data_dir: Path) -> None:
     assert arrays.labels.tolist() == [0.0] * 3 + [1.0] * 2
 
 
+@pytest.mark.parametrize(
+    ("name", "black", "extent"),
+    [
+        ("ours_loco", "all", (64, 37)),  # as recorded
+        ("pushpins_loco", "all", (64, 37)),  # LOCO's 1700 x 1000
+        ("cups_loco", "one", (50, 21)),  # what is not zero
+        ("cups_loco", "all", (64, 64)),  # nothing tells the padding
+    ],
+)
+def test_extent_of_the_images_without_padding(
+    name: str, black: str, extent: tuple[int, int], data_dir: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / name
+    shutil.copytree(data_dir / "pushpins_loco", folder)
+    if name != "ours_loco":
+        (folder / "image_paths.json").unlink()
+    for split in matrices.SPLITS.values():
+        pixels = np.zeros_like(np.load(folder / split), np.float32)
+        if black == "one":
+            pixels[1, 1, 20, 7] = pixels[-1, 2, 4, 49] = 1 / 255
+        (folder / split).unlink()
+        np.save(folder / split, pixels)
+    assert matrices.load_matrices(tmp_path, name).image_extent == extent
+
+
 def test_finished_matrices_are_skipped_and_overwritten_on_demand(
     dataset_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

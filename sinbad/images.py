@@ -1,5 +1,7 @@
 """One image: decode, orient, resize; from a path, a Pillow image or an array."""
 
+import errno
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +13,7 @@ import numpy as np
 import PIL
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 from torch.nn import functional
 
 from sinbad import errors
@@ -19,15 +21,31 @@ from sinbad import errors
 if TYPE_CHECKING:
     from sinbad import matrices
 
+log = logging.getLogger(__name__)
+
 ImageInput = str | os.PathLike[str] | Image.Image | NDArray[np.uint8]
 IMAGE_CHUNK = 32  # images decoded before the first of them is passed on
+WHITE = 255
+TRANSPOSITIONS = {  # EXIF orientation -> how to turn an image upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_warned: set[str] = set()  # what has been said once
 
 
 # ---------------------------------------------------------------- decode and orient
 
 
 def open_image(image: ImageInput, name: str = "") -> Image.Image:
-    """Return an image as RGB: EXIF orientation applied, 16 bits per channel scaled to 8.
+    """Return an image in RGB, the same by whichever way it comes in.
+
+    EXIF orientation is applied, 16 bits per channel are scaled to 8, transparent pixels are
+    composited on white.
 
     Parameters
     ----------
@@ -37,7 +55,9 @@ def open_image(image: ImageInput, name: str = "") -> Image.Image:
     Raises
     ------
     UserError
-        If the file is damaged, or its numbers have no known range.
+        If the image is damaged or too large, or its numbers have no known range.
+    OSError
+        Of the system (no such file, too many open files, ...), always with a file name.
     """
     name = name or image_name(image)
     if isinstance(image, np.ndarray):
@@ -47,11 +67,15 @@ def open_image(image: ImageInput, name: str = "") -> Image.Image:
                 f"{image.dtype}; convert it"
             )
         return Image.fromarray(image)
-    if isinstance(image, Image.Image):
-        return image.convert("RGB")
-    decoded = ImageOps.exif_transpose(_decode(Path(image)))
+    decoded = _apply_orientation(_decode(image, name))
     if decoded.mode[0] in "IF":  # 16-bit grey, or numbers whose range is not known
         decoded = _scale_to_8_bits(decoded, name)
+    if decoded.has_transparency_data:
+        with_alpha = decoded.convert("RGBA")
+        if with_alpha.getextrema()[3][0] < WHITE:
+            _warn_once("transparent", f"{name} has transparent pixels, which are read as white")
+            white = Image.new("RGBA", with_alpha.size, "white")
+            decoded = Image.alpha_composite(white, with_alpha)
     return decoded.convert("RGB")
 
 
@@ -61,19 +85,44 @@ def image_name(image: ImageInput, number: int = 0) -> str:
     return os.fspath(image) if is_path else f"image {number}"
 
 
-def _decode(path: Path) -> Image.Image:
-    """Decode an image in its own mode; a damaged one is an error."""
+def _decode(image: str | os.PathLike[str] | Image.Image, name: str) -> Image.Image:
+    """Decode an image in its own mode."""
     try:
-        with Image.open(path) as image:
+        if isinstance(image, Image.Image):
             image.load()
             return image
-    except (FileNotFoundError, PermissionError):
+        with Image.open(image) as opened:
+            opened.load()
+            return opened
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        size = str(error).partition(",")[0]  # Image size (N pixels) exceeds limit of M pixels
+        raise errors.UserError(f"{name} is too large: {size}; scale it down") from error
+    except MemoryError:
         raise
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except Exception as error:  # a damaged file raises whatever its decoder comes across
+        # Pillow's own OSErrors have no errno; EINVAL: a damaged file gave a negative offset.
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+            error.filename = error.filename or name
+            raise
         raise errors.UserError(
-            f"{path} must be a complete image file, got one that cannot be decoded "
+            f"{name} must be a complete image file, got one that cannot be decoded "
             f"({type(error).__name__}); copy it, or unpack its archive, again"
         ) from error
+
+
+def _apply_orientation(image: Image.Image) -> Image.Image:
+    """Turn an image as its EXIF says; an EXIF that cannot be read says nothing.
+
+    ImageOps.exif_transpose writes the whole EXIF anew, and fails where any other entry is broken.
+    """
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    except MemoryError:
+        raise
+    except Exception:  # whatever its parser comes across
+        return image
+    method = TRANSPOSITIONS.get(orientation)
+    return image if method is None else image.transpose(method)
 
 
 def _scale_to_8_bits(image: Image.Image, name: str) -> Image.Image:
@@ -81,12 +130,28 @@ def _scale_to_8_bits(image: Image.Image, name: str) -> Image.Image:
     if image.mode == "F" or values.min() < 0 or values.max() > 65535:
         kind = "floats" if image.mode == "F" else "more"
         raise errors.UserError(f"{name} must have 8 or 16 bits per channel, got {kind}; convert it")
-    return Image.fromarray(np.rint(values.astype(np.int64) / 257.0).astype(np.uint8))
+    if 0 < values.max() < 4096:
+        _warn_once(
+            "dark",
+            f"{name} has 16 bits per channel but no value above {values.max()}, so it looks dark: "
+            "if its values are of 12 bits, multiply them by 16 (10 bits: by 64) and save it again",
+        )
+    grey = Image.fromarray(np.rint(values.astype(np.int64) / 257.0).astype(np.uint8))
+    if "transparency" in image.info:
+        grey.putalpha(Image.fromarray(values != image.info["transparency"]).convert("L"))
+    return grey
+
+
+def _warn_once(topic: str, message: str) -> None:
+    """Warn of the first image of its sort alone."""
+    if topic not in _warned:
+        _warned.add(topic)
+        log.warning(f"{message} (said once)")
 
 
 def mask_values(path: Path) -> set[int]:
     """Return the pixel values in a mask: indices of a palette, the largest channel of colours."""
-    pixels = np.asarray(_decode(path)).astype(np.int64)
+    pixels = np.asarray(_decode(path, str(path))).astype(np.int64)
     return set(np.unique(pixels if pixels.ndim == 2 else pixels[:, :, :3].max(2)).tolist())
 
 

@@ -21,12 +21,12 @@ log = logging.getLogger(__name__)
 
 GOOD = "good"
 DEFECTS_FILE = "defects_config.json"
-WHITE = 255  # pixel value of a mask that has been made black and white
 VISA_FILE = Path("split_csv/1cls.csv")
 VISA_PARTS = {("train", "normal"): "train", ("test", "normal"): GOOD, ("test", "anomaly"): "bad"}
 LOCO, MVTEC, VISA, PLAIN = "LOCO", "MVTec AD", "VisA", "plain"
 TREES = {
-    LOCO: "<class>/{train,validation}/good, <class>/test/{good,%s}" % ",".join(loco.KINDS.values()),
+    LOCO: "<class>/{train,validation}/good, <class>/test/{good,logical_anomalies,"
+    "structural_anomalies}",
     MVTEC: "<class>/train/good, <class>/test/{good,<kind>...}, no validation",
     VISA: f"{VISA_FILE} with the columns object, split, label, image, mask",
     PLAIN: "<class>/train, <class>/validation if there is one, <class>/test/{good,<any>...}",
@@ -359,7 +359,7 @@ def defect_images(category_dir: Path, image_paths: list[str]) -> dict[str, list[
     if not defects:
         types = [part for part in dict.fromkeys(parts) if part not in (GOOD, *loco.KINDS.values())]
         return {name: [i for i in anomalous if parts[i] == name] for name in types}
-    if set().union(*values.values()) == {WHITE} and len(defects) > 1:
+    if set().union(*values.values()) == {images.WHITE} and len(defects) > 1:
         log.info(
             f"note: the masks in {category_dir} are black and white, they do not tell which defect "
             "they show"

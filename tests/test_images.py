@@ -1,6 +1,11 @@
 """One image: modes, orientation, resizing, masks."""
 
+import errno
+import io
+import os
+import struct
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -37,19 +42,122 @@ def slow_resize(path: Path, true_size: tuple[int, int], im_size: int) -> NDArray
 # ---------------------------------------------------------------- decode and orient
 
 
-def test_exif_orientation_is_applied(tmp_path: Path) -> None:
+def png(image: Image.Image, **options: Any) -> Image.Image:  # noqa: ANN401  what Pillow takes
+    """Return an image written to a PNG file and opened again, not decoded yet."""
+    file = io.BytesIO()
+    image.save(file, "PNG", **options)
+    return Image.open(file)
+
+
+def exif(numerator: int, denominator: int) -> bytes:
+    """Return an EXIF of orientation 6 and a resolution of numerator / denominator."""
+    entries = struct.pack("<HHLL", 0x0112, 3, 1, 6) + struct.pack("<HHLL", 0x011A, 10, 1, 38)
+    fraction = struct.pack("<ll", numerator, denominator)
+    return b"Exif\0\0II*\0" + struct.pack("<LH", 8, 2) + entries + struct.pack("<L", 0) + fraction
+
+
+@pytest.mark.parametrize("numerator", [72, -1])  # -1 / 0 is none, Pillow cannot write it again
+def test_exif_orientation_is_applied_to_files_and_pillow_images(
+    numerator: int, tmp_path: Path
+) -> None:
     stored = Image.fromarray(np.rot90(upright()))  # what a camera held to its side stores
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    stored.save(tmp_path / "turned.png", exif=exif)
-    np.testing.assert_array_equal(images.open_image(tmp_path / "turned.png"), upright())
+    stored.save(tmp_path / "turned.png", exif=exif(numerator, int(numerator > 0)))
+    for image in (tmp_path / "turned.png", Image.open(tmp_path / "turned.png")):
+        np.testing.assert_array_equal(images.open_image(image), upright())
 
 
-def test_sixteen_bits_are_scaled_to_eight(tmp_path: Path) -> None:
+def test_an_exif_that_cannot_be_read_says_nothing() -> None:
+    image = png(Image.fromarray(upright()), exif=b"Exif\0\0broken")
+    np.testing.assert_array_equal(images.open_image(image), upright())
+
+
+def test_sixteen_bits_are_scaled_to_eight(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     grey = upright()[:, :, 0].astype(np.uint16) * 257
     Image.fromarray(grey).save(tmp_path / "gray16.png")
-    read = np.asarray(images.open_image(tmp_path / "gray16.png"))
-    np.testing.assert_array_equal(read, upright()[:, :, [0, 0, 0]])
+    for image in (tmp_path / "gray16.png", Image.open(tmp_path / "gray16.png")):
+        read = np.asarray(images.open_image(image))
+        np.testing.assert_array_equal(read, upright()[:, :, [0, 0, 0]])
+    assert not caplog.messages
+
+
+def test_twelve_bits_in_a_file_of_sixteen_are_warned_of_once(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(images, "_warned", set())
+    for value in (0, 4096, 4095, 4095):
+        images.open_image(Image.fromarray(np.full((4, 4), value, np.uint16)), f"{value}.png")
+    (line,) = caplog.messages
+    assert line.startswith("4095.png has 16 bits per channel but no value above 4095")
+    assert "multiply them by 16" in line
+
+
+GREY = Image.fromarray(upright()[:, :, 0])  # 0 is transparent below
+TRANSPARENT = {
+    "LA": png(Image.merge("LA", [GREY, GREY.point(lambda value: 255 * (value > 0))])),
+    "L": png(GREY, transparency=0),
+    "I;16": png(Image.fromarray(np.asarray(GREY).astype(np.uint16) * 257), transparency=0),
+    "P": png(GREY.convert("P"), transparency=0),
+    "RGB": png(GREY.convert("RGB"), transparency=(0, 0, 0)),
+}
+
+
+@pytest.mark.parametrize("mode", TRANSPARENT)
+def test_transparent_pixels_are_white_and_warned_of_once(
+    mode: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(images, "_warned", set())
+    assert TRANSPARENT[mode].mode == mode
+    expected = np.where(np.asarray(GREY) == 0, 255, np.asarray(GREY))
+    for _ in range(2):
+        read = np.asarray(images.open_image(TRANSPARENT[mode], "x.png"))
+        np.testing.assert_array_equal(read, np.stack([expected] * 3, -1))
+    assert caplog.messages == ["x.png has transparent pixels, which are read as white (said once)"]
+
+
+def test_what_transparent_pixels_hide_is_not_seen() -> None:
+    alpha = np.full((*upright().shape[:2], 1), 255, np.uint8)
+    alpha[:30], alpha[30:40] = 0, 128
+    noise = np.random.default_rng(0).integers(0, 256, upright().shape, dtype=np.uint8)
+    hidden = [np.where(alpha == 0, colour, upright()).astype(np.uint8) for colour in (0, noise)]
+    black, noisy = (
+        np.asarray(images.open_image(Image.fromarray(np.dstack([pixels, alpha]))))
+        for pixels in hidden
+    )
+    np.testing.assert_array_equal(black, noisy)
+    np.testing.assert_array_equal(black[40:], upright()[40:])
+
+
+def test_errors_of_the_system_are_no_damaged_image(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Image.fromarray(upright()).save(tmp_path / "a.png")
+    for number in (errno.ESTALE, errno.EMFILE, errno.ENOMEM):
+
+        def load(image: Image.Image, number: int = number) -> None:
+            raise OSError(number, os.strerror(number))
+
+        monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.load", load)
+        with pytest.raises(OSError, match=r"a\.png") as caught:
+            images.open_image(tmp_path / "a.png")
+        assert caught.value.errno == number
+
+
+def test_a_damaged_image_is_named_by_whichever_way_it_comes(tmp_path: Path) -> None:
+    path = tmp_path / "cut.png"
+    Image.fromarray(upright()).save(path)
+    path.write_bytes(path.read_bytes()[:-60])
+    for image, name in ((path, ""), (Image.open(path), "image 3")):
+        with pytest.raises(errors.UserError, match=f"{name or path} must be a complete image"):
+            images.open_image(image, name)
+
+
+def test_an_image_that_is_too_large_is_said_with_its_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Image.fromarray(upright()).save(tmp_path / "large.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 4000)  # an error from twice as many
+    with pytest.raises(errors.UserError, match=r"large.png is too large: .*\(9600 pixels\)"):
+        images.open_image(tmp_path / "large.png")
 
 
 @pytest.mark.parametrize("mode", ["F", "I"])

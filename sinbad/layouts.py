@@ -20,6 +20,9 @@ from sinbad import cli, errors, images, loco
 log = logging.getLogger(__name__)
 
 GOOD = "good"
+NORMAL_FOLDERS = (GOOD, "ok", "normal")
+VALID_FOLDERS = ("validation", "valid", "val")
+OTHER_FOLDERS = ("train", "test", "ground_truth")
 DEFECTS_FILE = "defects_config.json"
 VISA_FILE = Path("split_csv/1cls.csv")
 VISA_PARTS = {("train", "normal"): "train", ("test", "normal"): GOOD, ("test", "anomaly"): "bad"}
@@ -29,7 +32,8 @@ TREES = {
     "structural_anomalies}",
     MVTEC: "<class>/train/good, <class>/test/{good,<kind>...}, no validation",
     VISA: f"{VISA_FILE} with the columns object, split, label, image, mask",
-    PLAIN: "<class>/train, <class>/validation if there is one, <class>/test/{good,<any>...}",
+    PLAIN: "<class>/train, <class>/validation if there is one, <class>/test/{good,<any>...}; "
+    "good may be ok or normal, validation valid or val",
 }
 LAYOUTS = "one of the layouts " + "; ".join(f"{name} ({tree})" for name, tree in TREES.items())
 MIN_VALID = 5  # fewest validation images taken from training, and fewest training images left
@@ -98,7 +102,9 @@ def _layout_of(category_dir: Path, visa: dict[str, VisaImages]) -> str | None:
         return VISA
     if any((category_dir / "test" / folder).is_dir() for folder in loco.KINDS.values()):
         return LOCO
-    if (category_dir / "train" / GOOD).is_dir() and not (category_dir / "validation").is_dir():
+    if (category_dir / "train" / GOOD).is_dir() and _find_folder(
+        category_dir, VALID_FOLDERS
+    ) is None:
         return MVTEC
     return PLAIN if (category_dir / "train").is_dir() else None
 
@@ -127,7 +133,11 @@ def _read_visa(dataset_dir: Path) -> dict[str, VisaImages]:
 
 def _names_in(folder: Path, pattern: str = "*") -> str:
     """Return the first names in a folder, for messages."""
-    return ", ".join(sorted(str(path.relative_to(folder)) for path in folder.glob(pattern))[:8])
+    return _shorten(sorted(str(path.relative_to(folder)) for path in folder.glob(pattern)))
+
+
+def _shorten(names: list[str]) -> str:
+    return ", ".join([*names[:8], *(["..."] if len(names) > 8 else [])])
 
 
 def _check_utf8(folder: Path, names: list[str]) -> None:
@@ -140,6 +150,9 @@ def _check_utf8(folder: Path, names: list[str]) -> None:
 def choose_subsets(dataset_dir: Path, names: list[str] | None) -> list[str]:
     """Return the test subsets asked for by `--mvtype`, or all that the folder has anomalies for."""
     categories = find_layouts(dataset_dir)
+    for name in names or ():
+        if name not in (*categories, *loco.KINDS, loco.ALL):
+            _check_found(name, dataset_dir, categories)
     by_layout = {layout: [n for n in categories if categories[n] == layout] for layout in TREES}
     shown = [f"{layout} ({', '.join(names_)})" for layout, names_ in by_layout.items() if names_]
     log.info(f"layouts in {dataset_dir}: {'; '.join(shown)}")
@@ -153,7 +166,7 @@ def choose_subsets(dataset_dir: Path, names: list[str] | None) -> list[str]:
         category, anomaly_type = loco.split_mvtype(mvtype)
         is_listed = categories.get(category) == VISA
         has_anomalies = is_listed or _anomaly_folders(dataset_dir / category, anomaly_type)
-        if has_anomalies or mvtype in (names or ()) or category not in categories:
+        if has_anomalies or mvtype in (names or ()):
             chosen.append(mvtype)
         else:
             folder = dataset_dir / category / "test" / loco.KINDS.get(anomaly_type, "<any>")
@@ -168,12 +181,23 @@ def choose_subsets(dataset_dir: Path, names: list[str] | None) -> list[str]:
 # ---------------------------------------------------------------- listing images
 
 
+def _find_folder(folder: Path, names: tuple[str, ...]) -> str | None:
+    """Return which of the folders that mean the same is in `folder`, if any; two are an error."""
+    present = [name for name in names if (folder / name).is_dir()]
+    if len(present) > 1:
+        raise errors.UserError(
+            f"{folder} must hold one of {', '.join(names)}, got {' and '.join(present)}; move the "
+            "images into one of them"
+        )
+    return present[0] if present else None
+
+
 def _anomaly_folders(category_dir: Path, anomaly_type: str) -> list[str]:
-    """Return the folders of an anomaly type; of `all` every folder of test but good."""
+    """Return the folders of an anomaly type; of `all` every folder of test but the normal one."""
     names = sorted(path.name for path in category_dir.glob("test/*") if path.is_dir())
     if anomaly_type in loco.KINDS:
         names = [name for name in names if name == loco.KINDS[anomaly_type]]
-    return [f"test/{name}" for name in names if name != GOOD and name[0] != "."]
+    return [f"test/{name}" for name in names if name not in NORMAL_FOLDERS and name[0] != "."]
 
 
 def list_images(folder: Path) -> list[str]:
@@ -181,19 +205,27 @@ def list_images(folder: Path) -> list[str]:
 
     Every file extension that Pillow opens; other files and sub-folders are skipped with one line.
     """
-    extensions = {e for e, form in Image.registered_extensions().items() if form in Image.OPEN}
     everything = sorted(path.name for path in folder.iterdir())
-    names = [n for n in everything if Path(n).suffix.lower() in extensions and n[0] != "."]
+    names = [name for name in everything if _is_image(name)]
+    skipped = sorted(set(everything) - set(names))
     if not names:
-        content = f"{len(everything)} other things" if everything else "an empty folder"
+        content = _shorten(skipped) or "an empty folder"
         raise errors.UserError(
-            f"{folder} must hold images that Pillow reads, got {content}; add some"
+            f"{folder} must hold images that Pillow reads, got {content}; put them into this "
+            "folder itself, not below it"
         )
     _check_utf8(folder, names)
-    n_others = len(everything) - len(names)
-    if n_others:
-        log.info(f"note: {n_others} of {len(everything)} files skipped (not images) in {folder}")
+    if skipped:
+        log.info(
+            f"note: {len(skipped)} of {len(everything)} files skipped (not images) in {folder}: "
+            f"{_shorten(skipped)}"
+        )
     return names
+
+
+def _is_image(name: str) -> bool:
+    extensions = Image.registered_extensions()
+    return extensions.get(Path(name).suffix.lower()) in Image.OPEN and name[0] != "."
 
 
 def _list_folder(category_dir: Path, part: str) -> list[str]:
@@ -220,21 +252,42 @@ def _list_parts(
                     f"{VISA_FILE} must list {part} images of {category_dir}, got none"
                 )
         return parts
-    splits = [s for s in ("train", "validation") if layout == LOCO or (category_dir / s).is_dir()]
-    in_good = [s for s in splits if layout == LOCO or (category_dir / s / GOOD).is_dir()]
-    folders = {split: [f"{split}/{GOOD}" if split in in_good else split] for split in splits}
-    folders[GOOD] = [f"test/{GOOD}"]
+    normal = {"train": "train"}
+    valid = _find_folder(category_dir, VALID_FOLDERS)
+    if valid or layout == LOCO:
+        normal["validation"] = valid or "validation"
+    normal[GOOD] = "test"
+    folders = {part: [_normal_folder(category_dir, normal[part], layout)] for part in normal}
     expected = f"test/{loco.KINDS.get(anomaly_type, '<any>')}"
     folders["bad"] = _anomaly_folders(category_dir, anomaly_type) or [expected]
-    read = {f"test/{folder}" for folder in loco.KINDS.values()}.union(*folders.values())
-    beside = [path for split in (*in_good, "test") for path in category_dir.glob(f"{split}/*")]
-    others = [path for path in beside if f"{path.parent.name}/{path.name}" not in read]
-    if others:
-        log.info(f"note: {len(others)} files of {category_dir} skipped, such as {min(others)}")
+    _warn_about_ignored(category_dir, layout, {name for part in folders.values() for name in part})
     return {
         part: [path for folder in part_folders for path in _list_folder(category_dir, folder)]
         for part, part_folders in folders.items()
     }
+
+
+def _normal_folder(category_dir: Path, split: str, layout: str) -> str:
+    """Return the folder of a split's normal images, e.g. "train/good", or "train" without one."""
+    name = _find_folder(category_dir / split, NORMAL_FOLDERS)
+    if name is None and (split == "test" or layout == LOCO):
+        name = GOOD
+    return f"{split}/{name}" if name else split
+
+
+def _warn_about_ignored(category_dir: Path, layout: str, read: set[str]) -> None:
+    """Name the folders, and the images beside folders, that are not read."""
+    of_category = [path.name for path in category_dir.iterdir() if path.is_dir()]
+    ignored = set(of_category) - {*OTHER_FOLDERS, *VALID_FOLDERS}
+    for split in {Path(folder).parts[0] for folder in read if "/" in folder}:
+        ignored |= {f"{split}/{path.name}" for path in (category_dir / split).glob("*")}
+    ignored -= read.union(f"test/{folder}" for folder in loco.KINDS.values())
+    names = sorted(name for name in ignored if Path(name).name[0] != ".")
+    if names:
+        log.warning(
+            f"{len(names)} folders or files ignored in {category_dir}: {_shorten(names)} (expected "
+            f"{TREES[layout]})"
+        )
 
 
 def add_valid_share_flag(parser: argparse.ArgumentParser) -> None:
@@ -260,6 +313,19 @@ def _select_validation(category_dir: Path, train: list[str], share: float, seed:
     return sorted(shuffled[:n_valid])
 
 
+def _check_found(mvtype: str, dataset_dir: Path, categories: dict[str, str]) -> None:
+    """Refuse a test subset whose category, or anomaly type, is not in the folder."""
+    category, _, anomaly_type = mvtype.rpartition("_")
+    layout = categories.get(category)
+    if layout is None or anomaly_type not in (*(loco.KINDS if layout == LOCO else ()), loco.ALL):
+        shown = ", ".join(f"{name} ({categories[name]})" for name in categories)
+        raise errors.UserError(
+            f"mvtype must be a category in {dataset_dir} or a subset of it (<class>_{loco.ALL}; "
+            f"<class>_loco and <class>_struct where its layout is {LOCO}), got {mvtype}; the "
+            f"categories are {shown}"
+        )
+
+
 def find_subset(
     dataset_dir: Path,
     mvtype: str,
@@ -282,12 +348,7 @@ def find_subset(
     visa = _read_visa(dataset_dir)
     layout = _layout_of(category_dir, visa)
     if layout is None or (anomaly_type in loco.KINDS and layout != LOCO):
-        categories = find_layouts(dataset_dir).items()
-        raise errors.UserError(
-            f"mvtype must be of a category in {dataset_dir}, <class>_{loco.ALL} where its layout "
-            f"is not {LOCO}, got {mvtype}; found: "
-            + ", ".join(f"{name} ({layout})" for name, layout in categories)
-        )
+        _check_found(mvtype, dataset_dir, find_layouts(dataset_dir))
     parts = _list_parts(category_dir, anomaly_type, layout, visa)
     if category in loco.LOCO_CLASSES and layout == LOCO:
         true_size = loco.LOCO_CLASSES[category].width, loco.LOCO_CLASSES[category].height
@@ -299,6 +360,10 @@ def find_subset(
         valid = _select_validation(category_dir, train, valid_share, seed)
         train = [name for name in train if name not in valid]
         settings |= {"valid_share": valid_share, "valid_seed": seed}
+        log.info(
+            f"{mvtype}: no validation images, {len(valid)} of {len(valid) + len(train)} training "
+            "images are used for validation (--valid_share, --seed)"
+        )
     labels = np.array([0.0] * len(parts[GOOD]) + [1.0] * len(parts["bad"]))
     paths = {"train": train, "valid": valid, "test": parts[GOOD] + parts["bad"]}
     return SubsetSpec(mvtype, category_dir, paths, labels, settings)
@@ -345,8 +410,7 @@ def defect_images(category_dir: Path, image_paths: list[str]) -> dict[str, list[
     """
     defects = _defect_values(category_dir)
     visa = _read_visa(category_dir.parent).get(category_dir.name, {})
-    folders = [Path(path).parts[1] if path.startswith("test/") else GOOD for path in image_paths]
-    parts = [visa.get(path, [folder])[0] for path, folder in zip(image_paths, folders, strict=True)]
+    parts = [_part_of(path, visa) for path in image_paths]
     anomalous = [i for i, part in enumerate(parts) if part != GOOD]
     values: dict[int, set[int]] = {}
     if defects or visa or (category_dir / "ground_truth").is_dir():
@@ -355,7 +419,10 @@ def defect_images(category_dir: Path, image_paths: list[str]) -> dict[str, list[
             values = dict(zip(anomalous, pool.map(_defect_pixels, masks), strict=True))
     without = [image_paths[i] for i, in_image in values.items() if not in_image]
     if without:
-        log.warning(f"{len(without)} images of {category_dir} have no mask, such as {without[0]}")
+        log.warning(
+            f"{len(without)} of {len(anomalous)} anomalous images of {category_dir} have no mask, "
+            f"such as {without[0]}"
+        )
     if not defects:
         types = [part for part in dict.fromkeys(parts) if part not in (GOOD, *loco.KINDS.values())]
         return {name: [i for i in anomalous if parts[i] == name] for name in types}
@@ -370,6 +437,14 @@ def defect_images(category_dir: Path, image_paths: list[str]) -> dict[str, list[
         for value, names in defects.items()
     }
     return {name: indices for name, indices in by_defect.items() if indices}
+
+
+def _part_of(image_path: str, visa: VisaImages) -> str:
+    """Return the folder of test that an image is of: "good" if normal; "bad" in VisA."""
+    if image_path in visa:
+        return visa[image_path][0]
+    folder = Path(image_path).parts[1] if image_path.startswith("test/") else GOOD
+    return GOOD if folder in NORMAL_FOLDERS else folder
 
 
 def _defect_values(category_dir: Path) -> dict[int, list[str]]:
@@ -397,7 +472,7 @@ def _mask_files(category_dir: Path, image_path: str, visa: VisaImages) -> list[P
     folder = category_dir / "ground_truth" / path.parent.name
     masks = [m for m in folder.glob("*.*") if m.stem in (path.stem, f"{path.stem}_mask")]
     masks += (folder / path.stem).glob("*.*")
-    return [mask for mask in masks if mask.suffix.lower() == ".png" and mask.name[0] != "."]
+    return [mask for mask in masks if _is_image(mask.name)]
 
 
 def _defect_pixels(masks: list[Path]) -> set[int]:

@@ -81,10 +81,6 @@ def unknown_class_of_images(place: Place) -> Case:
     return matrices_case(place, place.drawn, "--mvtype", "teapots_loco")
 
 
-def unknown_group(place: Place) -> Case:
-    return matrices_case(place, place.drawn, "--mvtype", "teapots")
-
-
 def tiny_im_size(place: Place) -> Case:
     return matrices_case(place, place.drawn, "--im_size", "0")
 
@@ -382,7 +378,6 @@ CASES: dict[Callable[[Place], Case], list[str]] = {
     images_of_32_bits: ["002.tiff must have 8 or 16 bits per channel"],
     a_class_named_like_a_data_set: ["must not end in _loco or _struct", "got own_loco", "rename"],
     unknown_class_of_images: ["mvtype must", "got teapots_loco", "pushpins"],
-    unknown_group: ["mvtype must", "got teapots", "breakfast_box"],
     tiny_im_size: ["--im_size", "from 8, got 0"],
     unknown_flag: ["--im_sise", "--help"],
     no_matrices: ["nowhere", "python data_to_matrices.py --mvtype pushpins"],

@@ -176,6 +176,15 @@ def test_masks_with_a_palette_are_read_as_indices(tmp_path: Path) -> None:
     assert images.mask_values(tmp_path / "000.PNG") == {0, 1, 2}
 
 
+@pytest.mark.parametrize("mode", ["L", "LA", "RGB", "RGBA", "I;16"])
+def test_mask_values_of_every_mode(mode: str, tmp_path: Path) -> None:
+    values = np.zeros((30, 40), np.uint16 if mode == "I;16" else np.uint8)
+    values[3:5, 5:9], values[7, 7] = 240, 255
+    mask = Image.fromarray(values)
+    (mask if mode == mask.mode else mask.convert(mode)).save(tmp_path / "mask.png")
+    assert images.mask_values(tmp_path / "mask.png") == {0, 240, 255}
+
+
 # ---------------------------------------------------------------- resize
 
 

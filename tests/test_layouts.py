@@ -141,10 +141,6 @@ def test_layouts_are_recognised_and_said(
     said = "LOCO (pins); MVTec AD (bottle); VisA (widget); plain (杯子)"
     assert lines == [f"layouts in {tmp_path}: {said}"]
     assert layouts.choose_subsets(tmp_path, ["bottle"]) == ["bottle_all"]
-    with pytest.raises(
-        errors.UserError, match=r"_all where .* got bottle_loco; found: bottle \(MV"
-    ):
-        layouts.find_subset(tmp_path, "bottle_loco", IM_SIZE)
 
 
 def test_no_layout_shows_what_was_found_and_all_four(tmp_path: Path) -> None:
@@ -178,7 +174,64 @@ def test_what_lies_beside_the_folders_is_said(
     save(tmp_path / "bottle/train/bad/000.png", "test/good", 0)
     subset = layouts.find_subset(tmp_path, "bottle_all", IM_SIZE)
     assert len(subset.paths["train"]) == N_TRAIN - 5
-    assert "2 files of" in capsys.readouterr().err
+    save(tmp_path / "bottle/Validation/000.png", "test/good", 0)
+    layouts.find_subset(tmp_path, "bottle_all", IM_SIZE)
+    first, second = (line for line in capsys.readouterr().err.splitlines() if "ignored" in line)
+    assert "2 folders or files ignored" in first
+    assert "bottle: Validation, test/loose.png, train/bad (expected <class>/train/good" in second
+
+
+def draw_folders(category_dir: Path, *folders: str) -> None:
+    """Draw two images in each folder."""
+    for folder in folders:
+        for number in range(2):
+            save(category_dir / folder / f"{number}.png", "train/good", number)
+
+
+@pytest.mark.parametrize("valid", ["validation", "valid", "val"])
+@pytest.mark.parametrize("normal", ["", "/good", "/ok", "/normal"])
+def test_spellings_of_folders(
+    normal: str, valid: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    normal_test = f"test{normal or '/good'}"
+    read = f"train{normal}", f"{valid}{normal}", normal_test, "test/dent"
+    draw_folders(tmp_path / "cup", *read)
+    subset = layouts.find_subset(tmp_path, "cup_all", IM_SIZE)
+    train, normal_valid, good, bad = ([f"{folder}/{n}.png" for n in (0, 1)] for folder in read)
+    assert subset.paths == {"train": train, "valid": normal_valid, "test": good + bad}
+    assert subset.labels.tolist() == [0, 0, 1, 1]
+    assert layouts.defect_images(subset.category_dir, subset.paths["test"]) == {"dent": [2, 3]}
+    assert "ignored" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("folders", "words"),
+    [
+        (("train", "val", "valid"), "cup must hold one of validation, valid, val, got valid and v"),
+        (("train/ok", "train/good"), "train must hold one of good, ok, normal, got good and ok"),
+        (("train", "test/good", "test/ok"), "test must hold one of good, ok, normal, got good and"),
+        (("train/good/rgb",), "train/good must hold images that Pillow reads, got rgb"),
+    ],
+)
+def test_folders_that_cannot_be_read(folders: tuple[str, ...], words: str, tmp_path: Path) -> None:
+    draw_folders(tmp_path / "cup", *folders)
+    with pytest.raises(errors.UserError, match=words):
+        layouts.find_subset(tmp_path, "cup_all", IM_SIZE)
+
+
+@pytest.mark.parametrize("folder", ["validation", "valid", "val"])
+def test_an_empty_validation_folder_is_not_filled_from_train(folder: str, tmp_path: Path) -> None:
+    draw_mvtec(tmp_path)
+    (tmp_path / "bottle" / folder).mkdir()
+    with pytest.raises(errors.UserError, match=f"{folder} must hold images .* an empty folder"):
+        layouts.find_subset(tmp_path, "bottle_all", IM_SIZE)
+
+
+@pytest.mark.parametrize("name", ["teapots", "teapots_all", "screw_bag", "bottle_loco", "bottle_"])
+def test_an_unknown_category_lists_those_that_were_found(name: str, tmp_path: Path) -> None:
+    draw_mvtec(tmp_path)
+    with pytest.raises(errors.UserError, match=rf"got {name}; the categories are bottle \(MV"):
+        layouts.choose_subsets(tmp_path, [name])
 
 
 def test_all_anomalies_of_a_loco_class(tmp_path: Path) -> None:
@@ -351,7 +404,7 @@ def test_masks_tell_which_images_show_which_defect(
     (folder / "._000.png").write_bytes(b"what macOS leaves")
     defects = layouts.defect_images(loco_dir, LOCO_IMAGES)
     assert defects == {"missing": [1, 3], "swapped or turned": [2]}
-    assert "1 images of" in capsys.readouterr().err  # 003 has no mask
+    assert "1 of 4 anomalous images of" in capsys.readouterr().err  # 003 has no mask
 
 
 def test_several_masks_of_an_image_count_each(loco_dir: Path) -> None:
@@ -393,10 +446,8 @@ def test_images_without_a_mask_are_named(
     if left == "a black one":
         save_mask(subset.category_dir / mask, 0)
     defects = layouts.defect_images(subset.category_dir, subset.paths["test"])
-    assert (
-        f"1 images of {subset.category_dir} have no mask, such as {image}"
-        in capsys.readouterr().err
-    )
+    line = f"1 of 4 anomalous images of {subset.category_dir} have no mask, such as {image}"
+    assert line in capsys.readouterr().err
     assert {name: len(images) for name, images in defects.items()} == counts
 
 

@@ -257,7 +257,7 @@ def _list_parts(
     if valid or layout == LOCO:
         normal["validation"] = valid or "validation"
     normal[GOOD] = "test"
-    folders = {part: [_normal_folder(category_dir, normal[part], layout)] for part in normal}
+    folders = {part: [_normal_folder(category_dir, normal[part])] for part in normal}
     expected = f"test/{loco.KINDS.get(anomaly_type, '<any>')}"
     folders["bad"] = _anomaly_folders(category_dir, anomaly_type) or [expected]
     _warn_about_ignored(category_dir, layout, {name for part in folders.values() for name in part})
@@ -267,10 +267,10 @@ def _list_parts(
     }
 
 
-def _normal_folder(category_dir: Path, split: str, layout: str) -> str:
+def _normal_folder(category_dir: Path, split: str) -> str:
     """Return the folder of a split's normal images, e.g. "train/good", or "train" without one."""
     name = _find_folder(category_dir / split, NORMAL_FOLDERS)
-    if name is None and (split == "test" or layout == LOCO):
+    if name is None and split == "test":
         name = GOOD
     return f"{split}/{name}" if name else split
 

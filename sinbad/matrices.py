@@ -31,7 +31,8 @@ PATHS_FILE = "image_paths.json"  # paths, stamps, settings; the authors' matrice
 IMAGES_AT_ONCE = images.IMAGE_CHUNK  # looked at before pages are released
 nearest_source = images.nearest_source  # crops are gathered by the same rule
 
-Stamp = list[Any]  # of an image's file: size in bytes, time of its last change in ns, sha256
+# Of an image's file: size in bytes, mtime in ns, sha256, ctime in ns (older records have none).
+Stamp = list[Any]
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class MatrixSet:
     images : split ("train", "valid", "test") -> (n, 3, im_size, im_size), uint8
         (float32 of k/255 in the authors' matrices)
     paths : split -> image paths relative to the category's folder
-    files : split -> size, time and sha256 of each image's file; empty for the authors'
+    files : split -> stamp of each image's file; empty for the authors'
     labels : (n_test,), 0 normal, 1 anomalous
     settings : `images.resize_settings` and more; empty for the authors'
     """
@@ -104,9 +105,10 @@ def _nonzero_extent(arrays: Iterable[NDArray[Any]]) -> tuple[int, int]:
 
 
 def stamp_of(path: Path) -> Stamp:
-    """Return size, time of the last change and sha256 of a file."""
+    """Return size, mtime, sha256 and ctime of a file."""
     facts = path.stat()
-    return [facts.st_size, facts.st_mtime_ns, hashlib.sha256(path.read_bytes()).hexdigest()]
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    return [facts.st_size, facts.st_mtime_ns, sha256, facts.st_ctime_ns]
 
 
 def write_split(
@@ -168,18 +170,25 @@ def find_twin(
     category, anomaly_type = loco.split_mvtype(subset.mvtype)
     for other_type in loco.KINDS:
         folder = out_dir / f"{category}_{other_type}"
-        if other_type != anomaly_type and (folder / PATHS_FILE).exists():
-            twin = load_matrices(out_dir, folder.name)
-            same = all(twin.files[split] == stamps[split] for split in SHARED_SPLITS)
-            if same and twin.settings == subset.settings:
-                return folder
+        if (
+            other_type == anomaly_type
+            or not (folder / PATHS_FILE).exists()
+            or missing_parts(folder)
+        ):
+            continue
+        twin = load_matrices(out_dir, folder.name)
+        sha256 = {split: [stamp[2] for stamp in stamps[split]] for split in SHARED_SPLITS}
+        same = all(twin.sha256(split) == sha256[split] for split in SHARED_SPLITS)
+        if same and twin.settings == subset.settings:
+            return folder
     return None
 
 
 def is_current(folder: Path, subset: layouts.SubsetSpec) -> bool:
     """Return whether finished matrices have the same settings and are of the same images.
 
-    An image is the same if its path, size and time are the recorded ones, else its sha256 decides.
+    A folder with a part missing is not finished. An image is the same if its path, size, mtime and
+    ctime are the recorded ones (`cp -p` and archives set the mtime alone), else its sha256 decides.
 
     Raises
     ------
@@ -194,6 +203,10 @@ def is_current(folder: Path, subset: layouts.SubsetSpec) -> bool:
             f"{folder} must be new or hold matrices of this script, got files without {PATHS_FILE} "
             f"(the authors'?); {hint}"
         )
+    missing = missing_parts(folder)
+    if missing:
+        log.info(f"{subset.mvtype}: written again, {folder / missing[0]} is missing")
+        return False
     recorded = load_matrices(folder.parent, folder.name)
     pillow_then, pillow_now = recorded.settings["pillow"], subset.settings["pillow"]
     difference = score_files.first_difference(
@@ -222,16 +235,21 @@ def _changed_images(recorded: MatrixSet, subset: layouts.SubsetSpec) -> list[Pat
     """Return the images whose content is not the recorded one."""
     changed = []
     for split, names in subset.paths.items():
-        for name, (size, time, sha256) in zip(names, recorded.files[split], strict=True):
+        for name, stamp in zip(names, recorded.files[split], strict=True):
             path = subset.category_dir / name
             facts = path.stat()
-            same = (facts.st_size, facts.st_mtime_ns) == (size, time)
-            if not same and stamp_of(path)[2] != sha256:
+            unchanged = [facts.st_size, facts.st_mtime_ns, stamp[2], facts.st_ctime_ns] == stamp
+            if not unchanged and stamp_of(path)[2] != stamp[2]:
                 changed.append(path)
     return changed
 
 
 # ---------------------------------------------------------------- reading
+
+
+def missing_parts(folder: Path) -> list[str]:
+    """Return the files that a folder of matrices lacks; the authors' have no image_paths.json."""
+    return [name for name in PARTS if not (folder / name).is_file()]
 
 
 def load_matrices(data_dir: Path, mvtype: str) -> MatrixSet:
@@ -246,7 +264,7 @@ def load_matrices(data_dir: Path, mvtype: str) -> MatrixSet:
     command = f"python data_to_matrices.py --mvtype {loco.split_mvtype(mvtype)[0]}"
     if data_dir != loco.DEFAULT_DATA_DIR:
         command += f" --dataset_dir <images> --out_dir {data_dir}"
-    missing = [name for name in PARTS if not (folder / name).is_file()]
+    missing = missing_parts(folder)
     if missing:
         raise errors.UserError(
             f"{folder} must hold {', '.join(PARTS)}, got no {missing[0]}; run `{command}`"

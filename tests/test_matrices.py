@@ -175,30 +175,59 @@ def test_matrices_of_images_that_have_changed_are_not_linked(
     assert ours[1:] == theirs[1:]
 
 
-def test_size_time_and_sha256_of_each_image_are_recorded(data_dir: Path, dataset_dir: Path) -> None:
+def test_size_times_and_sha256_of_each_image_are_recorded(
+    data_dir: Path, dataset_dir: Path
+) -> None:
     arrays = matrices.load_matrices(data_dir, "pushpins_loco")
     for split, paths in arrays.paths.items():
-        for path, (size, time, sha256) in zip(paths, arrays.files[split], strict=True):
+        for path, stamp in zip(paths, arrays.files[split], strict=True):
             file = dataset_dir / "pushpins" / path
-            assert (size, time) == (file.stat().st_size, file.stat().st_mtime_ns)
-            assert sha256 == hashlib.sha256(file.read_bytes()).hexdigest()
+            facts, sha256 = file.stat(), hashlib.sha256(file.read_bytes()).hexdigest()
+            assert stamp == [facts.st_size, facts.st_mtime_ns, sha256, facts.st_ctime_ns]
 
 
-def test_images_replaced_by_others_with_an_older_time_are_noticed(
-    dataset_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("record", ["with ctime", "without ctime"])
+def test_images_replaced_by_others_are_noticed(
+    record: str, dataset_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     images = Path(shutil.copytree(dataset_dir, tmp_path / "images"))
+    path, other = (images / f"pushpins/train/good/{name}.png" for name in ("000", "004"))
+    contents = [file.read_bytes().ljust(20_000, b"\0") for file in (path, other)]  # of one size
+    path.write_bytes(contents[0])
     make_matrices(images, tmp_path, ["pushpins_loco"], IM_SIZE)
     before = (tmp_path / "pushpins_loco/train_data.npy").read_bytes()
-    path = images / "pushpins/train/good/000.png"
-    os.utime(path, (1e9, 1e9))  # the same image, another time
+    record_path = tmp_path / "pushpins_loco/image_paths.json"
+    if record == "without ctime":
+        values = json.loads(record_path.read_text())
+        values["files"] = {
+            split: [f[:3] for f in files] for split, files in values["files"].items()
+        }
+        record_path.write_text(json.dumps(values))
+    facts = path.stat()
+    path.write_bytes(contents[0])  # the same image, another time
     make_matrices(images, tmp_path, ["pushpins_loco"], IM_SIZE)
     assert "finished already" in capsys.readouterr().err
-    draw_image("train/good", 4).save(path)
-    os.utime(path, (1e9, 1e9))
+    path.write_bytes(contents[1])  # another image, size and mtime are the same
+    os.utime(path, ns=(facts.st_atime_ns, facts.st_mtime_ns))
     make_matrices(images, tmp_path, ["pushpins_loco"], IM_SIZE)
     assert "written again, 1 images have changed" in capsys.readouterr().err
     assert (tmp_path / "pushpins_loco/train_data.npy").read_bytes() != before
+
+
+@pytest.mark.parametrize("name", ["valid_data.npy", "image_level_label.npy"])
+def test_a_folder_with_a_part_missing_is_written_again(
+    name: str, dataset_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    subsets = ["pushpins_loco", "pushpins_struct"]
+    make_matrices(dataset_dir, tmp_path, subsets, 32)
+    before = files_below(tmp_path)
+    for subset in subsets:
+        (tmp_path / subset / name).unlink()
+    make_matrices(dataset_dir, tmp_path, subsets, 32)
+    lines = capsys.readouterr().err.splitlines()
+    for subset in subsets:
+        assert f"{subset}: written again, {tmp_path / subset / name} is missing" in lines
+    assert files_below(tmp_path) == before
 
 
 def test_number_of_workers_does_not_change_a_byte(dataset_dir: Path, tmp_path: Path) -> None:

@@ -102,9 +102,8 @@ def _layout_of(category_dir: Path, visa: dict[str, VisaImages]) -> str | None:
         return VISA
     if any((category_dir / "test" / folder).is_dir() for folder in loco.KINDS.values()):
         return LOCO
-    if (category_dir / "train" / GOOD).is_dir() and _find_folder(
-        category_dir, VALID_FOLDERS
-    ) is None:
+    has_validation = any((category_dir / folder).is_dir() for folder in VALID_FOLDERS)
+    if (category_dir / "train" / GOOD).is_dir() and not has_validation:
         return MVTEC
     return PLAIN if (category_dir / "train").is_dir() else None
 
@@ -154,7 +153,7 @@ def choose_subsets(dataset_dir: Path, names: list[str] | None) -> list[str]:
         if name not in (*categories, *loco.KINDS, loco.ALL):
             _check_found(name, dataset_dir, categories)
     by_layout = {layout: [n for n in categories if categories[n] == layout] for layout in TREES}
-    shown = [f"{layout} ({', '.join(names_)})" for layout, names_ in by_layout.items() if names_]
+    shown = [f"{layout} ({', '.join(by_layout[layout])})" for layout in TREES if by_layout[layout]]
     log.info(f"layouts in {dataset_dir}: {'; '.join(shown)}")
     expected = loco.LOCO_CLASSES if by_layout[LOCO] else _read_visa(dataset_dir)
     missing = [name for name in expected if name not in categories]
@@ -252,33 +251,28 @@ def _list_parts(
                     f"{VISA_FILE} must list {part} images of {category_dir}, got none"
                 )
         return parts
-    normal = {"train": "train"}
-    valid = _find_folder(category_dir, VALID_FOLDERS)
-    if valid or layout == LOCO:
-        normal["validation"] = valid or "validation"
-    normal[GOOD] = "test"
-    folders = {part: [_normal_folder(category_dir, normal[part])] for part in normal}
+    splits = {"train": "train", "validation": _find_folder(category_dir, VALID_FOLDERS)}
+    if splits["validation"] is None and layout == LOCO:
+        splits["validation"] = "validation"
+    folders: dict[str, list[str]] = {}
+    for part, split in {**splits, GOOD: "test"}.items():
+        if split is not None:
+            name = _find_folder(category_dir / split, NORMAL_FOLDERS)
+            name = GOOD if name is None and split == "test" else name
+            folders[part] = [split if name is None else f"{split}/{name}"]
     expected = f"test/{loco.KINDS.get(anomaly_type, '<any>')}"
     folders["bad"] = _anomaly_folders(category_dir, anomaly_type) or [expected]
-    _warn_about_ignored(category_dir, layout, {name for part in folders.values() for name in part})
+    _warn_about_ignored(category_dir, layout, set().union(*folders.values()))
     return {
-        part: [path for folder in part_folders for path in _list_folder(category_dir, folder)]
-        for part, part_folders in folders.items()
+        part: [path for folder in folders[part] for path in _list_folder(category_dir, folder)]
+        for part in folders
     }
-
-
-def _normal_folder(category_dir: Path, split: str) -> str:
-    """Return the folder of a split's normal images, e.g. "train/good", or "train" without one."""
-    name = _find_folder(category_dir / split, NORMAL_FOLDERS)
-    if name is None and split == "test":
-        name = GOOD
-    return f"{split}/{name}" if name else split
 
 
 def _warn_about_ignored(category_dir: Path, layout: str, read: set[str]) -> None:
     """Name the folders, and the images beside folders, that are not read."""
-    of_category = [path.name for path in category_dir.iterdir() if path.is_dir()]
-    ignored = set(of_category) - {*OTHER_FOLDERS, *VALID_FOLDERS}
+    ignored = {path.name for path in category_dir.iterdir() if path.is_dir()}
+    ignored -= {*OTHER_FOLDERS, *VALID_FOLDERS}
     for split in {Path(folder).parts[0] for folder in read if "/" in folder}:
         ignored |= {f"{split}/{path.name}" for path in (category_dir / split).glob("*")}
     ignored -= read.union(f"test/{folder}" for folder in loco.KINDS.values())

@@ -414,14 +414,17 @@ def test_several_masks_of_an_image_count_each(loco_dir: Path) -> None:
     assert defects == {"missing": [1], "swapped or turned": [1]}
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", [*LAYOUTS, "MVTec AD without _mask"])
 def test_defects_by_folder(layout: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    draw, category, counts = LAYOUTS[layout]
+    draw, category, counts = LAYOUTS[layout.removesuffix(" without _mask")]
     subset = layouts.find_subset(draw(tmp_path), f"{category}_all", IM_SIZE)
+    if "without" in layout:
+        for path in (tmp_path / "bottle/ground_truth").rglob("*_mask.png"):
+            path.rename(path.with_name(path.name.replace("_mask", "")))
     defects = layouts.defect_images(subset.category_dir, subset.paths["test"])
     starts = {name: N_GOOD + sum(list(counts.values())[:i]) for i, name in enumerate(counts)}
     assert defects == {n: list(range(starts[n], starts[n] + counts[n])) for n in counts}
-    assert "mask" not in capsys.readouterr().err
+    assert "no mask" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -449,16 +452,6 @@ def test_images_without_a_mask_are_named(
     line = f"1 of 4 anomalous images of {subset.category_dir} have no mask, such as {image}"
     assert line in capsys.readouterr().err
     assert {name: len(images) for name, images in defects.items()} == counts
-
-
-def test_masks_without_an_ending_of_their_own_are_found(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    subset = layouts.find_subset(draw_mvtec(tmp_path), "bottle_all", IM_SIZE)
-    for path in (tmp_path / "bottle/ground_truth").rglob("*_mask.png"):
-        path.rename(path.with_name(path.name.replace("_mask", "")))
-    layouts.defect_images(subset.category_dir, subset.paths["test"])
-    assert "mask" not in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- to the table

@@ -258,7 +258,8 @@ def _list_parts(
     for part, split in {**splits, GOOD: "test"}.items():
         if split is not None:
             name = _find_folder(category_dir / split, NORMAL_FOLDERS)
-            name = GOOD if name is None and split == "test" else name
+            if name is None and (split == "test" or layout == LOCO):
+                name = GOOD
             folders[part] = [split if name is None else f"{split}/{name}"]
     expected = f"test/{loco.KINDS.get(anomaly_type, '<any>')}"
     folders["bad"] = _anomaly_folders(category_dir, anomaly_type) or [expected]

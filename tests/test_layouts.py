@@ -210,6 +210,8 @@ def test_spellings_of_folders(
         (("train", "val", "valid"), "cup must hold one of validation, valid, val, got valid and v"),
         (("train/ok", "train/good"), "train must hold one of good, ok, normal, got good and ok"),
         (("train", "test/good", "test/ok"), "test must hold one of good, ok, normal, got good and"),
+        (("train", "test/logical_anomalies"), "cup must hold train/good, got test/logical_anomal"),
+        (("train/good", "test/logical_anomalies"), "cup must hold validation/good, got test/logi"),
         (("train/good/rgb",), "train/good must hold images that Pillow reads, got rgb"),
     ],
 )

@@ -1,15 +1,16 @@
-"""Turn the images of MVTec LOCO AD, MVTec AD, VisA or of folders of your own into numpy matrices.
+"""Turn the images of MVTec LOCO AD, MVTec AD, VisA or folders of your own into numpy matrices.
 
-Reads   DATASET_DIR/<class>/{train,validation,test}/<good or a kind of anomaly>/*.png
+Reads   DATASET_DIR/<class>/{train,validation,test}/<good or an anomaly type>/*.png
 Writes  OUT_DIR/<class>_<loco|struct|all>/{train,valid,test}_data.npy, image_level_label.npy,
         image_paths.json
 
     python data_to_matrices.py
     python data_to_matrices.py --mvtype pushpins --dataset_dir ../dataset_loco
 
-Every class found is done. LOCO's give two data sets, _loco and _struct; those of other layouts one,
-_all. Where there is no validation folder, some training images are taken for it. A data set that is
-finished already is skipped; a run that was killed is started again with the same command.
+By default every category in DATASET_DIR. Those of LOCO give two test subsets, _loco (logical
+anomalies) and _struct; those of other layouts one, _all. Where there is no validation folder, some
+training images are used for validation. A finished subset is skipped; to resume a killed run, run
+the same command again.
 """
 
 import argparse
@@ -25,19 +26,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
     parser = cli.ScriptParser(__doc__, [cli.workers_flag()])
     add = parser.add_argument
-    about = "data sets (pushpins_loco), classes (pushpins), loco, struct, all; default: all found"
+    about = "test subsets (pushpins_loco), categories (pushpins), loco, struct, all; default: all"
     add("--mvtype", nargs="+", help=about)
-    add("--dataset_dir", type=Path, default=loco.DEFAULT_DATASET_DIR, help="folder of the classes")
+    add("--dataset_dir", type=Path, default=loco.DEFAULT_DATASET_DIR, help="folder of categories")
     add("--out_dir", type=Path, help="default: DATASET_DIR/data_matrices")
-    add(
-        "--im_size",
-        type=cli.integer_from(8),
-        default=loco.IM_SIZE,
-        help="side of the matrices in pixels",
-    )
+    about = "image size after preprocessing in pixels"
+    add("--im_size", type=cli.integer_from(8), default=loco.IM_SIZE, help=about)
     layouts.add_valid_share_flag(parser)
-    add("--seed", type=cli.integer_from(0), default=0, help="of the images taken for validation")
-    add("--overwrite", action="store_true", help="make finished matrices again")
+    about = "seed for selecting the training images used for validation"
+    add("--seed", type=cli.integer_from(0), default=0, help=about)
+    add("--overwrite", action="store_true", help="write finished matrices again")
     return parser.parse_args(argv)
 
 
@@ -51,33 +49,33 @@ def make_matrices(
     valid_share: float = loco.VALID_SHARE,
     seed: int = 0,
 ) -> None:
-    """Make the matrices of several data sets; finished ones are skipped, one line for each."""
-    plans = [
-        layouts.plan_data_set(dataset_dir, name, im_size, valid_share, seed) for name in mvtypes
+    """Write the matrices of several test subsets; finished ones are skipped, one line for each."""
+    subsets = [
+        layouts.find_subset(dataset_dir, name, im_size, valid_share, seed) for name in mvtypes
     ]
-    made: set[Path] = set()
-    for plan in plans:
-        folder = out_dir / plan.mvtype
-        if not overwrite and matrices.is_current(folder, plan):
+    written: set[Path] = set()
+    for subset in subsets:
+        folder = out_dir / subset.mvtype
+        if not overwrite and matrices.is_current(folder, subset):
             atomic.remove_hidden(folder)
-            log.info(f"{plan.mvtype}: finished already, {folder}")
+            log.info(f"{subset.mvtype}: finished already, {folder}")
             continue
-        layouts.warn_about_counts(plan)
-        # With --overwrite only what this run has made is linked.
-        link = not overwrite or plan.class_dir in made
-        matrices.make_data_set(plan, out_dir, n_workers, link)
-        made.add(plan.class_dir)
-        counts = " / ".join(str(len(plan.paths[split])) for split in matrices.SPLITS)
-        log.info(f"{plan.mvtype}: {counts} train / valid / test images")
+        layouts.warn_about_counts(subset)
+        # With --overwrite only what this run has written is linked.
+        link = not overwrite or subset.category_dir in written
+        matrices.write_matrices(subset, out_dir, n_workers, link)
+        written.add(subset.category_dir)
+        counts = " / ".join(str(len(subset.paths[split])) for split in matrices.SPLITS)
+        log.info(f"{subset.mvtype}: {counts} train / valid / test images")
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Make the matrices of every data set asked for."""
+    """Write the matrices of every test subset asked for."""
     args = parse_args(argv)
     make_matrices(
         args.dataset_dir,
         args.out_dir or args.dataset_dir / "data_matrices",
-        layouts.choose_data_sets(args.dataset_dir, args.mvtype),
+        layouts.choose_subsets(args.dataset_dir, args.mvtype),
         args.im_size,
         args.num_workers,
         args.overwrite,

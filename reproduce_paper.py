@@ -158,7 +158,7 @@ def main(argv: list[str] | None = None) -> None:
         backbones.load_weights(
             args.net, args.weights
         )  # if they cannot be had, say so before the long work
-    mvtypes = layouts.choose_data_sets(args.dataset_dir, args.mvtype)
+    mvtypes = layouts.choose_subsets(args.dataset_dir, args.mvtype)
     data_dir = args.data_dir or args.dataset_dir / "data_matrices"
     tasks = paper_tasks(
         mvtypes, args.pyramid_level, args.seeds, args.rep_num_224, args.version_name

@@ -86,7 +86,7 @@ def pictures_in(folder: Path) -> list[Path]:
     """Return the pictures of a folder."""
     if not folder.is_dir():
         raise errors.UserError(f"a folder of pictures must be there, got {folder}; check the path")
-    return [folder / Path(name).name for name in layouts.list_images(folder, ".")]
+    return [folder / name for name in layouts.list_images(folder)]
 
 
 def fit(args: argparse.Namespace) -> None:

@@ -29,9 +29,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import data_to_matrices
 import reproduce_paper
+import sinbad.images
 import sinbad_single_layer
 import sinbad_time_series
-from sinbad import atomic, backbones, cli, detectors, ensembles, errors, layouts, score_plans
+from sinbad import atomic, backbones, cli, detectors, ensembles, errors, score_plans
 from sinbad.report import figures, metrics, tables
 
 log = logging.getLogger("sinbad")
@@ -291,9 +292,10 @@ def verdicts(args: argparse.Namespace) -> None:
     """Compare promised and seen false alarms: the good pictures are split anew each time."""
     folder = args.loco_dir / "juice_bottle"
     parts = [folder / split / "good" for split in ("train", "validation", "test")]
-    good = [layouts.open_image(path) for part in parts for path in sorted(part.iterdir())]
+    good = [sinbad.images.open_image(path) for part in parts for path in sorted(part.iterdir())]
     bad = [
-        layouts.open_image(path) for path in sorted((folder / "test/logical_anomalies").iterdir())
+        sinbad.images.open_image(path)
+        for path in sorted((folder / "test/logical_anomalies").iterdir())
     ]
     weights = args.weights_dir / NETS["resnet18"][0]
     rows: list[list[object]] = [

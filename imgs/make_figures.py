@@ -68,7 +68,7 @@ def histograms_figure(scores: ensembles.DataSetScores, data_dir: Path, weights: 
     shown = [image_at(scores, label) for label in (0, 1)]
     ids = train_ids + [test_ids[index] for index in shown]
     elements = extractor.extract(
-        pool.gather(ids, corner, matrices.nearest_source(side, backbones.INPUT_SIDE))
+        pool.gather(ids, corner, images.nearest_source(side, backbones.INPUT_SIDE))
     )[LEVEL]
     key = (0, 0, LEVEL, 1, 0)  # that of the scores
     directions = sinbad_utils.random_directions(

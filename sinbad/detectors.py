@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import PIL
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -30,7 +29,6 @@ from sinbad import (
     ensembles,
     errors,
     images,
-    layouts,
     loco,
     matrices,
     score_files,
@@ -173,8 +171,8 @@ class Detector:
     @classmethod
     def fit(
         cls,
-        train: Sequence[images.Picture],
-        valid: Sequence[images.Picture] = (),
+        train: Sequence[images.ImageInput],
+        valid: Sequence[images.ImageInput] = (),
         options: DetectorOptions | None = None,
         device: str = "auto",
     ) -> "Detector":
@@ -198,15 +196,7 @@ class Detector:
             raise errors.UserError(
                 f"training pictures must be at least 4, got {len(train)}; add some"
             )
-        size = images.as_image(train[0]).size
-        width, height = layouts.fitted_size(*size, options.initial_res)
-        settings = {
-            "im_size": options.initial_res,
-            "width": width,
-            "height": height,
-            "aspect": list(size),
-            "pillow": PIL.__version__,
-        }
+        settings = images.resize_settings(images.open_image(train[0]).size, options.initial_res)
         splits = {
             "train": images.matrices_in_file(train, settings),
             "valid": images.matrices_in_file(valid, settings),
@@ -232,7 +222,7 @@ class Detector:
         return cls(options, about, positions, crops, extractor, where)
 
     def score(
-        self, pictures: Sequence[images.Picture], false_alarms: float = 0.05
+        self, pictures: Sequence[images.ImageInput], false_alarms: float = 0.05
     ) -> list[Verdict]:
         """Score pictures (see `fit`) and judge them.
 
@@ -244,18 +234,18 @@ class Detector:
         return [verdict for verdict, _, _ in self.examine(pictures, false_alarms)]
 
     def examine(
-        self, pictures: Sequence[images.Picture], false_alarms: float
+        self, pictures: Sequence[images.ImageInput], false_alarms: float
     ) -> Iterator[tuple[Verdict, ensembles.DataSetScores | None, int]]:
         """Yield the verdict on each picture, the scores it is part of, and its place in them."""
         self.threshold(false_alarms)  # an error before long work
         for first in range(0, len(pictures), matrices.IMAGES_AT_ONCE):
             part = pictures[first : first + matrices.IMAGES_AT_ONCE]
-            read = list(images.read_pictures(part, self.about["matrices"], first))
+            read = list(images.preprocess_images(part, self.about["matrices"], first))
             whole = [matrix for matrix in read if not isinstance(matrix, errors.UserError)]
             scores = self._join(self._score_crops(whole)) if whole else None
             places = iter(range(len(whole)))
             for number, (picture, matrix) in enumerate(zip(part, read, strict=True), first):
-                name = images.name_of(picture, number)
+                name = images.image_name(picture, number)
                 if isinstance(matrix, errors.UserError):
                     yield Verdict(name, error=str(matrix)), None, 0
                     continue

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 import sinbad_utils
-from sinbad import backbones, cli, crops, errors, matrices, score_tasks, settings
+from sinbad import backbones, cli, crops, errors, images, score_tasks, settings
 from sinbad.image_pool import ImagePool
 from sinbad_utils import CropModel, Histograms, Scores
 
@@ -378,7 +378,7 @@ class CropScorer:
             self.pool.gather(
                 ids,
                 segment.position.corner,
-                matrices.nearest_source(segment.position.grid.side, backbones.INPUT_SIDE),
+                images.nearest_source(segment.position.grid.side, backbones.INPUT_SIDE),
             )
             for segment, ids in batch
         ]

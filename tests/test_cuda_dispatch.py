@@ -127,7 +127,7 @@ def test_the_gathered_pixels_are_those_of_the_images(resident: bool, data_dir: P
     if resident:
         pool.resident = torch.from_numpy(np.stack([images[row] for images, row in pool.sources]))
     corner, side = (3, 17), 30
-    found = pool.gather([0, 4, 2, 9, 12], corner, matrices.nearest_source(side, 20))
+    found = pool.gather([0, 4, 2, 9, 12], corner, images.nearest_source(side, 20))
     assert torch.equal(found, slow_crops(data_dir, [0, 4, 2, 9, 12], corner, side))
 
 

@@ -239,7 +239,7 @@ def test_a_broken_picture_has_a_row_and_the_others_are_scored(
     assert sinbad_detector.main([*argv, "--false_alarms", ".5"]) == 1
     rows = list(csv.DictReader(capsys.readouterr().out.splitlines()))
     assert [bool(row["error"]) for row in rows] == [True, True, True, False]
-    assert "must be a whole image" in rows[0]["error"]
+    assert "must be a complete image file" in rows[0]["error"]
     assert "must have the aspect" in rows[1]["error"]
     assert "No such file" in rows[2]["error"]
     assert float(rows[3]["score"]) == detector.score([good], 0.5)[0].score

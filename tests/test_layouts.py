@@ -22,14 +22,17 @@ from sinbad.report import tables
 
 SIZE = (64, 64)  # pixels
 N_TRAIN, N_GOOD = 12, 3
-DEFECTS = {"dent": "logical_anomalies", "scratch": "structural_anomalies"}  # name -> how drawn
+DEFECTS = {
+    "dent": "logical_anomalies",
+    "scratch": "structural_anomalies",
+}  # name -> as which part of LOCO
 N_OF_EACH = 2
 
 
-def save(path: Path, drawn_as: str, number: int) -> None:
+def save(path: Path, part: str, number: int) -> None:
     """Draw an image, of a part of LOCO's tree, into a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    draw_image(drawn_as, number, SIZE).save(path)
+    draw_image(part, number, SIZE).save(path)
 
 
 def save_mask(path: Path, value: int = 255) -> None:
@@ -40,13 +43,13 @@ def save_mask(path: Path, value: int = 255) -> None:
     Image.fromarray(pixels).save(path)
 
 
-def draw_tests(class_dir: Path) -> None:
+def draw_tests(category_dir: Path) -> None:
     """Draw test/good and a folder a defect."""
     for number in range(N_GOOD):
-        save(class_dir / f"test/good/{number:03d}.png", "test/good", number)
-    for name, drawn_as in DEFECTS.items():
+        save(category_dir / f"test/good/{number:03d}.png", "test/good", number)
+    for name, part in DEFECTS.items():
         for number in range(N_OF_EACH):
-            save(class_dir / f"test/{name}/{number:03d}.png", f"test/{drawn_as}", number)
+            save(category_dir / f"test/{name}/{number:03d}.png", f"test/{part}", number)
 
 
 def draw_mvtec(root: Path) -> Path:
@@ -129,19 +132,15 @@ def test_layouts_are_recognised_and_said(
     draw_class(tmp_path / "pins")
     for draw, *_ in LAYOUTS.values():
         draw(tmp_path)
-    found = {"bottle": "MVTec AD", "pins": "LOCO", "widget": "VisA", "杯子": "plain"}
-    assert layouts.find_layouts(tmp_path) == found
-    assert layouts.choose_data_sets(tmp_path, ["all"]) == [
+    expected = {"bottle": "MVTec AD", "pins": "LOCO", "widget": "VisA", "杯子": "plain"}
+    assert layouts.find_layouts(tmp_path) == expected
+    assert layouts.choose_subsets(tmp_path, ["all"]) == [
         *("bottle_all", "pins_loco", "pins_struct", "widget_all", "杯子_all")
     ]
     lines = capsys.readouterr().err.splitlines()
     said = "LOCO (pins); MVTec AD (bottle); VisA (widget); plain (杯子)"
     assert lines == [f"layouts in {tmp_path}: {said}"]
-    assert layouts.choose_data_sets(tmp_path, ["bottle"]) == ["bottle_all"]
-    with pytest.raises(
-        errors.UserError, match=r"_all where .* got bottle_loco; found: bottle \(MV"
-    ):
-        layouts.plan_data_set(tmp_path, "bottle_loco", IM_SIZE)
+    assert layouts.choose_subsets(tmp_path, ["bottle"]) == ["bottle_all"]
 
 
 def test_no_layout_shows_what_was_found_and_all_four(tmp_path: Path) -> None:
@@ -158,11 +157,13 @@ def test_classes_without_anomalies_are_said(
     draw_mvtec(tmp_path)
     for name in DEFECTS:
         shutil.rmtree(tmp_path / "bottle/test" / name)
-    with pytest.raises(errors.UserError, match="must hold anomalies of a class, got none"):
-        layouts.choose_data_sets(tmp_path, None)
-    assert "bottle_all left out, there is no" in capsys.readouterr().err
+    with pytest.raises(
+        errors.UserError, match="must hold anomalous images of a category, got none"
+    ):
+        layouts.choose_subsets(tmp_path, None)
+    assert "bottle_all skipped, no folder" in capsys.readouterr().err
     with pytest.raises(errors.UserError, match=r"bottle must hold test/<any>, got .*test/good"):
-        layouts.plan_data_set(tmp_path, "bottle_all", IM_SIZE)
+        layouts.find_subset(tmp_path, "bottle_all", IM_SIZE)
 
 
 def test_what_lies_beside_the_folders_is_said(
@@ -171,30 +172,89 @@ def test_what_lies_beside_the_folders_is_said(
     draw_mvtec(tmp_path)
     save(tmp_path / "bottle/test/loose.png", "test/good", 0)
     save(tmp_path / "bottle/train/bad/000.png", "test/good", 0)
-    plan = layouts.plan_data_set(tmp_path, "bottle_all", IM_SIZE)
-    assert len(plan.paths["train"]) == N_TRAIN - 5
-    assert "2 things of" in capsys.readouterr().err
+    subset = layouts.find_subset(tmp_path, "bottle_all", IM_SIZE)
+    assert len(subset.paths["train"]) == N_TRAIN - 5
+    save(tmp_path / "bottle/Validation/000.png", "test/good", 0)
+    layouts.find_subset(tmp_path, "bottle_all", IM_SIZE)
+    first, second = (line for line in capsys.readouterr().err.splitlines() if "ignored" in line)
+    assert "2 folders or files ignored" in first
+    assert "bottle: Validation, test/loose.png, train/bad (expected <class>/train/good" in second
+
+
+def draw_folders(category_dir: Path, *folders: str) -> None:
+    """Draw two images in each folder."""
+    for folder in folders:
+        for number in range(2):
+            save(category_dir / folder / f"{number}.png", "train/good", number)
+
+
+@pytest.mark.parametrize("valid", ["validation", "valid", "val"])
+@pytest.mark.parametrize("normal", ["", "/good", "/ok", "/normal"])
+def test_spellings_of_folders(
+    normal: str, valid: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    normal_test = f"test{normal or '/good'}"
+    read = f"train{normal}", f"{valid}{normal}", normal_test, "test/dent"
+    draw_folders(tmp_path / "cup", *read)
+    subset = layouts.find_subset(tmp_path, "cup_all", IM_SIZE)
+    train, normal_valid, good, bad = ([f"{folder}/{n}.png" for n in (0, 1)] for folder in read)
+    assert subset.paths == {"train": train, "valid": normal_valid, "test": good + bad}
+    assert subset.labels.tolist() == [0, 0, 1, 1]
+    assert layouts.defect_images(subset.category_dir, subset.paths["test"]) == {"dent": [2, 3]}
+    assert "ignored" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("folders", "words"),
+    [
+        (("train", "val", "valid"), "cup must hold one of validation, valid, val, got valid and v"),
+        (("train/ok", "train/good"), "train must hold one of good, ok, normal, got good and ok"),
+        (("train", "test/good", "test/ok"), "test must hold one of good, ok, normal, got good and"),
+        (("train", "test/logical_anomalies"), "cup must hold train/good, got test/logical_anomal"),
+        (("train/good", "test/logical_anomalies"), "cup must hold validation/good, got test/logi"),
+        (("train/good/rgb",), "train/good must hold images that Pillow reads, got rgb"),
+    ],
+)
+def test_folders_that_cannot_be_read(folders: tuple[str, ...], words: str, tmp_path: Path) -> None:
+    draw_folders(tmp_path / "cup", *folders)
+    with pytest.raises(errors.UserError, match=words):
+        layouts.find_subset(tmp_path, "cup_all", IM_SIZE)
+
+
+@pytest.mark.parametrize("folder", ["validation", "valid", "val"])
+def test_an_empty_validation_folder_is_not_filled_from_train(folder: str, tmp_path: Path) -> None:
+    draw_mvtec(tmp_path)
+    (tmp_path / "bottle" / folder).mkdir()
+    with pytest.raises(errors.UserError, match=f"{folder} must hold images .* an empty folder"):
+        layouts.find_subset(tmp_path, "bottle_all", IM_SIZE)
+
+
+@pytest.mark.parametrize("name", ["teapots", "teapots_all", "screw_bag", "bottle_loco", "bottle_"])
+def test_an_unknown_category_lists_those_that_were_found(name: str, tmp_path: Path) -> None:
+    draw_mvtec(tmp_path)
+    with pytest.raises(errors.UserError, match=rf"got {name}; the categories are bottle \(MV"):
+        layouts.choose_subsets(tmp_path, [name])
 
 
 def test_all_anomalies_of_a_loco_class(tmp_path: Path) -> None:
     draw_class(tmp_path / "pushpins")
-    plan = layouts.plan_data_set(tmp_path, "pushpins_all", IM_SIZE)
-    folders = [Path(path).parent.name for path in plan.paths["test"]]
+    subset = layouts.find_subset(tmp_path, "pushpins_all", IM_SIZE)
+    folders = [Path(path).parent.name for path in subset.paths["test"]]
     assert folders == ["good"] * 3 + ["logical_anomalies"] * 2 + ["structural_anomalies"] * 2
-    assert plan.labels.tolist() == [0.0] * 3 + [1.0] * 4
-    assert plan.settings == layouts.plan_data_set(tmp_path, "pushpins_loco", IM_SIZE).settings
+    assert subset.labels.tolist() == [0.0] * 3 + [1.0] * 4
+    assert subset.settings == layouts.find_subset(tmp_path, "pushpins_loco", IM_SIZE).settings
 
 
 # ---------------------------------------------------------------- VisA's list
 
 
 def test_visa_list_gives_splits_labels_and_masks(tmp_path: Path) -> None:
-    plan = layouts.plan_data_set(draw_visa(tmp_path), "widget_all", IM_SIZE)
+    subset = layouts.find_subset(draw_visa(tmp_path), "widget_all", IM_SIZE)
     normal = [f"Data/Images/Normal/{number:04d}.JPG" for number in range(N_TRAIN + N_GOOD)]
     anomalous = [f"Data/Images/Anomaly/{number:03d}.JPG" for number in range(4)]
-    assert sorted(plan.paths["train"] + plan.paths["valid"]) == normal[:N_TRAIN]
-    assert plan.paths["test"] == normal[N_TRAIN:] + anomalous
-    assert plan.labels.tolist() == [0.0] * N_GOOD + [1.0] * 4
+    assert sorted(subset.paths["train"] + subset.paths["valid"]) == normal[:N_TRAIN]
+    assert subset.paths["test"] == normal[N_TRAIN:] + anomalous
+    assert subset.labels.tolist() == [0.0] * N_GOOD + [1.0] * 4
 
 
 @pytest.mark.parametrize(
@@ -221,8 +281,8 @@ def test_missing_objects_of_visa_are_said(
     draw_visa(tmp_path)
     with open(tmp_path / "split_csv/1cls.csv", "a") as file:
         file.write("candle,train,normal,candle/Data/Images/Normal/0000.JPG,\n")
-    assert layouts.choose_data_sets(tmp_path, None) == ["widget_all"]
-    assert f"not in {tmp_path}: candle" in capsys.readouterr().err
+    assert layouts.choose_subsets(tmp_path, None) == ["widget_all"]
+    assert f"not found in {tmp_path}: candle" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- validation images
@@ -233,17 +293,17 @@ def test_validation_images_are_taken_from_train(share: float, n_valid: int, tmp_
     root = draw_mvtec(tmp_path)
     for number in range(N_TRAIN, 20):
         save(root / f"bottle/train/good/{number:03d}.png", "train/good", number)
-    plans = [layouts.plan_data_set(root, "bottle_all", IM_SIZE, share, seed) for seed in (0, 0, 1)]
-    for plan in plans:
-        train, valid = plan.paths["train"], plan.paths["valid"]
+    subsets = [layouts.find_subset(root, "bottle_all", IM_SIZE, share, seed) for seed in (0, 0, 1)]
+    for subset in subsets:
+        train, valid = subset.paths["train"], subset.paths["valid"]
         assert len(valid) == n_valid
         assert sorted(train + valid) == [f"train/good/{number:03d}.png" for number in range(20)]
         assert train == sorted(train)
         assert valid == sorted(valid)
-        assert plan.settings["valid_share"] == share
-    assert plans[0].paths == plans[1].paths
-    assert plans[0].paths["valid"] != plans[2].paths["valid"]
-    assert [plan.settings["valid_seed"] for plan in plans] == [0, 0, 1]
+        assert subset.settings["valid_share"] == share
+    assert subsets[0].paths == subsets[1].paths
+    assert subsets[0].paths["valid"] != subsets[2].paths["valid"]
+    assert [subset.settings["valid_seed"] for subset in subsets] == [0, 0, 1]
 
 
 def test_too_few_training_images(tmp_path: Path) -> None:
@@ -251,10 +311,10 @@ def test_too_few_training_images(tmp_path: Path) -> None:
     for number in range(3):
         (tmp_path / f"bottle/train/good/{number:03d}.png").unlink()
     with pytest.raises(errors.UserError, match=r"10 training images or more, 5 of them .* got 9"):
-        layouts.plan_data_set(tmp_path, "bottle_all", IM_SIZE)
+        layouts.find_subset(tmp_path, "bottle_all", IM_SIZE)
 
 
-def test_a_validation_folder_takes_the_place_of_drawn_images(tmp_path: Path) -> None:
+def test_a_validation_folder_takes_the_place_of_sampled_images(tmp_path: Path) -> None:
     root = draw_mvtec(tmp_path / "images")
     data_to_matrices.make_matrices(root, tmp_path / "out", ["bottle_all"], 32)
     for number in range(2):
@@ -263,45 +323,110 @@ def test_a_validation_folder_takes_the_place_of_drawn_images(tmp_path: Path) -> 
     with pytest.raises(errors.UserError, match="was made with valid_seed 0, now valid_seed is N"):
         data_to_matrices.make_matrices(root, tmp_path / "out", ["bottle_all"], 32)
     data_to_matrices.make_matrices(root, tmp_path / "out", ["bottle_all"], 32, overwrite=True)
-    made = matrices.load_matrices(tmp_path / "out", "bottle_all")
-    assert made.paths["valid"] == ["validation/good/000.png", "validation/good/001.png"]
-    assert len(made.paths["train"]) == N_TRAIN
-    assert "valid_share" not in made.settings
+    written = matrices.load_matrices(tmp_path / "out", "bottle_all")
+    assert written.paths["valid"] == ["validation/good/000.png", "validation/good/001.png"]
+    assert len(written.paths["train"]) == N_TRAIN
+    assert "valid_share" not in written.settings
 
 
-def test_validation_drawn_in_another_way_needs_overwrite(
+def test_validation_sampled_in_another_way_needs_overwrite(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags = ["--dataset_dir", str(draw_mvtec(tmp_path)), "--out_dir", str(tmp_path / "out")]
     flags += ["--im_size", "32"]
-    found = []
-    for own in ([], [], ["--seed", "1"], ["--valid_share", ".5"], []):
-        if own or len(found) == 4:
+    files = []
+    for sampling in ([], [], ["--seed", "1"], ["--valid_share", ".5"], []):
+        if sampling or len(files) == 4:
             with pytest.raises(errors.UserError, match=r"made with valid_(seed|share) .*overwrite"):
-                data_to_matrices.main([*flags, *own])
-            own = [*own, "--overwrite"]
-        data_to_matrices.main([*flags, *own])
-        found.append(files_below(tmp_path / "out"))
+                data_to_matrices.main([*flags, *sampling])
+            sampling = [*sampling, "--overwrite"]
+        data_to_matrices.main([*flags, *sampling])
+        files.append(files_below(tmp_path / "out"))
     assert capsys.readouterr().err.count("finished already") == 1
-    assert found[0] == found[1] == found[4]
-    assert found[0] != found[2] != found[3]
-    record = json.loads(found[3]["bottle_all/image_paths.json"])
+    assert files[0] == files[1] == files[4]
+    assert files[0] != files[2] != files[3]
+    record = json.loads(files[3]["bottle_all/image_paths.json"])
     assert (record["settings"]["valid_share"], len(record["valid"])) == (0.5, 6)
     with pytest.raises(errors.UserError, match="im_size 32, now im_size is 40"):
         data_to_matrices.main([*flags[:-1], "40", "--seed", "1"])
 
 
+# ---------------------------------------------------------------- listing
+
+
+def test_every_extension_that_pillow_opens_is_an_image_and_the_rest_is_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "more").mkdir()
+    names = ["a.PNG", "b.jpg", "c.jfif", "d.gif", "e.webp", "f.ppm", "g.bmp", "h.tif", "i.jp2"]
+    for name in (*names, "._a.PNG", "notes.txt", "Thumbs.db"):
+        (tmp_path / name).touch()
+    assert layouts.list_images(tmp_path) == names
+    line = f"4 of {len(names) + 4} files skipped (not images) in {tmp_path}"
+    assert line in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", loco.LOCO_CLASSES)
+def test_true_sizes_of_locos_categories(name: str, tmp_path: Path) -> None:
+    draw_class(tmp_path / name)
+    sizes = {
+        "breakfast_box": [1600, 1280],
+        "juice_bottle": [800, 1600],
+        "pushpins": [1700, 1000],
+        "screw_bag": [1600, 1100],
+        "splicing_connectors": [1700, 850],
+    }
+    settings = layouts.find_subset(tmp_path, f"{name}_loco", 1024).settings
+    assert settings["aspect"] == sizes[name]
+    assert max(settings["width"], settings["height"]) == 1024
+
+
 # ---------------------------------------------------------------- masks
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+LOCO_IMAGES = ["test/good/000.png", *(f"test/logical_anomalies/{n:03d}.png" for n in range(4))]
+
+
+@pytest.fixture
+def loco_dir(tmp_path: Path) -> Path:
+    """Return a category folder with a list of three defects, two of them of one pixel value."""
+    defects = {"missing": 255, "swapped": 240, "turned": 240}
+    config = [{"defect_name": name, "pixel_value": value} for name, value in defects.items()]
+    (tmp_path / "defects_config.json").write_text(json.dumps(config))
+    return tmp_path
+
+
+@pytest.mark.parametrize("form", ["{:03d}/000.png", "{:03d}.png", "{:03d}/000.PNG"])
+def test_masks_tell_which_images_show_which_defect(
+    form: str, loco_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = loco_dir / "ground_truth/logical_anomalies"
+    for number, value in ((0, 255), (1, 240), (2, 255)):
+        save_mask(folder / form.format(number), value)
+    (folder / "._000.png").write_bytes(b"what macOS leaves")
+    defects = layouts.defect_images(loco_dir, LOCO_IMAGES)
+    assert defects == {"missing": [1, 3], "swapped or turned": [2]}
+    assert "1 of 4 anomalous images of" in capsys.readouterr().err  # 003 has no mask
+
+
+def test_several_masks_of_an_image_count_each(loco_dir: Path) -> None:
+    for name, value in (("000.png", 255), ("001.png", 240)):
+        save_mask(loco_dir / "ground_truth/logical_anomalies/000" / name, value)
+    defects = layouts.defect_images(loco_dir, LOCO_IMAGES[:2])
+    assert defects == {"missing": [1], "swapped or turned": [1]}
+
+
+@pytest.mark.parametrize("layout", [*LAYOUTS, "MVTec AD without _mask"])
 def test_defects_by_folder(layout: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    draw, class_name, counts = LAYOUTS[layout]
-    plan = layouts.plan_data_set(draw(tmp_path), f"{class_name}_all", IM_SIZE)
-    found = layouts.defect_images(plan.class_dir, plan.paths["test"])
+    draw, category, counts = LAYOUTS[layout.removesuffix(" without _mask")]
+    subset = layouts.find_subset(draw(tmp_path), f"{category}_all", IM_SIZE)
+    if "without" in layout:
+        for path in (tmp_path / "bottle/ground_truth").rglob("*_mask.png"):
+            path.rename(path.with_name(path.name.replace("_mask", "")))
+    defects = layouts.defect_images(subset.category_dir, subset.paths["test"])
     starts = {name: N_GOOD + sum(list(counts.values())[:i]) for i, name in enumerate(counts)}
-    assert found == {n: list(range(starts[n], starts[n] + counts[n])) for n in counts}
-    assert "mask" not in capsys.readouterr().err
+    assert defects == {n: list(range(starts[n], starts[n] + counts[n])) for n in counts}
+    assert "no mask" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -320,24 +445,15 @@ def test_images_without_a_mask_are_named(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    draw, class_name, counts = LAYOUTS[layout]
-    plan = layouts.plan_data_set(draw(tmp_path), f"{class_name}_all", IM_SIZE)
-    (plan.class_dir / mask).unlink()
+    draw, category, counts = LAYOUTS[layout]
+    subset = layouts.find_subset(draw(tmp_path), f"{category}_all", IM_SIZE)
+    (subset.category_dir / mask).unlink()
     if left == "a black one":
-        save_mask(plan.class_dir / mask, 0)
-    found = layouts.defect_images(plan.class_dir, plan.paths["test"])
-    assert f"1 images of {plan.class_dir} have no mask, as {image}" in capsys.readouterr().err
-    assert {name: len(images) for name, images in found.items()} == counts
-
-
-def test_masks_without_an_ending_of_their_own_are_found(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    plan = layouts.plan_data_set(draw_mvtec(tmp_path), "bottle_all", IM_SIZE)
-    for path in (tmp_path / "bottle/ground_truth").rglob("*_mask.png"):
-        path.rename(path.with_name(path.name.replace("_mask", "")))
-    layouts.defect_images(plan.class_dir, plan.paths["test"])
-    assert "mask" not in capsys.readouterr().err
+        save_mask(subset.category_dir / mask, 0)
+    defects = layouts.defect_images(subset.category_dir, subset.paths["test"])
+    line = f"1 of 4 anomalous images of {subset.category_dir} have no mask, such as {image}"
+    assert line in capsys.readouterr().err
+    assert {name: len(images) for name, images in defects.items()} == counts
 
 
 # ---------------------------------------------------------------- to the table
@@ -356,14 +472,14 @@ def small_settings() -> Iterator[None]:
 def test_every_layout_to_the_table(
     layout: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    draw, class_name, counts = LAYOUTS[layout]
+    draw, category, counts = LAYOUTS[layout]
     images = draw(tmp_path / "images")
     arrays, results, out = (tmp_path / name for name in ("matrices", "results", "out"))
     places = ["--data_dir", str(arrays), "--results_dir", str(results), "--device", "cpu"]
     net = ["--net", "test_resnet", "--weights", "random", "--initial_res", str(IM_SIZE)]
-    of_images = ["--dataset_dir", str(images)]
-    data_to_matrices.main([*of_images, "--out_dir", str(arrays), "--im_size", str(IM_SIZE)])
-    run = [*places, *net, "--mvtype", class_name]
+    dataset = ["--dataset_dir", str(images)]
+    data_to_matrices.main([*dataset, "--out_dir", str(arrays), "--im_size", str(IM_SIZE)])
+    run = [*places, *net, "--mvtype", category]
     resnet = ["--pyramid_level", "7", "--crop_size_ratio", ".99", "--n_projections", "10"]
     sinbad_single_layer.main([*run, *resnet])
     sinbad_single_layer.main([*run, "--pyramid_level", "224", "--rep", "0-1"])
@@ -372,24 +488,24 @@ def test_every_layout_to_the_table(
     version = str(results / "ver1_pyramid_lvl_#")
     levels = ["--pyramid_level", "7", "--rep_num_224", "2", "--no-figures"]
     calc_anom_ensm.main(
-        ["--version", version, "--version_224", version, *levels, "--out", str(out), *of_images]
+        ["--version", version, "--version_224", version, *levels, "--out", str(out), *dataset]
     )
-    check_report(out, class_name, counts, capsys.readouterr().out)
-    drawn = layout == "VisA"
-    pictures = ["--maps_dir", str(tmp_path / "maps"), *(["--figures"] if drawn else [])]
+    check_report(out, category, counts, capsys.readouterr().out)
+    with_figures = layout == "VisA"
+    outputs = ["--maps_dir", str(tmp_path / "maps"), *(["--figures"] if with_figures else [])]
     levels.insert(2, "224")
     reproduce_paper.main(
-        [*of_images, *places, *net, *levels, *pictures, "--out", str(tmp_path / "paper")]
+        [*dataset, *places, *net, *levels, *outputs, "--out", str(tmp_path / "paper")]
     )
     assert capsys.readouterr().err.count("finished already") == 1 + 1 + 2  # matrices and scores
     assert files_below(results) == before
     assert (tmp_path / "paper/scores.csv").read_bytes() == (out / "scores.csv").read_bytes()
-    assert (tmp_path / f"paper/images_{class_name}_all.png").is_file() == drawn
-    n_test = len(matrices.load_matrices(arrays, f"{class_name}_all").labels)
-    assert len(list((tmp_path / "maps" / class_name).rglob("*.tiff"))) == n_test
+    assert (tmp_path / f"paper/images_{category}_all.png").is_file() == with_figures
+    n_test = len(matrices.load_matrices(arrays, f"{category}_all").labels)
+    assert len(list((tmp_path / "maps" / category).rglob("*.tiff"))) == n_test
 
 
-def check_report(out: Path, class_name: str, counts: dict[str, int], printed: str) -> None:
+def check_report(out: Path, category: str, counts: dict[str, int], printed: str) -> None:
     """Hold AUROC of the data set and of each defect to the per-image scores; no kinds of LOCO."""
     with open(out / "scores.csv", newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
@@ -397,24 +513,25 @@ def check_report(out: Path, class_name: str, counts: dict[str, int], printed: st
     scores = np.array([float(row["score"]) for row in rows])
     assert labels.sum() == sum(counts.values())
     entry = json.loads((out / "metrics.json").read_text(encoding="utf-8"))
-    own = entry["data_sets"][f"{class_name}_all"]
+    values = entry["data_sets"][f"{category}_all"]
     expected = roc_auc_score(labels, scores)
-    assert own["auroc"]["ensemble"] == pytest.approx(expected)
-    of_class = entry["classes"][class_name]["classification"]["auc_roc"]
-    assert of_class["mean"] == own["auroc"]["ensemble"]
+    assert values["auroc"]["ensemble"] == pytest.approx(expected)
+    classification = entry["classes"][category]["classification"]
+    assert classification["auc_roc"]["mean"] == values["auroc"]["ensemble"]
     start = N_GOOD
     for name, n_images in counts.items():
         chosen = np.r_[0:N_GOOD, start : start + n_images]
-        found = own["auroc_by_defect"][name]
-        assert found["auroc"] == pytest.approx(roc_auc_score(labels[chosen], scores[chosen]))
-        assert found["n_images"] == n_images
+        assert values["auroc_by_defect"][name] == {
+            "auroc": pytest.approx(roc_auc_score(labels[chosen], scores[chosen])),
+            "n_images": n_images,
+        }
         start += n_images
     with open(out / "table.csv", newline="", encoding="utf-8") as file:
         table = list(csv.DictReader(file))
-    assert [row["data set"] for row in table] == [f"{class_name}_all", "mean"]
+    assert [row["data set"] for row in table] == [f"{category}_all", "mean"]
     assert [row["ensemble"] for row in table] == [f"{100 * expected:.1f}"] * 2
     assert [row["published"] for row in table] == ["-", "-"]
-    assert f"{class_name}_all" in printed
+    assert f"{category}_all" in printed
     assert (out / "classes.csv").read_text(encoding="utf-8").startswith("class,mean,pooled\n")
 
 

@@ -11,29 +11,15 @@ from typing import Any
 import numpy as np
 import PIL
 import pytest
+import test_images
 from conftest import COUNTS, GOLDEN, IM_SIZE, SHARED, draw_class, draw_image, files_below
-from numpy.typing import NDArray
-from PIL import Image
 
 import data_to_matrices
 from data_to_matrices import make_matrices
-from sinbad import errors, layouts, matrices
+from sinbad import errors, images, layouts, matrices
 
 REAL_IMAGES = SHARED / "data" / "loco"
 ANOMALIES = {"loco": "logical_anomalies", "struct": "structural_anomalies"}
-
-
-def slow_matrix(path: Path, aspect: tuple[int, int], im_size: int) -> NDArray[np.uint8]:
-    """DESIGN section 3, pixel by pixel; the bilinear resize is Pillow's by definition."""
-    with Image.open(path) as image:
-        square = image.convert("RGB").resize((im_size, im_size), Image.Resampling.BILINEAR)
-    width, height = (int(im_size * side / max(aspect)) for side in aspect)
-    matrix = np.zeros((3, im_size, im_size), np.uint8)
-    for y in range(height):
-        for x in range(width):
-            source = (x * im_size // width, y * im_size // height)
-            matrix[:, y, x] = square.getpixel(source)
-    return matrix
 
 
 def part_paths(part: str) -> list[str]:
@@ -50,11 +36,13 @@ def test_every_pixel_label_and_path(kind: str, dataset_dir: Path, data_dir: Path
         "test": part_paths("test/good") + part_paths(anomalies),
     }
     for split, paths in expected_paths.items():
-        found = np.load(folder / f"{split}_data.npy")
-        assert found.dtype == np.uint8
-        assert found.shape == (len(paths), 3, IM_SIZE, IM_SIZE)
-        for matrix, path in zip(found, paths, strict=True):
-            expected = slow_matrix(dataset_dir / "pushpins" / path, (1700, 1000), IM_SIZE)
+        stored = np.load(folder / f"{split}_data.npy")
+        assert stored.dtype == np.uint8
+        assert stored.shape == (len(paths), 3, IM_SIZE, IM_SIZE)
+        for matrix, path in zip(stored, paths, strict=True):
+            expected = test_images.slow_resize(
+                dataset_dir / "pushpins" / path, (1700, 1000), IM_SIZE
+            )
             np.testing.assert_array_equal(matrix, expected)
     record = json.loads((folder / "image_paths.json").read_text())
     assert {split: record[split] for split in expected_paths} == expected_paths
@@ -63,32 +51,17 @@ def test_every_pixel_label_and_path(kind: str, dataset_dir: Path, data_dir: Path
     assert labels.tolist() == [0.0] * COUNTS["test/good"] + [1.0] * COUNTS[anomalies]
 
 
-def test_class_that_is_not_of_loco_takes_the_size_of_its_first_image(tmp_path: Path) -> None:
-    draw_class(tmp_path / "in" / "own_class")
-    make_matrices(tmp_path / "in", tmp_path / "out", ["own_class_loco"], 48)
-    found = np.load(tmp_path / "out" / "own_class_loco" / "train_data.npy")
-    path = tmp_path / "in" / "own_class" / "train/good/000.png"
-    np.testing.assert_array_equal(found[0], slow_matrix(path, (85, 50), 48))
-
-
-@pytest.mark.parametrize("mode", ["L", "P", "RGBA"])
-def test_other_colour_modes_become_rgb(mode: str, tmp_path: Path) -> None:
-    path = tmp_path / "image.png"
-    draw_image("train/good", 0).convert(mode).save(path)
-    settings = {"im_size": 32, "width": 32, "height": 18, "aspect": [1700, 1000]}
-    expected = slow_matrix(path, (1700, 1000), 32)
-    np.testing.assert_array_equal(matrices.image_to_matrix(path, settings), expected)
-
-
-@pytest.mark.parametrize(("size_in", "size_out"), [(44, 224), (63, 224), (1024, 640), (1024, 602)])
-def test_nearest_source_is_the_floor_of_the_ratio(size_in: int, size_out: int) -> None:
-    expected = [i * size_in // size_out for i in range(size_out)]
-    assert matrices.nearest_source(size_in, size_out).tolist() == expected
+def test_a_category_that_is_not_of_loco_takes_the_size_of_its_first_image(tmp_path: Path) -> None:
+    draw_class(tmp_path / "in" / "cups")
+    make_matrices(tmp_path / "in", tmp_path / "out", ["cups_loco"], 48)
+    stored = np.load(tmp_path / "out" / "cups_loco" / "train_data.npy")
+    path = tmp_path / "in" / "cups" / "train/good/000.png"
+    np.testing.assert_array_equal(stored[0], test_images.slow_resize(path, (85, 50), 48))
 
 
 def test_crop_pixels_of_either_kind_of_matrix() -> None:
     image = np.random.default_rng(0).integers(0, 256, (3, 20, 20), dtype=np.uint8)
-    source = matrices.nearest_source(10, 15)
+    source = images.nearest_source(10, 15)
     expected = np.zeros((3, 15, 15), np.uint8)
     for y in range(15):
         for x in range(15):
@@ -114,6 +87,31 @@ def test_loading_gives_back_what_was_written(data_dir: Path) -> None:
         "test": 5,
     }
     assert arrays.labels.tolist() == [0.0] * 3 + [1.0] * 2
+
+
+@pytest.mark.parametrize(
+    ("name", "black", "extent"),
+    [
+        ("ours_loco", "all", (64, 37)),  # as recorded
+        ("pushpins_loco", "all", (64, 37)),  # LOCO's 1700 x 1000
+        ("cups_loco", "one", (50, 21)),  # what is not zero
+        ("cups_loco", "all", (64, 64)),  # nothing tells the padding
+    ],
+)
+def test_extent_of_the_images_without_padding(
+    name: str, black: str, extent: tuple[int, int], data_dir: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / name
+    shutil.copytree(data_dir / "pushpins_loco", folder)
+    if name != "ours_loco":
+        (folder / "image_paths.json").unlink()
+    for split in matrices.SPLITS.values():
+        pixels = np.zeros_like(np.load(folder / split), np.float32)
+        if black == "one":
+            pixels[1, 1, 20, 7] = pixels[-1, 2, 4, 49] = 1 / 255
+        (folder / split).unlink()
+        np.save(folder / split, pixels)
+    assert matrices.load_matrices(tmp_path, name).image_extent == extent
 
 
 def test_finished_matrices_are_skipped_and_overwritten_on_demand(
@@ -172,35 +170,65 @@ def test_matrices_of_images_that_have_changed_are_not_linked(
     loco, struct = (
         matrices.load_matrices(tmp_path, f"pushpins_{kind}") for kind in ("loco", "struct")
     )
-    ours, theirs = struct.sha256("train"), loco.sha256("train")
-    assert ours[0] == ours[4] != theirs[0]
-    assert ours[1:] == theirs[1:]
+    ours, theirs = struct.images["train"], loco.images["train"]
+    np.testing.assert_array_equal(ours[0], ours[4])
+    assert not np.array_equal(ours[0], theirs[0])
+    np.testing.assert_array_equal(ours[1:], theirs[1:])
 
 
-def test_size_time_and_sha256_of_each_image_are_recorded(data_dir: Path, dataset_dir: Path) -> None:
+def test_size_times_and_sha256_of_each_image_are_recorded(
+    data_dir: Path, dataset_dir: Path
+) -> None:
     arrays = matrices.load_matrices(data_dir, "pushpins_loco")
     for split, paths in arrays.paths.items():
-        for path, (size, time, sha256) in zip(paths, arrays.files[split], strict=True):
+        for path, stamp in zip(paths, arrays.files[split], strict=True):
             file = dataset_dir / "pushpins" / path
-            assert (size, time) == (file.stat().st_size, file.stat().st_mtime_ns)
-            assert sha256 == hashlib.sha256(file.read_bytes()).hexdigest()
+            facts, sha256 = file.stat(), hashlib.sha256(file.read_bytes()).hexdigest()
+            assert stamp == [facts.st_size, facts.st_mtime_ns, sha256, facts.st_ctime_ns]
 
 
-def test_images_replaced_by_others_with_an_older_time_are_noticed(
-    dataset_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("record", ["with ctime", "without ctime"])
+def test_images_replaced_by_others_are_noticed(
+    record: str, dataset_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     images = Path(shutil.copytree(dataset_dir, tmp_path / "images"))
+    path, other = (images / f"pushpins/train/good/{name}.png" for name in ("000", "004"))
+    contents = [file.read_bytes().ljust(20_000, b"\0") for file in (path, other)]  # of one size
+    path.write_bytes(contents[0])
     make_matrices(images, tmp_path, ["pushpins_loco"], IM_SIZE)
     before = (tmp_path / "pushpins_loco/train_data.npy").read_bytes()
-    path = images / "pushpins/train/good/000.png"
-    os.utime(path, (1e9, 1e9))  # the same image, another time
+    record_path = tmp_path / "pushpins_loco/image_paths.json"
+    if record == "without ctime":
+        values = json.loads(record_path.read_text())
+        values["files"] = {
+            split: [f[:3] for f in files] for split, files in values["files"].items()
+        }
+        record_path.write_text(json.dumps(values))
+    facts = path.stat()
+    path.write_bytes(contents[0])  # the same image, another time
     make_matrices(images, tmp_path, ["pushpins_loco"], IM_SIZE)
     assert "finished already" in capsys.readouterr().err
-    draw_image("train/good", 4).save(path)
-    os.utime(path, (1e9, 1e9))
+    path.write_bytes(contents[1])  # another image, size and mtime are the same
+    os.utime(path, ns=(facts.st_atime_ns, facts.st_mtime_ns))
     make_matrices(images, tmp_path, ["pushpins_loco"], IM_SIZE)
-    assert "made again, 1 images have changed" in capsys.readouterr().err
+    assert "written again, 1 images have changed" in capsys.readouterr().err
     assert (tmp_path / "pushpins_loco/train_data.npy").read_bytes() != before
+
+
+@pytest.mark.parametrize("name", ["valid_data.npy", "image_level_label.npy"])
+def test_a_folder_with_a_part_missing_is_written_again(
+    name: str, dataset_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    subsets = ["pushpins_loco", "pushpins_struct"]
+    make_matrices(dataset_dir, tmp_path, subsets, 32)
+    before = files_below(tmp_path)
+    for subset in subsets:
+        (tmp_path / subset / name).unlink()
+    make_matrices(dataset_dir, tmp_path, subsets, 32)
+    lines = capsys.readouterr().err.splitlines()
+    for subset in subsets:
+        assert f"{subset}: written again, {tmp_path / subset / name} is missing" in lines
+    assert files_below(tmp_path) == before
 
 
 def test_number_of_workers_does_not_change_a_byte(dataset_dir: Path, tmp_path: Path) -> None:
@@ -220,14 +248,16 @@ def test_counts_that_are_not_locos_are_said(
 @pytest.mark.skipif(not REAL_IMAGES.is_dir(), reason="needs the real images of ../shared/data/loco")
 @pytest.mark.skipif(PIL.__version__ < "13", reason="Pillow before 13 resizes differently by 1")
 def test_matrices_of_real_images_equal_the_authors() -> None:
-    plan = layouts.plan_data_set(REAL_IMAGES, "juice_bottle_loco", 1024)
+    subset = layouts.find_subset(REAL_IMAGES, "juice_bottle_loco", 1024)
     with np.load(GOLDEN / "juice_bottle_official.npz") as golden:
-        np.testing.assert_array_equal(plan.labels, golden["labels"])
-        for split, paths in plan.paths.items():
+        np.testing.assert_array_equal(subset.labels, golden["labels"])
+        for split, paths in subset.paths.items():
             digest = hashlib.sha256()
             with ThreadPoolExecutor(2) as pool:
-                files = [plan.class_dir / path for path in paths]
-                for matrix in pool.map(lambda f: matrices.image_to_matrix(f, plan.settings), files):
+                files = [subset.category_dir / path for path in paths]
+                for matrix in pool.map(
+                    lambda f: images.preprocess_image(f, subset.settings), files
+                ):
                     digest.update(matrix.tobytes())
             assert digest.hexdigest() == str(golden[f"sha256_{split}"])
 
@@ -235,14 +265,14 @@ def test_matrices_of_real_images_equal_the_authors() -> None:
 def test_another_process_was_faster_with_other_settings(
     dataset_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = matrices.write_matrix
+    real = matrices.write_split
 
     def slow(*args: Any, **kwargs: Any) -> None:  # noqa: ANN401  stands in for any call
-        monkeypatch.setattr(matrices, "write_matrix", real)
+        monkeypatch.setattr(matrices, "write_split", real)
         make_matrices(dataset_dir, tmp_path, ["pushpins_loco"], 32)  # meanwhile
         real(*args, **kwargs)
 
-    monkeypatch.setattr(matrices, "write_matrix", slow)
+    monkeypatch.setattr(matrices, "write_split", slow)
     with pytest.raises(errors.UserError, match="was made with im_size 32, now im_size is 64"):
         make_matrices(dataset_dir, tmp_path, ["pushpins_loco"], 64)
     assert matrices.load_matrices(tmp_path, "pushpins_loco").im_size == 32

@@ -173,7 +173,7 @@ def test_a_class_without_structural_images(
     shutil.rmtree(tmp_path / "dataset/pushpins/test/structural_anomalies")
     reproduce(tmp_path / "dataset", tmp_path, "--pyramid_level", "224")
     captured = capsys.readouterr()
-    assert "pushpins_struct left out" in captured.err
+    assert "pushpins_struct skipped" in captured.err
     assert "pushpins_loco" in captured.out
     assert "pushpins_struct" not in captured.out
     values = json.loads((tmp_path / "out" / "metrics.json").read_text())

@@ -119,7 +119,7 @@ def elements(data_dir: Path) -> list[dict[str, dict[int, torch.Tensor]]]:
     )
     extractor = backbones.FeatureExtractor(backbone, torch.device("cpu"))
     images = matrices.load_matrices(data_dir, "pushpins_struct").images
-    source, found = matrices.nearest_source(loco.crop_side(IM_SIZE, 0.7), 224), []
+    source, found = images.nearest_source(loco.crop_side(IM_SIZE, 0.7), 224), []
     for corner in loco.crop_corners(IM_SIZE, 0.7, 4):
         of_crop = {}
         for split, pixels in images.items():

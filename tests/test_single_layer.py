@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import COUNTS, GOLDEN, IM_SIZE, SHARED, draw_class, draw_image, files_below
+from conftest import COUNTS, GOLDEN, IM_SIZE, SHARED, files_below
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from runs import N_DIRECTIONS, score, single
@@ -211,19 +211,6 @@ def test_finished_scores_are_skipped_and_other_settings_are_an_error(
     other = single(data_dir, tmp_path, *asked, "--n_quantiles", "6", "--overwrite")
     assert other.run["settings"]["n_quantiles"] == 6
     assert not np.array_equal(other.test, first.test)
-
-
-@pytest.mark.parametrize(("size", "fits"), [((86, 50), True), ((85, 51), False)])
-def test_an_aspect_may_be_a_pixel_off_in_width(
-    size: tuple[int, int], fits: bool, tmp_path: Path
-) -> None:
-    draw_class(tmp_path / "images" / "pushpins")
-    draw_image("train/good", 3, size).save(tmp_path / "images/pushpins/train/good/003.png")
-    if fits:
-        make_matrices(tmp_path / "images", tmp_path / "out", ["pushpins_loco"], 32)
-    else:
-        with pytest.raises(errors.UserError, match=r"003\.png must have the aspect 1700 x 1000"):
-            make_matrices(tmp_path / "images", tmp_path / "out", ["pushpins_loco"], 32)
 
 
 def test_the_precision_asked_for_is_the_networks(

@@ -26,7 +26,7 @@ from PIL import Image
 from sklearn.metrics import roc_curve
 
 import sinbad_utils
-from sinbad import ensembles, layouts, loco
+from sinbad import ensembles, images, loco
 from sinbad.report import maps, metrics, tables
 
 log = logging.getLogger(__name__)
@@ -252,7 +252,7 @@ def extreme_images(final: sinbad_utils.Scores) -> dict[str, list[int]]:
 def load_picture(scores: ensembles.DataSetScores, index: int, dataset_dir: Path) -> Picture:
     """Read an image, made smaller, and its map; the caption tells score, true label and name."""
     path = Path(scores.image_paths[index])
-    image = layouts.open_image(dataset_dir / loco.split_mvtype(scores.mvtype)[0] / path)
+    image = images.open_image(dataset_dir / loco.split_mvtype(scores.mvtype)[0] / path)
     image.thumbnail((THUMBNAIL, THUMBNAIL))
     name = kind_name(scores.mvtype) if scores.labels[index] else GOOD
     file_name = textwrap.fill(tables.legible(f"{path.parent.name}/{path.name}"), 36)
@@ -273,7 +273,7 @@ def heatmap(
     path: Path, scores: ensembles.DataSetScores, index: int, about: str, is_anomalous: bool
 ) -> bytes:
     """Return a PNG of a scored picture beside its map; `about` tells score and threshold."""
-    image = layouts.open_image(path)
+    image = images.open_image(path)
     image.thumbnail((2 * THUMBNAIL, 2 * THUMBNAIL))
     colour = LOOKS["logical" if is_anomalous else GOOD][0]
     title = f"{tables.legible(path.name)}: {'anomalous' if is_anomalous else 'as the good ones'}"

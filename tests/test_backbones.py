@@ -431,6 +431,7 @@ def test_switches_of_the_gpu_are_those_of_the_network_within_its_forward_pass_al
     before = switches()
     try:
         cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32, matmul.allow_tf32 = callers
+        matmul.fp32_precision = "tf32" if callers[-1] else "none"  # none: torch's default
         network = Small(9)
         network.register_forward_pre_hook(lambda *_: within.append(switches()))
         backbones.FeatureExtractor(network, CPU, precision).extract(some_crops(1, 4))
@@ -439,6 +440,7 @@ def test_switches_of_the_gpu_are_those_of_the_network_within_its_forward_pass_al
         with pytest.raises(errors.UserError):
             backbones.FeatureExtractor(Small(0), CPU, precision).extract(some_crops(1, 4))
         assert switches() == callers
+        assert matmul.fp32_precision == ("tf32" if callers[-1] else "none")
     finally:
         cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32, matmul.allow_tf32 = before
 

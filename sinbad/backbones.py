@@ -171,8 +171,8 @@ def _load_state(model: nn.Module, all_names: set[str], weights: Weights) -> None
         else:
             continue
         raise errors.UserError(
-            f"weights must fit --net, got {weights.name}, which {problem} {name}; choose the --net "
-            "of these weights, or other --weights"
+            f"weights must be of the net and levels asked for, got {weights.name}, which {problem} "
+            f"{name}; choose the --net of these weights, or other --weights"
         )
     model.load_state_dict({name: state[name] for name in expected}, strict=False)
 

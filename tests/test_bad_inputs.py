@@ -414,7 +414,7 @@ CASES: dict[Callable[[Place], Case], list[str]] = {
     weights_of_another_net: ["weights must be of the net", "resnet18.pth", "--net"],
     weights_of_a_deeper_net: ["weights must be of the net", "also holds layer1.2.conv1.weight"],
     weights_without_a_stage: ["weights must be of the net and levels", "lacks layer3"],
-    weights_with_nan: ["no finite floating point numbers in layer3.0.conv1.weight"],
+    weights_with_nan: ["no finite floating-point values", "in layer3.0.conv1.weight"],
     weights_that_overflow: ["features must be finite", "train/good/000.png", "level 14"],
     results_folder_is_a_file: ["file", "choose|check"],
     matrices_folder_is_a_file: ["file", "choose|check"],

@@ -27,7 +27,7 @@ CATEGORIES = ("juice_bottle", "pushpins")  # of the demo
 SHOWN = "juice_bottle_loco"  # the data set of histograms_fig.png
 LEVEL, RATIO = 14, 0.99  # its feature level, and the crop that covers the whole image
 TITLE = (
-    "Synthetic images: what SINBAD sees. An image is a set of elements\nEach element is a spatial "
+    "Synthetic images: what SINBAD sees. An image is a set of elements.\nEach element is a spatial "
     "position of the feature map, coloured by its projection on one of 1000 random directions:\n"
     "the one along which the anomalous image is furthest outside the training images."
 )

@@ -1,7 +1,7 @@
-"""Facts of MVTec LOCO AD and of the paper's runs, and the names of the files made from them.
+"""Facts of MVTec LOCO AD and the paper's settings; names of test subsets and score files.
 
 Source: Bergmann et al., "Beyond Dents and Scratches", IJCV 2022 (the data set); arXiv 2302.12245
-and 2311.14773 (the runs). Standard library only: the array generators import this on login nodes.
+and 2311.14773 (the settings). Standard library only: the array generators import this on login nodes.
 """
 
 import logging
@@ -15,7 +15,7 @@ from sinbad import errors
 log = logging.getLogger(__name__)
 
 KINDS = {"loco": "logical_anomalies", "struct": "structural_anomalies"}
-ALL = "all"  # kind of a data set of all anomalies of a class, whatever their folders
+ALL = "all"  # suffix of a data set of all anomalies of a category, whatever their folders
 KIND_NAMES = {"loco": "logical", "struct": "structural"}
 DOWNLOAD_PAGE = "https://www.mvtec.com/company/research/datasets/mvtec-loco"
 ARCHIVE_SHA256 = "9e7c84dba550fd2e59d8e9e231c929c45ba737b6b6a6d3814100f54d63aae687"
@@ -23,7 +23,7 @@ ARCHIVE_SHA256 = "9e7c84dba550fd2e59d8e9e231c929c45ba737b6b6a6d3814100f54d63aae6
 
 @dataclass(frozen=True)
 class LocoClass:
-    """One class of LOCO: size of its images in pixels, numbers of images of its five parts."""
+    """One category of LOCO: size of its images in pixels, numbers of images of its five parts."""
 
     width: int
     height: int
@@ -44,7 +44,7 @@ LOCO_CLASSES = {
 # Some copies of the archive hold these numbers of train and validation images instead.
 OTHER_COUNTS = {"splicing_connectors": {"train": 360, "validation": 60}}
 
-# ROC-AUC in percent. SINBAD: arXiv 2302.12245 as requoted by the README of PSAD.
+# Image-level AUROC in percent. SINBAD: arXiv 2302.12245, as quoted by the README of PSAD.
 PUBLISHED_LOCO = {
     "loco": {
         "breakfast_box": 96.5,
@@ -63,13 +63,13 @@ PUBLISHED_LOCO = {
         "mean": 84.7,
     },
 }
-# Mean of logical and structural; arXiv 2311.14773 as requoted by benchmark sites.
+# SINBAD Ens, mean of logical and structural: arXiv 2311.14773, as quoted by benchmark sites.
 PUBLISHED_ENSEMBLE_MEAN = 88.3
 
 
 @dataclass(frozen=True)
 class LevelSettings:
-    """The paper's settings of a level: crops, directions, shrinkage, repetitions."""
+    """The paper's settings of a level: crop ratios, projections, shrinkage, repetitions."""
 
     crop_ratios: tuple[float, ...]
     n_projections: int
@@ -79,15 +79,15 @@ class LevelSettings:
 
 NETWORK_SETTINGS = LevelSettings((0.25, 0.5, 0.7, 0.99), 1000, 0.1, 1)
 PIXEL_SETTINGS = LevelSettings((0.999,), 10, 1.0, 100)
-N_QUANTILES = 5  # thresholds a direction
+N_QUANTILES = 5  # histogram bins per direction
 LAMBDA_FACTOR = 0.1  # weight of the raw pixels in the ensemble
 PIXEL_LEVEL = 224
-LEVELS = (7, 14, 28, 56, PIXEL_LEVEL)  # a ResNet's: last, third, second, first stage; raw pixels
+LEVELS = (7, 14, 28, 56, PIXEL_LEVEL)  # a ResNet's last, third, second, first stage; raw pixels
 PAPER_LEVELS = (7, 14)
 CROP_NUM_EDGE = 4
-IM_SIZE = 1024  # pixels, side of a matrix' images
+IM_SIZE = 1024  # pixels, side of the preprocessed images
 DEFAULT_CROP_RATIO = 0.999
-VALID_SHARE = 0.1  # of the training images, taken for validation where there is none
+VALID_SHARE = 0.1  # fraction of the training images used for validation if none are given
 
 DEFAULT_DATASET_DIR = Path("../dataset_loco")
 DEFAULT_DATA_DIR = DEFAULT_DATASET_DIR / "data_matrices"
@@ -102,7 +102,7 @@ def level_settings(level: int) -> LevelSettings:
 
 
 def network_levels(levels: Iterable[int]) -> tuple[int, ...]:
-    """Return the levels that need the network, each once."""
+    """Return the levels computed by the network, each once."""
     return tuple(level for level in dict.fromkeys(levels) if level != PIXEL_LEVEL)
 
 
@@ -110,7 +110,7 @@ def network_levels(levels: Iterable[int]) -> tuple[int, ...]:
 
 
 def split_mvtype(mvtype: str) -> tuple[str, str]:
-    """Split a data set's name: "pushpins_loco" -> ("pushpins", "loco")."""
+    """Split a data set's name: "pushpins_loco" -> category "pushpins", anomaly type "loco"."""
     class_name, _, kind = mvtype.rpartition("_")
     if not class_name or kind not in (*KINDS, ALL) or "/" in mvtype:
         raise errors.UserError(
@@ -121,17 +121,17 @@ def split_mvtype(mvtype: str) -> tuple[str, str]:
 
 
 def expand_mvtypes(names: Iterable[str], kinds_of: Mapping[str, Sequence[str]]) -> list[str]:
-    """Turn what `--mvtype` takes into data set names, class by class, logical first.
+    """Expand the values of `--mvtype` to names of data sets, by category, logical first.
 
     Parameters
     ----------
-    names : data sets (`pushpins_loco`), classes (`pushpins`), or `loco`, `struct`, `all`
-    kinds_of : class -> the kinds of its data sets, of the classes that the groups stand for
+    names : data sets (`pushpins_loco`), categories (`pushpins`), or `loco`, `struct`, `all`
+    kinds_of : category -> the anomaly types of its data sets
 
     Raises
     ------
     UserError
-        If a name is neither a data set, nor a known class, nor one of the three groups.
+        If a name is neither a data set, nor a known category, nor one of the three groups.
     """
     wanted: list[str] = []
     for name in names:
@@ -148,14 +148,14 @@ def expand_mvtypes(names: Iterable[str], kinds_of: Mapping[str, Sequence[str]]) 
 
 
 def choose_mvtypes(names: Iterable[str], present: Iterable[str]) -> list[str]:
-    """Return the data sets that names stand for; of a class or a group only what is there.
+    """Return the data sets of some names; of a category or a group those that are present.
 
-    If nothing is there, all that the names stand for: the caller says what is missing.
+    If none is present, all data sets of the names: the caller reports what is missing.
 
     Parameters
     ----------
-    names : what `--mvtype` takes
-    present : data sets there are; their classes belong to `loco`, `struct` and `all`
+    names : values of `--mvtype`
+    present : existing data sets; their categories belong to `loco`, `struct` and `all`
     """
     names = list(names)
     found = {n for n in present if n.endswith(tuple(f"_{kind}" for kind in (*KINDS, ALL)))}
@@ -166,7 +166,7 @@ def choose_mvtypes(names: Iterable[str], present: Iterable[str]) -> list[str]:
     chosen = [name for name in wanted if name in found or name in names]
     missing = [name for name in wanted if name not in chosen]
     if chosen and missing:
-        log.info(f"note: not there: {', '.join(missing)}")
+        log.info(f"note: not found: {', '.join(missing)}")
     return chosen or wanted
 
 
@@ -194,7 +194,7 @@ def crop_corners(im_size: int, ratio: float, crop_num_edge: int) -> list[tuple[i
 
 
 def scores_file_name(level: int, im_size: int, ratio: float, crop_num_edge: int) -> str:
-    """Return the name of the file with a grid's scores, as the authors' ensemble script expects."""
+    """Return the name of the file of a grid's scores, as the authors' ensemble script expects."""
     if level == PIXEL_LEVEL:
         return f"{crop_side(im_size, ratio):.2f}_lvl_anom_maps.npz"
     return f"{len(crop_corners(im_size, ratio, crop_num_edge))}_crop_anom_maps.npz"
@@ -203,7 +203,7 @@ def scores_file_name(level: int, im_size: int, ratio: float, crop_num_edge: int)
 def ratios_by_file(
     level: int, im_size: int, ratios: Iterable[float], crop_num_edge: int
 ) -> dict[str, float]:
-    """Return the crop ratios by the files that they write; no two may write the same."""
+    """Return file name -> crop ratio; no two ratios may write the same file."""
     by_file: dict[str, float] = {}
     for ratio in dict.fromkeys(ratios):
         name = scores_file_name(level, im_size, ratio, crop_num_edge)
@@ -220,5 +220,5 @@ def ratios_by_file(
 def scores_folder(
     results_dir: Path, version: str, level: int | str, rep: int | str, mvtype: str
 ) -> Path:
-    """Return the folder with the scores of one level, repetition and data set."""
+    """Return the folder of the scores of one level, repetition and data set."""
     return results_dir / f"{version}_pyramid_lvl_{level}" / f"rep_num_{rep}" / mvtype

@@ -13,8 +13,8 @@ log = logging.getLogger(__name__)
 
 NOTES = """
 Image-level AUROC in percent; the interval is a bootstrap over test images (of the first of several
-runs). Published figures, beside complete LOCO data sets only: of each data set arXiv 2302.12245, of
-the ensemble, which is what this table shows, the mean in arXiv 2311.14773."""
+runs). Published figures are shown beside complete LOCO data sets only. Those per data set (arXiv
+2302.12245) are not of the ensemble; of the ensemble the mean is published (arXiv 2311.14773)."""
 # Every file that a report may write; those that an earlier report left are removed.
 REPORT_FILES = re.compile(
     r"metrics\.json|table\.md|(table|classes|details|defects|scores(_(seed|rep)_\d+)?)\.csv|"

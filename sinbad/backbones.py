@@ -49,14 +49,11 @@ def choose_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     match = re.fullmatch(r"cpu|cuda(?::([0-9]{1,4}))?", name)
-    if match is None:
-        raise errors.UserError(
-            f"device must be auto, cpu, cuda or cuda:<i>, got {name}; see --help"
-        )
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if name != "cpu" and int(match[1] or 0) >= count:
+    if match is None or (name != "cpu" and int(match[1] or 0) >= count):
         raise errors.UserError(
-            f"device must be on this machine ({count} CUDA devices), got {name}; pass --device cpu"
+            f"device must be auto, cpu, cuda or cuda:<i> of this machine ({count} CUDA devices), "
+            f"got {name}; pass --device cpu"
         )
     return torch.device(name)
 
@@ -356,7 +353,7 @@ def _timm_imagenet(net: str) -> Weights:
     return Weights("imagenet", state, digest.hexdigest())
 
 
-# ---------------------------------------------------------------- feature extraction
+# ---------------------------------------------------------------- features
 
 
 def normalise_pixels(crops: Tensor, mean: Tensor, std: Tensor) -> Tensor:

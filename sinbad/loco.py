@@ -1,7 +1,7 @@
 """Facts of MVTec LOCO AD and the paper's settings; names of test subsets and score files.
 
-Source: Bergmann et al., "Beyond Dents and Scratches", IJCV 2022 (the data set); arXiv 2302.12245
-and 2311.14773 (the settings). Standard library only: the array generators import this on login nodes.
+Source: Bergmann et al., "Beyond Dents and Scratches", IJCV 2022; arXiv 2302.12245 and 2311.14773.
+Standard library only: the array generators import this on login nodes.
 """
 
 import logging

@@ -80,6 +80,7 @@ def test_every_level_is_its_stage_of_the_network(net: str, levels: tuple[int, ..
 def test_stages_after_the_deepest_level_are_cut_off(tmp_path: Path) -> None:
     model = trained("resnet18")
     state = {k: v for k, v in model.state_dict().items() if not k.startswith(("layer4", "fc"))}
+    del state["bn1.num_batches_tracked"]  # not used
     weights = backbones.load_weights("resnet18", saved(tmp_path / "w.pth", state))
     backbone = backbones.build_backbone("resnet18", weights, (14,))
     assert len(backbone.stages) == 3
@@ -91,16 +92,12 @@ def test_stages_after_the_deepest_level_are_cut_off(tmp_path: Path) -> None:
         backbones.build_backbone("resnet18", weights, (7, 14))
 
 
-def test_a_level_that_the_net_lacks() -> None:
-    random = backbones.load_weights("resnet18", "random")
-    with pytest.raises(errors.UserError, match=r"resnet18 \(7, 14, 28, 56\), or 224 .* got 10"):
-        backbones.build_backbone("resnet18", random, (7, 10))
-
-
 def test_random_weights_are_the_same_in_every_run() -> None:
     torch.manual_seed(1)
     state = torch.get_rng_state()
     random = backbones.load_weights("resnet18", "random")
+    with pytest.raises(errors.UserError, match=r"resnet18 \(7, 14, 28, 56\), or 224 .* got 10"):
+        backbones.build_backbone("resnet18", random, (7, 10))
     first = backbones.build_backbone("resnet18", random, (56,))
     assert torch.equal(torch.get_rng_state(), state)  # the global generator is left alone
     torch.manual_seed(0)
@@ -190,12 +187,6 @@ def test_weights_of_another_net(name: str, value: Tensor, problem: str) -> None:
     weights = backbones.Weights("w.pth", {**state, name: value}, "abc")
     with pytest.raises(errors.UserError, match=rf"got w\.pth, which {problem}.* {name}; choose"):
         backbones.build_backbone("resnet18", weights, (56,))
-
-
-def test_counts_of_batches_may_be_missing() -> None:
-    state = torchvision.models.resnet18(weights=None).state_dict()
-    state = {k: v for k, v in state.items() if not k.endswith("num_batches_tracked")}
-    backbones.build_backbone("resnet18", backbones.Weights("w.pth", state, "abc"), (56,))
 
 
 def test_imagenet_weights_are_those_of_torchs_cache(
@@ -347,14 +338,12 @@ def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch.cuda, "device_count", lambda n=present: n)
         chosen = [str(backbones.choose_device(name)) for name in names]
         assert chosen == ["cpu", "cuda" if present else "cpu", "cuda", "cuda:1"][: len(names)]
-        for name in ("cuda:2", "cuda:9999", *(() if present else ("cuda", "cuda:0"))):
-            with pytest.raises(errors.UserError, match=rf"\({present} CUDA devices\), got {name};"):
+        absent = ["cuda:2", "cuda:9999", *(() if present else ("cuda", "cuda:0"))]
+        for name in (*absent, "gpu", "cuda:", "cuda:x", "cuda:10000", "cpu:0"):
+            with pytest.raises(
+                errors.UserError, match=rf"\({present} CUDA devices\), got {name}; "
+            ):
                 backbones.choose_device(name)
-    for name in ("gpu", "cuda:", "cuda:x", "cuda:10000", "cpu:0"):
-        with pytest.raises(
-            errors.UserError, match=f"must be auto, cpu, cuda or cuda:<i>, got {name};"
-        ):
-            backbones.choose_device(name)
 
 
 def test_bf16_rounds_and_tf32_is_fp32_on_a_cpu() -> None:
@@ -373,7 +362,7 @@ def test_bf16_rounds_and_tf32_is_fp32_on_a_cpu() -> None:
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 def test_a_compiled_network_gives_the_same_up_to_rounding() -> None:
-    backbone = Conv((14,), MEAN, STD).to(memory_format=torch.channels_last).eval()
+    backbone = Conv().to(memory_format=torch.channels_last).eval()
     crops = some_crops(3, 28)
     extractor = backbones.FeatureExtractor(backbone, CPU, compiled=True)
     expected = backbones.FeatureExtractor(backbone, CPU).extract(crops)
@@ -381,34 +370,29 @@ def test_a_compiled_network_gives_the_same_up_to_rounding() -> None:
     assert extractor.network is not backbone
 
 
-def test_a_network_that_cannot_be_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("cause", ["no g\\+\\+ here", "file/cache"])
+def test_a_network_that_cannot_be_compiled(
+    cause: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def compiler(*_: object) -> None:
         raise OSError("no g++ here")
 
-    compile_with = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda m, **_: compile_with(m, backend=compiler))
-    extractor = backbones.FeatureExtractor(Conv((14,), MEAN, STD), CPU, compiled=True)
-    with pytest.raises(
-        errors.UserError, match=r"could not compile the network: .* no g\+\+ here; install"
-    ):
-        extractor.extract(some_crops(2, 28))
-
-
-def test_a_compiler_cache_that_cannot_be_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "file").touch()
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "file" / "cache"))
-    extractor = backbones.FeatureExtractor(Conv((14,), MEAN, STD), CPU, compiled=True)
-    with pytest.raises(errors.UserError, match=r"compile the network: .*file/cache.*_CACHE_DIR"):
+    if "g" in cause:
+        compile_with = torch.compile
+        monkeypatch.setattr(torch, "compile", lambda m, **_: compile_with(m, backend=compiler))
+    else:
+        (tmp_path / "file").touch()
+        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "file" / "cache"))
+    extractor = backbones.FeatureExtractor(Conv(), CPU, compiled=True)
+    with pytest.raises(errors.UserError, match=f"compile the network: .*{cause}.*_CACHE_DIR"):
         extractor.extract(some_crops(2, 28))
 
 
 class Conv(backbones.Backbone):
     """A network of one convolution."""
 
-    def __init__(self, levels: tuple[int, ...], mean: object, std: object) -> None:
-        super().__init__(levels, mean, std)
+    def __init__(self) -> None:
+        super().__init__((14,), MEAN, STD)
         self.conv = nn.Conv2d(3, 8, 3, stride=2, padding=1).requires_grad_(False)
 
     def forward(self, pixels: Tensor) -> dict[int, Tensor]:

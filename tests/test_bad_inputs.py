@@ -405,7 +405,7 @@ CASES: dict[Callable[[Place], Case], list[str]] = {
     crop_of_no_pixel: ["crops must be at least 1 pixel", "0.001"],
     batch_size_zero: ["--batch_size", "from 1, got 0"],
     repetitions_backwards: ["--rep", "got 5-2"],
-    device_that_is_not_there: ["device must be on this machine", "cuda:99"],
+    device_that_is_not_there: ["of this machine", "got cuda:99"],
     unknown_device: ["device must be auto, cpu, cuda", "got abacus"],
     two_ratios_of_one_file_name: ["0.5 and 0.33", "9_crop_anom_maps.npz", "--version_name"],
     no_weights_file: ["weights must be imagenet, random or a file", "none.pth"],

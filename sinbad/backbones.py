@@ -1,15 +1,17 @@
-"""Networks and their weights: torchvision's ResNets, timm's models -> elements of every level.
+"""Networks and their weights: torchvision's ResNets and timm's models -> elements of every level.
 
-A pyramid level is named by the side of its feature map for 224 x 224 pixels: 7, 14, 28, 56 for
-strides 32 to 4. torchvision's ResNets are meant by their own names, any other name is timm's
-(`timm:resnet18` is timm's where both have one); timm is needed for no other network.
+A pyramid level is named by the side of its feature map at 224 x 224 pixels: 7, 14, 28, 56 for
+strides 32 to 4. The names of torchvision's ResNets mean those; any other name is timm's
+(`timm:resnet18` where both have one). timm is imported for its own networks only.
 """
 
 import hashlib
+import io
 import logging
 import re
 import sys
-from contextlib import redirect_stdout
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, replace
 from http.client import HTTPException
 from pathlib import Path
@@ -26,15 +28,14 @@ log = logging.getLogger(__name__)
 
 STAGE_OF_LEVEL = {56: 1, 28: 2, 14: 3, 7: 4}  # of a torchvision ResNet
 INPUT_SIDE = 224  # pixels
-# ImageNet statistics of torchvision's weights, for pixels in [0, 1]; those of the raw pixels too.
+# ImageNet statistics of torchvision's weights, for pixels in [0, 1]; also used for raw pixels.
 PIXEL_MEAN = (0.485, 0.456, 0.406)
 PIXEL_STD = (0.229, 0.224, 0.225)
 RANDOM_WEIGHTS_SEED = 0
-WRAPPERS = ("state_dict", "model", "model_state_dict")  # where trainers put a state dict
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # of weights
+WRAPPERS = ("state_dict", "model", "model_state_dict")  # keys under which trainers save it
 PREFIXES = ("module.", "backbone.", "model.")
-# What timm's models are asked for: (n, channels, side, side), nothing behind the last map wanted.
-MAPS = {"output_fmt": "NCHW", "intermediates_only": True, "stop_early": True}
+# Arguments of timm's forward pass: maps (n, channels, side, side), no layer after the last of them.
+MAP_OPTIONS = {"output_fmt": "NCHW", "intermediates_only": True, "stop_early": True}
 
 
 def choose_device(name: str) -> torch.device:
@@ -47,15 +48,12 @@ def choose_device(name: str) -> torch.device:
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    form = re.fullmatch(r"cpu|cuda(?::([0-9]{1,4}))?", name)
-    if form is None:
-        raise errors.UserError(
-            f"device must be auto, cpu, cuda or cuda:<i>, got {name}; see --help"
-        )
+    match = re.fullmatch(r"cpu|cuda(?::([0-9]{1,4}))?", name)
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if name != "cpu" and int(form[1] or 0) >= count:
+    if match is None or (name != "cpu" and int(match[1] or 0) >= count):
         raise errors.UserError(
-            f"device must be on this machine ({count} CUDA devices), got {name}; pass --device cpu"
+            f"device must be auto, cpu, cuda or cuda:<i> of this machine ({count} CUDA devices), "
+            f"got {name}; pass --device cpu"
         )
     return torch.device(name)
 
@@ -65,7 +63,7 @@ def choose_device(name: str) -> torch.device:
 
 @dataclass(frozen=True)
 class Weights:
-    """A state dict, where it comes from, and the sha256 of the file ("random" has no file)."""
+    """A state dict (None: random), its name, and the sha256 of its file ("random" has none)."""
 
     name: str
     state: dict[str, Tensor] | None
@@ -73,18 +71,18 @@ class Weights:
 
 
 def torchvision_names() -> list[str]:
-    """Return torchvision's ResNets and ResNeXts."""
+    """Return the names of torchvision's ResNets and ResNeXts."""
     names = torchvision.models.list_models(module=torchvision.models)
     return [name for name in names if name.startswith(("resnet", "resnext", "wide_resnet"))]
 
 
 def load_weights(net: str, weights: str) -> Weights:
-    """Find weights: `imagenet` (downloaded once), `random`, or a file with a state_dict.
+    """Read weights: `imagenet` (downloaded once), `random`, or a file with a state dict.
 
     Raises
     ------
     UserError
-        If the net is unknown, the download fails, or the file is no state dict.
+        If the net is unknown, the download fails, or the file holds no state dict.
     """
     is_torchvision = net in torchvision_names()
     if not is_torchvision:
@@ -94,28 +92,32 @@ def load_weights(net: str, weights: str) -> Weights:
     if weights == "imagenet" and not is_torchvision:
         return _timm_imagenet(net)
     path = _download(net) if weights == "imagenet" else Path(weights)
-    if not path.is_file():
+    try:
+        content = path.read_bytes()  # first: an error of the system is no damaged file
+    except (FileNotFoundError, IsADirectoryError) as error:
         raise errors.UserError(
-            f"weights must be imagenet, random or a file, got {weights} (no such file)"
-        )
-    name = "imagenet" if weights == "imagenet" else path.name
-    return Weights(name, _read_state(path), hashlib.sha256(path.read_bytes()).hexdigest())
+            f"weights must be imagenet, random or a file, got {weights} ({error.strerror})"
+        ) from error
+    name = weights if weights == "imagenet" else path.name
+    return Weights(name, _parse_state(path, content), hashlib.sha256(content).hexdigest())
 
 
-def _read_state(path: Path) -> dict[str, Tensor]:
-    """Read a state dict, plain or wrapped, by torch or safetensors; take off a common prefix."""
+def _parse_state(path: Path, content: bytes) -> dict[str, Tensor]:
+    """Parse a state dict, plain or wrapped, of torch or safetensors; remove a common prefix."""
     try:
         if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
+            from safetensors.torch import load
 
-            state: Any = load_file(path)
+            state: Any = load(content)
         else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except ImportError as error:
         raise errors.UserError(
-            f"reading {path} needs safetensors, got {error}; pip install -r requirements-timm.txt"
+            f"could not read {path}: {error}; pip install -r requirements-timm.txt"
         ) from error
-    except Exception as error:  # both raise half a dozen kinds for a file that is not theirs
+    except Exception as error:  # for a damaged file both raise half a dozen types
+        if isinstance(error, (MemoryError, OSError)) or "allocate memory" in str(error):
+            raise
         raise errors.UserError(
             f"weights must be a file written by torch.save or safetensors, got {path} "
             f"({type(error).__name__}); download it again, or pass --weights FILE"
@@ -123,7 +125,7 @@ def _read_state(path: Path) -> dict[str, Tensor]:
     for wrapper in WRAPPERS:
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
             state = state[wrapper]
-            log.info(f"note: weights are those under {wrapper!r} of {path.name}")
+            log.info(f"note: the weights are under {wrapper!r} in {path.name}")
     if not isinstance(state, dict) or not state or not all(map(torch.is_tensor, state.values())):
         raise errors.UserError(
             f"weights must hold a state_dict of tensors, got {path}; pass --weights FILE"
@@ -131,69 +133,67 @@ def _read_state(path: Path) -> dict[str, Tensor]:
     for prefix in PREFIXES:
         if all(name.startswith(prefix) for name in state):
             state = {name.removeprefix(prefix): value for name, value in state.items()}
-            log.info(f"note: prefix {prefix!r} taken off the names in {path.name}")
+            log.info(f"note: removed the prefix {prefix!r} of the names in {path.name}")
     return state
 
 
 def _download(net: str) -> Path:
-    """Return torchvision's ImageNet weights in torch's cache, downloaded if need be."""
+    """Return torchvision's ImageNet weights in torch's cache, downloaded where missing."""
     url = torchvision.models.get_model_weights(net).IMAGENET1K_V1.url  # type: ignore[attr-defined]
     path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
     if not path.is_file():
         log.info(f"downloading {url}")
         try:
-            with redirect_stdout(sys.stderr):  # torch prints there
+            with redirect_stdout(sys.stderr):  # torch prints to stdout
                 torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True)
         except (HTTPException, OSError, RuntimeError, ValueError) as error:
-            reason = getattr(error, "reason", error)
             raise errors.UserError(
-                f"weights must be reachable, got {reason} for {url}; download that file on another "
-                f"machine and pass --weights FILE, or put it at {path}"
+                f"could not download {url}: {getattr(error, 'reason', error)}; download it on "
+                f"another machine and pass --weights FILE, or put it at {path}"
             ) from error
     return path
 
 
-def _is_finite(value: Tensor) -> bool:
-    """Tell whether all is finite, of a type that holds weights; of sparse ones the layout tells."""
-    whole = value.dtype in FLOATS and value.device.type != "meta"
-    return whole and (value.layout != torch.strided or bool(value.isfinite().all()))
-
-
 def _load_state(model: nn.Module, all_names: set[str], weights: Weights) -> None:
-    """Load what is left of a model that had parameters of all names before it was cut."""
-    own, given = model.state_dict(), weights.state or {}
-    state = {name: value for name, value in given.items() if name in own}
-    found = {
-        "lacks": [n for n in own if n not in given and not n.endswith("num_batches_tracked")],
-        "also holds": [name for name in given if name not in all_names],
-        "has another shape or layout of": [
-            n for n, v in state.items() if (v.shape, v.layout) != (own[n].shape, own[n].layout)
-        ],
-        "holds no finite floating point numbers in": [
-            n for n, v in state.items() if own[n].is_floating_point() and not _is_finite(v)
-        ],
-    }
-    for verb, names in found.items():
-        if names:
-            raise errors.UserError(
-                f"weights must be of the net and levels asked for, got {weights.name}, which "
-                f"{verb} {names[0]}; choose the --net these weights are of, or other --weights"
-            )
-    model.load_state_dict(state, strict=False)
+    """Load weights into a model cut at the deepest level; `all_names` are those of the whole."""
+    state = weights.state or {}
+    expected = {n: v for n, v in model.state_dict().items() if not n.endswith("batches_tracked")}
+    for name in [*expected, *state]:
+        if name not in all_names:
+            problem = "also holds"
+        elif name in expected and name not in state:
+            problem = "lacks"
+        elif name in expected and not _is_usable(state[name], expected[name]):
+            problem = f"has no finite floating-point values of shape {[*expected[name].shape]} in"
+        else:
+            continue
+        raise errors.UserError(
+            f"weights must be of the net and levels asked for, got {weights.name}, which {problem} "
+            f"{name}; choose the --net of these weights, or other --weights"
+        )
+    model.load_state_dict({name: state[name] for name in expected}, strict=False)
+
+
+def _is_usable(value: Tensor, expected: Tensor) -> bool:
+    """Tell whether a tensor has the expected shape and, for parameters, finite floats."""
+    if value.shape != expected.shape or value.is_sparse or value.is_meta:
+        return False
+    is_finite = value.is_floating_point() and bool(value.float().isfinite().all())
+    return is_finite or not expected.is_floating_point()
 
 
 # ---------------------------------------------------------------- networks
 
 
 class Backbone(nn.Module):
-    """A network that ends at the deepest level wanted.
+    """A network cut after the deepest level asked for.
 
-    `forward` turns normalised pixels (n, 3, 224, 224) into level -> (n, channels, elements).
+    `forward` maps normalised pixels (n, 3, 224, 224) to level -> (n, channels, elements).
 
     Attributes
     ----------
-    levels : levels it returns
-    mean, std : (3, 1, 1), what pixels in [0, 1] are normalised by
+    levels : the levels it returns
+    mean, std : (3, 1, 1), normalise pixels in [0, 1]
     """
 
     def __init__(self, levels: tuple[int, ...], mean: Any, std: Any) -> None:  # noqa: ANN401  any sequence
@@ -204,34 +204,34 @@ class Backbone(nn.Module):
 
 
 def build_backbone(net: str, weights: Weights, levels: tuple[int, ...]) -> Backbone:
-    """Build a network with its weights.
+    """Build a network with its weights, in evaluation mode.
 
     Raises
     ------
     UserError
-        If the weights are not of this net, or the net has no such level.
+        If the weights do not fit the network, or it lacks one of the levels.
     """
-    kind = TorchvisionBackbone if net in torchvision_names() else TimmBackbone
+    backbone_class = TorchvisionBackbone if net in torchvision_names() else TimmBackbone
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(RANDOM_WEIGHTS_SEED)
-        backbone = kind(net, weights, levels)
+        backbone = backbone_class(net, weights, levels)
     return backbone.to(memory_format=torch.channels_last).requires_grad_(False).eval()
 
 
-def _check_levels(net: str, levels: tuple[int, ...], there: dict[int, int]) -> None:
-    """Stop if a net has no map of a level's side."""
+def _check_levels(net: str, levels: tuple[int, ...], sides: dict[int, int]) -> None:
+    """Stop if a network has no feature map of a level's side."""
     for level in levels:
-        if level not in there:
+        if level not in sides:
             raise errors.UserError(
                 f"pyramid_level must be the side of a feature map of {net} ("
-                f"{', '.join(map(str, sorted(there)))}), or 224 for raw pixels, got {level}"
+                f"{', '.join(map(str, sorted(sides)))}), or 224 for raw pixels, got {level}"
             )
 
 
 class TorchvisionBackbone(Backbone):
     """A ResNet or ResNeXt.
 
-    Batch norm is folded into the convolutions, which changes last bits and is faster on a CPU.
+    Batch norm is folded into the convolutions: faster on a CPU, equal up to rounding.
     """
 
     def __init__(self, net: str, weights: Weights, levels: tuple[int, ...]) -> None:
@@ -244,7 +244,7 @@ class TorchvisionBackbone(Backbone):
             delattr(model, part)
         if weights.state is not None:
             _load_state(model, all_names, weights)
-        for block in list(model.modules()):  # the model's own first, then each block's
+        for block in list(model.modules()):  # the stem's convolution first, then each block's
             for i in (1, 2, 3):
                 if hasattr(block, f"bn{i}"):
                     fused = fuse_conv_bn_eval(*(getattr(block, f"{k}{i}") for k in ("conv", "bn")))
@@ -267,36 +267,33 @@ class TorchvisionBackbone(Backbone):
 
 
 class TimmBackbone(Backbone):
-    """Any model of timm that gives feature maps; where several have one side the last counts."""
+    """A timm model with feature maps; of several maps with the same side the last is used."""
 
     def __init__(self, net: str, weights: Weights, levels: tuple[int, ...]) -> None:
-        model = _create_timm(net, pretrained=False).eval()
-        config = model.pretrained_cfg
-        super().__init__(levels, config["mean"], config["std"])
-        with torch.inference_mode():
-            maps = model.forward_intermediates(torch.zeros(1, 3, INPUT_SIDE, INPUT_SIDE), **MAPS)
-        self.indices = {features.shape[-1]: index for index, features in enumerate(maps)}
-        _check_levels(net, levels, self.indices)
-        self.wanted = sorted(self.indices[level] for level in levels)
+        model, maps = _create_timm(net)
+        super().__init__(levels, model.pretrained_cfg["mean"], model.pretrained_cfg["std"])
+        self.map_of_level = {features.shape[-1]: index for index, features in enumerate(maps)}
+        _check_levels(net, levels, self.map_of_level)
+        self.map_indices = sorted(self.map_of_level[level] for level in levels)
         all_names = set(model.state_dict())
-        # Position embeddings of another size and other makers' names, as timm reads them.
-        as_timm_reads = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
-        if weights.state is not None and as_timm_reads is not None:
-            weights = replace(weights, state=as_timm_reads(weights.state, model))
-        model.prune_intermediate_layers(self.wanted, prune_norm=True, prune_head=True)
+        # Position embeddings of another size and other makers' names, converted by timm itself.
+        convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+        if weights.state is not None and convert is not None:
+            weights = replace(weights, state=convert(weights.state, model))
+        model.prune_intermediate_layers(self.map_indices, prune_norm=True, prune_head=True)
         if weights.state is not None:
             _load_state(model, all_names, weights)
         self.model = model
 
     def forward(self, pixels: Tensor) -> dict[int, Tensor]:
         """See `Backbone`."""
-        maps = self.model.forward_intermediates(pixels, indices=self.wanted, **MAPS)
-        by_index = dict(zip(self.wanted, maps, strict=True))
-        return {level: by_index[self.indices[level]].flatten(2) for level in self.levels}
+        maps = self.model.forward_intermediates(pixels, indices=self.map_indices, **MAP_OPTIONS)
+        by_index = dict(zip(self.map_indices, maps, strict=True))
+        return {level: by_index[self.map_of_level[level]].flatten(2) for level in self.levels}
 
 
 def _import_timm(net: str) -> Any:  # noqa: ANN401  a module
-    """Import timm, where it is installed and has a model of that name."""
+    """Import timm, if it is installed and has a model of that name."""
     try:
         import timm
     except ImportError:
@@ -306,35 +303,47 @@ def _import_timm(net: str) -> Any:  # noqa: ANN401  a module
         ) from None
     name = net.removeprefix("timm:")
     if not timm.is_model(name):
-        like = timm.list_models(f"*{name}*")[:5]
+        similar = ", ".join(timm.list_models(f"*{name}*")[:5])
         raise errors.UserError(
             f"net must be a ResNet of torchvision or a model of timm, got {net}; "
-            f"{'like it: ' + ', '.join(like) if like else 'timm.list_models() names all'}"
+            f"{f'similar: {similar}' if similar else 'timm.list_models() names all'}"
         )
     return timm
 
 
-def _create_timm(net: str, pretrained: bool) -> nn.Module:
-    """Create a model of timm for 224 x 224 pixels, where its size can be chosen."""
+def _create_timm(net: str, pretrained: bool = False) -> tuple[nn.Module, list[Tensor]]:
+    """Create a timm model for 224 x 224 pixels; return it and its feature maps of a black image."""
     timm, name = _import_timm(net), net.removeprefix("timm:")
     try:
-        model = timm.create_model(name, pretrained=pretrained, img_size=INPUT_SIDE)
-    except TypeError:  # a convolutional network takes any size
-        model = timm.create_model(name, pretrained=pretrained)
-    if not hasattr(model, "forward_intermediates"):
+        try:
+            model = timm.create_model(name, pretrained=pretrained, img_size=INPUT_SIDE).eval()
+        except TypeError:  # a convolutional network takes any size
+            model = timm.create_model(name, pretrained=pretrained).eval()
+        if not hasattr(model, "forward_intermediates"):
+            raise errors.UserError(
+                f"net must be a model that gives feature maps, got {net}; choose another"
+            )
+        with torch.inference_mode():
+            black = torch.zeros(1, 3, INPUT_SIDE, INPUT_SIDE)
+            return model, model.forward_intermediates(black, **MAP_OPTIONS)
+    except (AssertionError, RuntimeError, ValueError) as error:
+        if pretrained:  # the download's: the model itself was tried before
+            raise
+        side = getattr(timm.get_pretrained_cfg(name), "input_size", ("other sizes",))[-1]
         raise errors.UserError(
-            f"net must be a model that gives feature maps, got {net}; choose another"
-        )
-    return model
+            f"net must take {INPUT_SIDE} x {INPUT_SIDE} pixels, got {net}, which is made for "
+            f"{side} ({error}); choose another, such as a convolutional network"
+        ) from error
 
 
 def _timm_imagenet(net: str) -> Weights:
     """Return timm's own weights of a model, downloaded once; sha256 of the state dict's values."""
+    _create_timm(net)
     try:
-        state = _create_timm(net, pretrained=True).state_dict()
+        state = _create_timm(net, pretrained=True)[0].state_dict()
     except (OSError, RuntimeError, ValueError, HTTPException) as error:
         raise errors.UserError(
-            f"weights must be reachable, got {type(error).__name__} for {net} of timm; download "
+            f"could not download timm's weights of {net} ({type(error).__name__}); download "
             f"https://huggingface.co/timm/{net.removeprefix('timm:')} on another machine and pass "
             "--weights FILE (model.safetensors)"
         ) from error
@@ -344,11 +353,11 @@ def _timm_imagenet(net: str) -> Weights:
     return Weights("imagenet", state, digest.hexdigest())
 
 
-# ---------------------------------------------------------------- running them
+# ---------------------------------------------------------------- features
 
 
 def normalise_pixels(crops: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """Turn uint8 pixels (n, 3, h, w) into what the network expects, padding included."""
+    """Normalise uint8 pixels (n, 3, h, w) as the network expects, padding included."""
     return (crops.float() / 255.0 - mean) / std
 
 
@@ -358,6 +367,23 @@ def pixel_elements(crops: Tensor) -> Tensor:
     return normalise_pixels(crops, mean, std).flatten(2)
 
 
+@contextmanager
+def _kernel_switches(tf32: bool) -> Iterator[None]:
+    """Set torch's switches for CUDA: no kernel chosen by timing, the same ones in every run."""
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    benchmark, deterministic = cudnn.benchmark, cudnn.deterministic
+    precisions = cudnn.conv.fp32_precision, matmul.fp32_precision
+    cudnn.benchmark, cudnn.deterministic = False, True
+    cudnn.allow_tf32 = matmul.allow_tf32 = tf32
+    try:
+        yield
+    finally:
+        cudnn.benchmark, cudnn.deterministic = benchmark, deterministic
+        # torch has two interfaces to a precision and wants them to agree: first the older one.
+        cudnn.allow_tf32, matmul.allow_tf32 = (value == "tf32" for value in precisions)
+        cudnn.conv.fp32_precision, matmul.fp32_precision = precisions
+
+
 class FeatureExtractor:
     """Runs a backbone over full batches on a device.
 
@@ -365,8 +391,8 @@ class FeatureExtractor:
     ----------
     backbone : Backbone
     device : torch.device
-    precision : "fp32", "tf32" (CUDA only; the same as fp32 on a CPU) or "bf16" (network only)
-    compiled : whether torch.compile makes the network, its weights frozen, faster at first use
+    precision : "fp32", "tf32" (CUDA only; fp32 on a CPU) or "bf16", of the backbone alone
+    compiled : whether to run the backbone through torch.compile, with frozen weights
     """
 
     def __init__(
@@ -378,20 +404,20 @@ class FeatureExtractor:
     ) -> None:
         self.device, self.precision = device, precision
         self.backbone = backbone.to(device)
-        freeze = {"freezing": True}
-        self.network = torch.compile(self.backbone, options=freeze) if compiled else self.backbone
-        self.chunk = 0  # crops of one forward pass; 0: the whole batch
+        self.network = None if compiled else self.backbone  # compiled at first use
+        self.chunk = 0  # crops in a forward pass; 0 for the whole batch
 
     @torch.inference_mode()
     def extract(self, crops: Tensor) -> dict[int, Tensor]:
         """Return level -> (n, channels, elements), float32, of uint8 crops (n, 3, 224, 224).
 
-        Where the GPU's memory is too small the batch is halved, with one line, and stays halved.
+        If the GPU runs out of memory the batch is halved, which is logged, and stays halved.
+
+        Raises
+        ------
+        UserError
+            If the GPU's memory is too small for one crop, or the network cannot be compiled.
         """
-        # Kernels are not chosen by timing them, and are the same ones in every run: equal bytes.
-        torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, True
-        torch.backends.cudnn.allow_tf32 = self.precision == "tf32"
-        torch.backends.cuda.matmul.allow_tf32 = False  # projections stay exact
         while True:
             chunk = self.chunk or len(crops)
             try:
@@ -400,8 +426,7 @@ class FeatureExtractor:
             except torch.cuda.OutOfMemoryError as error:
                 if chunk == 1:
                     raise errors.UserError(
-                        "device must have memory for one crop, got out of memory; free the GPU, or "
-                        "pass --device cpu"
+                        "out of GPU memory for a single crop; free the GPU, or pass --device cpu"
                     ) from error
             # Only here, when the error with its frames is gone, is their memory free again.
             self.chunk = (chunk + 1) // 2
@@ -418,13 +443,18 @@ class FeatureExtractor:
         pixels = normalise_pixels(crops, self.backbone.mean, self.backbone.std)
         pixels = pixels.contiguous(memory_format=torch.channels_last)
         enabled = self.precision == "bf16"
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=enabled):
+        with (
+            _kernel_switches(self.precision == "tf32"),
+            torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=enabled),
+        ):
             try:
+                if self.network is None:
+                    self.network = torch.compile(self.backbone, options={"freezing": True})
                 elements = self.network(pixels)
-            except torch._dynamo.exc.BackendCompilerFailed as error:
+            except (torch._dynamo.exc.BackendCompilerFailed, OSError) as error:
                 reason = " ".join(str(error).splitlines()[:2]).strip()
                 raise errors.UserError(
-                    f"--compile must find a compiler that works, got {reason}; install one (g++), "
-                    "or leave the flag out"
+                    f"--compile could not compile the network: {reason}; install a compiler (g++), "
+                    "set TORCHINDUCTOR_CACHE_DIR to a folder that can be written, or leave it out"
                 ) from error
         return {level: values.float().contiguous() for level, values in elements.items()}

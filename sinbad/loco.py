@@ -1,7 +1,7 @@
-"""Facts of MVTec LOCO AD and of the paper's runs, and the names of the files made from them.
+"""Facts of MVTec LOCO AD and the paper's settings; names of test subsets and score files.
 
-Source: Bergmann et al., "Beyond Dents and Scratches", IJCV 2022 (the data set); arXiv 2302.12245
-and 2311.14773 (the runs). Standard library only: the array generators import this on login nodes.
+Source: Bergmann et al., "Beyond Dents and Scratches", IJCV 2022; arXiv 2302.12245 and 2311.14773.
+Standard library only: the array generators import this on login nodes.
 """
 
 import logging
@@ -13,7 +13,7 @@ from sinbad import errors
 log = logging.getLogger(__name__)
 
 KINDS = {"loco": "logical_anomalies", "struct": "structural_anomalies"}
-ALL = "all"  # kind of a data set of all anomalies of a class, whatever their folders
+ALL = "all"  # suffix of a data set of all anomalies of a category, whatever their folders
 KIND_NAMES = {"loco": "logical", "struct": "structural"}
 DOWNLOAD_PAGE = "https://www.mvtec.com/company/research/datasets/mvtec-loco"
 ARCHIVE_SHA256 = "9e7c84dba550fd2e59d8e9e231c929c45ba737b6b6a6d3814100f54d63aae687"
@@ -24,7 +24,7 @@ VALID_SHARE = 0.1
 
 @dataclass(frozen=True)
 class LocoClass:
-    """One class of LOCO: size of its images in pixels, numbers of images of its five parts."""
+    """One category of LOCO: size of its images in pixels, numbers of images of its five parts."""
 
     width: int
     height: int
@@ -45,7 +45,7 @@ LOCO_CLASSES = {
 # Some copies of the archive hold these numbers of train and validation images instead.
 OTHER_COUNTS = {"splicing_connectors": {"train": 360, "validation": 60}}
 
-# ROC-AUC in percent. SINBAD: arXiv 2302.12245 as requoted by the README of PSAD.
+# Image-level AUROC in percent. SINBAD: arXiv 2302.12245, as quoted by the README of PSAD.
 PUBLISHED_LOCO = {
     "loco": {
         "breakfast_box": 96.5,
@@ -64,7 +64,7 @@ PUBLISHED_LOCO = {
         "mean": 84.7,
     },
 }
-# Mean of logical and structural; arXiv 2311.14773 as requoted by benchmark sites.
+# SINBAD Ens, mean of logical and structural: arXiv 2311.14773, as quoted by benchmark sites.
 PUBLISHED_ENSEMBLE_MEAN = 88.3
 
 
@@ -72,7 +72,7 @@ PUBLISHED_ENSEMBLE_MEAN = 88.3
 
 
 def split_mvtype(mvtype: str) -> tuple[str, str]:
-    """Split a data set's name: "pushpins_loco" -> ("pushpins", "loco")."""
+    """Split a data set's name: "pushpins_loco" -> category "pushpins", anomaly type "loco"."""
     class_name, _, kind = mvtype.rpartition("_")
     if not class_name or kind not in (*KINDS, ALL) or "/" in mvtype:
         raise errors.UserError(
@@ -83,17 +83,17 @@ def split_mvtype(mvtype: str) -> tuple[str, str]:
 
 
 def expand_mvtypes(names: Iterable[str], kinds_of: Mapping[str, Sequence[str]]) -> list[str]:
-    """Turn what `--mvtype` takes into data set names, class by class, logical first.
+    """Expand the values of `--mvtype` to names of data sets, by category, logical first.
 
     Parameters
     ----------
-    names : data sets (`pushpins_loco`), classes (`pushpins`), or `loco`, `struct`, `all`
-    kinds_of : class -> the kinds of its data sets, of the classes that the groups stand for
+    names : data sets (`pushpins_loco`), categories (`pushpins`), or `loco`, `struct`, `all`
+    kinds_of : category -> the anomaly types of its data sets
 
     Raises
     ------
     UserError
-        If a name is neither a data set, nor a known class, nor one of the three groups.
+        If a name is neither a data set, nor a known category, nor one of the three groups.
     """
     wanted: list[str] = []
     for name in names:
@@ -110,14 +110,14 @@ def expand_mvtypes(names: Iterable[str], kinds_of: Mapping[str, Sequence[str]]) 
 
 
 def choose_mvtypes(names: Iterable[str], present: Iterable[str]) -> list[str]:
-    """Return the data sets that names stand for; of a class or a group only what is there.
+    """Return the data sets of some names; of a category or a group those that are present.
 
-    If nothing is there, all that the names stand for: the caller says what is missing.
+    If none is present, all data sets of the names: the caller reports what is missing.
 
     Parameters
     ----------
-    names : what `--mvtype` takes
-    present : data sets there are; their classes belong to `loco`, `struct` and `all`
+    names : values of `--mvtype`
+    present : existing data sets; their categories belong to `loco`, `struct` and `all`
     """
     names = list(names)
     found = {n for n in present if n.endswith(tuple(f"_{kind}" for kind in (*KINDS, ALL)))}
@@ -128,5 +128,5 @@ def choose_mvtypes(names: Iterable[str], present: Iterable[str]) -> list[str]:
     chosen = [name for name in wanted if name in found or name in names]
     missing = [name for name in wanted if name not in chosen]
     if chosen and missing:
-        log.info(f"note: not there: {', '.join(missing)}")
+        log.info(f"note: not found: {', '.join(missing)}")
     return chosen or wanted

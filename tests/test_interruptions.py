@@ -152,5 +152,5 @@ def test_out_of_memory_halves_the_batch_once_and_changes_no_number(
 
 def test_memory_for_no_crop_at_all_is_an_error() -> None:
     extractor = backbones.FeatureExtractor(SmallMemory(0), torch.device("cpu"))
-    with pytest.raises(errors.UserError, match="must have memory for one crop"):
+    with pytest.raises(errors.UserError, match="out of GPU memory for a single crop"):
         extractor.extract(torch.zeros(3, 3, 224, 224, dtype=torch.uint8))

@@ -530,7 +530,7 @@ def check_report(out: Path, category: str, counts: dict[str, int], printed: str)
         table = list(csv.DictReader(file))
     assert [row["data set"] for row in table] == [f"{category}_all", "mean"]
     assert [row["ensemble"] for row in table] == [f"{100 * expected:.1f}"] * 2
-    assert [row["published"] for row in table] == ["-", "-"]
+    assert [row["SINBAD (2302.12245)"] for row in table] == ["-", "-"]
     assert f"{category}_all" in printed
     assert (out / "classes.csv").read_text(encoding="utf-8").startswith("class,mean,pooled\n")
 

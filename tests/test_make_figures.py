@@ -1,4 +1,4 @@
-"""The README's pictures: which images and which direction they show, and that they are drawn."""
+"""The README's figures: which images and which direction they show, and that they are plotted."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,12 +18,12 @@ IM_SIZE = "64"
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return what a tiny demo leaves: images, matrices, scores of levels 7 and 14."""
+    """Return the outputs of a tiny demo: images, matrices, scores of levels 7 and 14."""
     folder = tmp_path_factory.mktemp("demo")
     few = ["--n_train", "3", "--n_valid", "2", "--n_test", "2", "--scale", "0.06"]
     make_dataset.main(["--out_dir", str(folder / "dataset"), *few])
-    where = ["--dataset_dir", str(folder / "dataset"), "--out_dir", str(folder / "matrices")]
-    data_to_matrices.main([*where, "--im_size", IM_SIZE])
+    paths = ["--dataset_dir", str(folder / "dataset"), "--out_dir", str(folder / "matrices")]
+    data_to_matrices.main([*paths, "--im_size", IM_SIZE])
     sinbad_single_layer.main(
         [
             *("--mvtype", "juice_bottle", "pushpins", "--pyramid_level", "7", "14"),
@@ -35,25 +35,25 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def draw(demo: Path, out: Path) -> dict[str, bytes]:
-    """Draw both pictures and return their bytes."""
+def plot(demo: Path, out: Path) -> dict[str, bytes]:
+    """Plot both figures and return their bytes."""
     flags = ["--demo_dir", str(demo), "--rep_num_224", "0", "--weights", "random"]
     make_figures.main([*flags, "--out", str(out)])
     return {path.name: path.read_bytes() for path in out.iterdir()}
 
 
-def test_both_pictures_are_drawn_and_equal_scores_give_equal_bytes(
+def test_equal_scores_give_equal_bytes(
     demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    drawn = draw(demo, tmp_path / "one")
+    pngs = plot(demo, tmp_path / "one")
     names = ["LOCO_demo_fig.png", "histograms_fig.png"]
-    assert sorted(drawn) == names
+    assert sorted(pngs) == names
     assert sorted(capsys.readouterr().out.split()) == [str(tmp_path / "one" / n) for n in names]
     for name in names:
-        picture = np.asarray(Image.open(tmp_path / "one" / name).convert("RGB"))
-        assert picture.shape[1] > 1000
-        assert (picture != 255).any(2).mean() > 0.1
-    assert draw(demo, tmp_path / "two") == drawn
+        pixels = np.asarray(Image.open(tmp_path / "one" / name).convert("RGB"))
+        assert pixels.shape[1] > 1000
+        assert (pixels != 255).any(2).mean() > 0.1
+    assert plot(demo, tmp_path / "two") == pngs
 
 
 def test_the_images_shown_are_those_of_median_and_of_lowest_score() -> None:

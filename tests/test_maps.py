@@ -28,14 +28,13 @@ def grid_of(ratio: float, crop_num_edge: int = 4, side: int = 64) -> ensembles.G
         "matrices": matrices,
     }
     rng = np.random.default_rng(n_crops)
-    crops, own = rng.uniform(0.5, 3.0, (2, n_crops, N_TEST))
-    return ensembles.GridScores(crops.mean(0), crops.mean(0), crops, own, settings)
+    crops, by_position = rng.uniform(0.5, 3.0, (2, n_crops, N_TEST))
+    return ensembles.GridScores(crops.mean(0), crops.mean(0), crops, by_position, settings)
 
 
-def scores_with(root: Path, *grids: ensembles.GridScores) -> ensembles.DataSetScores:
-    """Return toy scores whose crop grids are these."""
-    scores = load_toy(root, "pushpins_loco")
-    return replace(scores, grids={(14, i): grid for i, grid in enumerate(grids)})
+def keyed(*grids: ensembles.GridScores) -> maps.Grids:
+    """Return grids as those of a data set."""
+    return {(14, i): grid for i, grid in enumerate(grids)}
 
 
 def slow_map(
@@ -72,68 +71,58 @@ def filled(means: Array) -> Array:
 
 
 @pytest.mark.parametrize("size", [(64, 38), (25, 15), (70, 42)])
-def test_maps_against_a_loop_over_pixels(size: tuple[int, int], tmp_path: Path) -> None:
+def test_maps_against_a_loop_over_pixels(size: tuple[int, int]) -> None:
     grids = [grid_of(ratio) for ratio in (0.25, 0.5, 0.7, 0.99)]
-    scores = scores_with(tmp_path, *grids)
-    found = maps.image_map(scores, 3, size)
-    assert (found.shape, found.dtype) == (size[::-1], np.float32)
-    assert found.max() == np.float32(scores.final[3])
+    values = maps.image_map(keyed(*grids), 1.7, 3, size)
+    assert (values.shape, values.dtype) == (size[::-1], np.float32)
+    assert values.max() == np.float32(1.7)
     slow = filled(slow_map([(grid, grid.crops[:, 3], 1.0) for grid in grids], size))
-    np.testing.assert_allclose(found, slow / slow.max() * scores.final[3], rtol=1e-6)
+    np.testing.assert_allclose(values, slow / slow.max() * 1.7, rtol=1e-6)
     weighted = [(g, g.own[:, 3], 1.0 / g.settings["crop_size_ratio"] ** 2) for g in grids]
     expected = filled(slow_map(weighted, size))
-    np.testing.assert_allclose(maps.overlay_map(scores, 3, size), expected, rtol=1e-12)
+    np.testing.assert_allclose(maps.overlay_map(keyed(*grids), 3, size), expected, rtol=1e-12)
 
 
 @pytest.mark.parametrize(("ratio", "crop_num_edge"), [(0.3, 4), (0.9, 4), (0.45, 1)])
-def test_pixels_outside_all_crops(ratio: float, crop_num_edge: int, tmp_path: Path) -> None:
+def test_pixels_outside_all_crops(ratio: float, crop_num_edge: int) -> None:
     grid = grid_of(ratio, crop_num_edge)
-    scores = scores_with(tmp_path, grid)
     slow = filled(slow_map([(grid, grid.crops[:, 1], 1.0)], (64, 38)))
-    found = maps.image_map(scores, 1, (64, 38))
-    np.testing.assert_allclose(found, slow / slow.max() * scores.final[1], rtol=1e-6)
+    values = maps.image_map(keyed(grid), 1.7, 1, (64, 38))
+    np.testing.assert_allclose(values, slow / slow.max() * 1.7, rtol=1e-6)
 
 
-def test_an_overlay_shows_the_place_that_is_out_of_its_own_ordinary(tmp_path: Path) -> None:
+def test_an_overlay_shows_crops_that_are_unlike_those_at_their_own_position() -> None:
     """A crop that always scores high is no sign of anything; maps in files show it all the same."""
-    scores = load_toy(tmp_path, "pushpins_loco", levels=(7,), rep_num_224=0)
     grid = replace(grid_of(0.5), own=np.ones((9, N_TEST)))
     grid.crops[:], grid.crops[0] = 1.0, 9.0
     grid.own[8] = 3.0
-    scores = replace(scores, grids={(7, 9): grid})
-    wrong = np.unravel_index(maps.overlay_map(scores, 5, (64, 38)).argmax(), (38, 64))
-    assert wrong[0] >= 19
-    assert wrong[1] >= 48
-    assert maps.image_map(scores, 5, (64, 38)).argmax() == 0
+    y, x = np.unravel_index(maps.overlay_map(keyed(grid), 5, (64, 38)).argmax(), (38, 64))
+    assert y >= 19
+    assert x >= 48
+    assert maps.image_map(keyed(grid), 1.7, 5, (64, 38)).argmax() == 0
 
 
-def test_constant_maps(tmp_path: Path) -> None:
+def test_constant_maps() -> None:
     grid = grid_of(0.5)
-    even = scores_with(tmp_path, replace(grid, crops=np.full_like(grid.crops, 1.7)))
-    for scores in (even, scores_with(tmp_path)):  # without grids: raw pixels alone
-        expected = np.full((30, 50), np.float32(scores.final[2]))
-        np.testing.assert_array_equal(maps.image_map(scores, 2, (50, 30)), expected)
+    even = keyed(replace(grid, crops=np.full_like(grid.crops, 1.7)))
+    for grids in (even, {}):  # without grids: raw pixels alone
+        values = maps.image_map(grids, 1.3, 2, (50, 30))
+        np.testing.assert_array_equal(values, np.full((30, 50), np.float32(1.3)))
 
 
-def test_maximum_of_scores_that_are_not_positive(tmp_path: Path) -> None:
-    scores = scores_with(tmp_path, grid_of(0.5))
-    lower = replace(scores, final=np.array([-3.0, 0.0, 1.0, 2.0, -1.0, 0.5, 4.0]))
-    for index in range(N_TEST):
-        found, before = (
-            maps.image_map(lower, index, (50, 30)),
-            maps.image_map(scores, index, (50, 30)),
-        )
-        assert found.max() == np.float32(lower.final[index])
-        assert found.argmax() == before.argmax()
-        assert found.min() < found.max()
+@pytest.mark.parametrize("final_score", [-3.0, -1.0, 0.0, 0.5, 4.0])
+def test_the_maximum_is_the_final_score_whatever_its_sign(final_score: float) -> None:
+    grids = keyed(grid_of(0.5))
+    values = maps.image_map(grids, final_score, 1, (50, 30))
+    assert values.max() == np.float32(final_score)
+    assert values.argmax() == maps.image_map(grids, 1.0, 1, (50, 30)).argmax()
+    assert values.min() < values.max()
 
 
-def test_authors_scores_have_no_maps(tmp_path: Path) -> None:
-    scores = scores_with(tmp_path, replace(grid_of(0.5), settings={}))
-    with pytest.raises(
-        errors.UserError, match=r"pushpins_loco must hold the settings .* authors' own"
-    ):
-        maps.image_map(scores, 0, (50, 30))
+def test_authors_scores_have_no_maps() -> None:
+    grids = keyed(replace(grid_of(0.5), settings={}))
+    with pytest.raises(errors.UserError, match=r"positions of their crops, got no .* authors' own"):
+        maps.image_map(grids, 1.0, 0, (50, 30))
 
 
 # ---------------------------------------------------------------- files
@@ -144,7 +133,7 @@ def test_authors_scores_have_no_maps(tmp_path: Path) -> None:
 )
 def test_paths_stay_below_the_maps_folder(path: str, tmp_path: Path) -> None:
     scores = replace(load_toy(tmp_path, "pushpins_loco"), image_paths=[path] * N_TEST)
-    with pytest.raises(errors.UserError, match="must be test/<kind>/<image>"):
+    with pytest.raises(errors.UserError, match="must be test/<type>/<image>"):
         maps.write_maps(tmp_path / "maps", [scores], tmp_path / "none")
     assert not (tmp_path / "maps").exists()
 
@@ -164,26 +153,25 @@ def test_files_read_back(tmp_path: Path) -> None:
         with Image.open(maps_dir / "pushpins" / path.replace(".png", ".tiff")) as image:
             assert (image.mode, image.format) == ("F", "TIFF")
             assert image.size == (50 + 5 * int(path[-5]), 30)
-            np.testing.assert_array_equal(
-                np.asarray(image), maps.image_map(scores, index, image.size)
-            )
+            expected = maps.image_map(scores.grids, scores.final[index], index, image.size)
+            np.testing.assert_array_equal(np.asarray(image), expected)
     both = maps.map_paths(maps_dir, sets, tmp_path / "images")
-    assert len(both) == 4 + 3 + 3  # the good images once
+    assert len(both) == 4 + 3 + 3  # the normal images once
 
 
 def test_two_images_with_one_stem_have_two_maps(tmp_path: Path) -> None:
     paths = image_paths("pushpins_loco")
     paths[1] = "test/good/000.jpg"
     scores = replace(load_toy(tmp_path, "pushpins_loco"), image_paths=paths)
-    found = [
-        path.relative_to(tmp_path) for path in maps.map_paths(tmp_path, [scores], tmp_path / "no")
-    ]
-    good = [path.name for path in found if path.parent.name == "good"]
-    assert good == ["000.png.tiff", "000.jpg.tiff", "002.png.tiff", "003.png.tiff"]
-    assert str(found[-1]) == "pushpins/test/logical_anomalies/002.tiff"
+    map_paths = list(maps.map_paths(tmp_path, [scores], tmp_path / "no"))
+    names = [path.name for path in map_paths if path.parent.name == "good"]
+    assert names == ["000.png.tiff", "000.jpg.tiff", "002.png.tiff", "003.png.tiff"]
+    assert map_paths[-1] == tmp_path / "pushpins/test/logical_anomalies/002.tiff"
 
 
-@pytest.mark.parametrize("how", ["same", "inside", "around", "links to the class", "linked class"])
+@pytest.mark.parametrize(
+    "how", ["same", "inside", "around", "links to the category", "linked category"]
+)
 def test_maps_never_lie_among_the_images(how: str, tmp_path: Path) -> None:
     scores = load_toy(tmp_path, "pushpins_loco")
     dataset, maps_dir = tmp_path / "images", tmp_path / "maps"
@@ -197,7 +185,7 @@ def test_maps_never_lie_among_the_images(how: str, tmp_path: Path) -> None:
     elif how == "around":
         dataset = (tmp_path / "images").rename(tmp_path / "pushpins")
         maps_dir = tmp_path
-    elif how == "links to the class":
+    elif how == "links to the category":
         maps_dir.mkdir()
         (maps_dir / "pushpins").symlink_to(dataset / "pushpins")
     else:
@@ -210,7 +198,7 @@ def test_maps_never_lie_among_the_images(how: str, tmp_path: Path) -> None:
     assert sorted(tmp_path.rglob("*.tiff")) == before
 
 
-def test_size_that_is_not_known(tmp_path: Path) -> None:
+def test_an_unknown_size(tmp_path: Path) -> None:
     scores = load_toy(tmp_path, "cable_loco")
     with pytest.raises(errors.UserError, match=r"--dataset_dir must hold cable/test/good/000\.png"):
         maps.write_maps(tmp_path / "maps", [scores], tmp_path / "images")

@@ -144,7 +144,7 @@ def test_groups_stand_for_what_is_there(
         "own_loco",
         "pushpins_loco",
     }
-    assert "note: not there: breakfast_box_loco" in capsys.readouterr().err
+    assert "note: not found: breakfast_box_loco" in capsys.readouterr().err
     score(tmp_path / "matrices", tmp_path / "r", "--mvtype", "own", "--pyramid_level", "224")
     assert capsys.readouterr().err.count("finished already") == 1
 

@@ -12,12 +12,13 @@ from sinbad.report import metrics, tables
 log = logging.getLogger(__name__)
 
 NOTES = """
-AUROC in percent; the interval is a bootstrap over test images (of the first of several runs).
-Published: SINBAD, arXiv 2302.12245, shown beside whole LOCO data sets only."""
-# Everything that a report may write; what lies there of another run is removed.
-OWN_FILES = re.compile(
+Image-level AUROC in percent; the interval is a bootstrap over test images (of the first of several
+runs). Published figures are shown beside complete LOCO data sets only. Those per data set (arXiv
+2302.12245) are not of the ensemble; of the ensemble the mean is published (arXiv 2311.14773)."""
+# Every file that a report may write; those that an earlier report left are removed.
+REPORT_FILES = re.compile(
     r"metrics\.json|table\.md|(table|classes|details|defects|scores(_(seed|rep)_\d+)?)\.csv|"
-    rf"(score_distributions|roc_curves|auroc_by_grid|images_.+_({'|'.join({*loco.KINDS, 'all'})}))\.png"
+    r"(score_distributions|roc_curves|auroc_by_grid|images_.+_(loco|struct|all))\.png"
 )
 
 
@@ -25,15 +26,15 @@ OWN_FILES = re.compile(
 class ReportOptions:
     """What a report holds."""
 
-    out: Path  # folder of tables and pictures
-    dataset_dir: Path  # classes' images, for pictures, masks and the size of maps; may be missing
+    out: Path  # folder of tables and figures
+    dataset_dir: Path  # the images, for figures, masks and the size of maps; may be missing
     extra: ensembles.ExtraScores | None  # another method's scores
     maps_dir: Path | None  # folder of anomaly maps
-    figures: bool  # draw pictures
+    figures: bool  # whether to plot figures, which takes matplotlib
 
 
 def report_options(args: argparse.Namespace, out: Path) -> ReportOptions:
-    """Collect the flags of a report; what they name is tried now, before long work."""
+    """Collect the flags of a report; files that they name are tried now, before long work."""
     path = args.extra_scores
     extra = path and ensembles.read_extra_scores(path, args.extra_weight, args.extra_norm)
     out.mkdir(parents=True, exist_ok=True)
@@ -41,12 +42,21 @@ def report_options(args: argparse.Namespace, out: Path) -> ReportOptions:
 
 
 def write_report(runs: dict[str, list[ensembles.DataSetScores]], options: ReportOptions) -> str:
-    """Write everything that is asked for; return the text to print.
+    """Write all files of a report.
 
-    `runs` is name of a run ("seed 0", "rep 0") -> its data sets, the same in all runs; pictures and
-    maps are of the first.
+    Parameters
+    ----------
+    runs : name of a run ("seed 0", "rep 0") -> its data sets, the same in all runs; figures and
+        maps are of the first run
 
-    UserError if data sets or runs do not belong together, or the extra scores do not fit them.
+    Returns
+    -------
+    The text to print.
+
+    Raises
+    ------
+    UserError
+        If data sets or runs have inconsistent settings, or the extra scores do not fit them.
     """
     ensembles.check_runs(runs)
     extra = options.extra
@@ -61,23 +71,23 @@ def write_report(runs: dict[str, list[ensembles.DataSetScores]], options: Report
 
         maps.write_maps(options.maps_dir, first, options.dataset_dir)
         log.info(f"anomaly maps (coarse: where to look) in {options.maps_dir}")
-    text, files = _tables(runs, options)
+    text, files = _table_files(runs, options)
     if options.figures:
-        from sinbad.report import figures  # matplotlib is slow to import
+        from sinbad.report import figures  # matplotlib: slow to import, not needed for tables
 
-        files |= figures.draw_figures(first, options.dataset_dir)
+        files |= figures.report_figures(first, options.dataset_dir)
     for name, content in files.items():
         atomic.atomic_write(options.out / name, content)
     for path in options.out.iterdir():
-        if path.name not in files and OWN_FILES.fullmatch(path.name) and not path.is_dir():
+        if path.name not in files and REPORT_FILES.fullmatch(path.name) and not path.is_dir():
             path.unlink(missing_ok=True)
-    return f"{text}\n{NOTES}\nMore tables, per-image scores and pictures: {options.out}"
+    return f"{text}\n{NOTES}\nMore tables, per-image scores and figures: {options.out}"
 
 
-def _tables(
+def _table_files(
     runs: dict[str, list[ensembles.DataSetScores]], options: ReportOptions
 ) -> tuple[str, dict[str, bytes | str]]:
-    """Return the score table to print, and file -> content of all tables."""
+    """Return the score table to print, and file name -> content of all tables."""
     defects = {
         s.mvtype: layouts.defect_images(
             options.dataset_dir / loco.split_mvtype(s.mvtype)[0], s.image_paths
@@ -88,21 +98,20 @@ def _tables(
     values = list(metrics_of_runs.values())
     rows_by_table = {"table": tables.score_table(values), **tables.other_tables(values)}
     texts = {name: tables.markdown(rows) for name, rows in rows_by_table.items() if len(rows) > 1}
-    source = tables.made_from(runs)
+    provenance = tables.report_provenance(runs)
     if options.extra is not None:
         keys = ("name", "weight", "norm")
-        source["extra scores"] = {key: [getattr(options.extra, key)] for key in keys}
-    single = len(runs) == 1
-    report = values[0] if single else {"runs": metrics_of_runs}
+        provenance["extra scores"] = {key: [getattr(options.extra, key)] for key in keys}
+    is_single = len(runs) == 1
+    report = values[0] if is_single else {"runs": metrics_of_runs}
     files: dict[str, bytes | str] = {
         f"{name}.csv": tables.csv_text(rows_by_table[name]) for name in texts
     }
-    files["table.md"] = (
-        "\n\n".join([*texts.values(), "Made from", tables.made_from_text(source)]) + "\n"
-    )
-    text = atomic.to_json({**report, "made_from": source}) + "\n"
+    sections = *texts.values(), "Made from", tables.provenance_text(provenance)
+    files["table.md"] = "\n\n".join(sections) + "\n"
+    text = atomic.to_json({**report, "made_from": provenance}) + "\n"
     files["metrics.json"] = text.encode("utf-8", "backslashreplace")
     for name, sets in runs.items():
-        file_name = "scores.csv" if single else f"scores_{name.replace(' ', '_')}.csv"
+        file_name = "scores.csv" if is_single else f"scores_{name.replace(' ', '_')}.csv"
         files[file_name] = tables.csv_text(tables.image_rows(sets))
     return texts["table"], files

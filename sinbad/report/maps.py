@@ -1,15 +1,16 @@
-"""Anomaly maps: the crop scores spread over the image, as files and for pictures.
+"""Anomaly maps: crop scores spread over the image, as files and for figures.
 
 They are coarse: a pixel's value is the mean score of all crops that cover it, which tells where to
-look, not where the defect ends. The files have the official evaluation's format.
+look, not where a defect ends. The files have the format of LOCO's official evaluation.
 """
 
 import io
 import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,54 +21,64 @@ import sinbad_utils
 from sinbad import atomic, cli, ensembles, errors, loco
 
 MAP_ENDING = ".tiff"
-VISA_IMAGES = "Data"  # folder of VisA's classes; elsewhere test images lie in `test`
+VISA_IMAGES = "Data"  # folder of the images of a VisA category; in other layouts it is `test`
 COMPRESSION = "tiff_adobe_deflate"  # zlib: every TIFF reader has it
 
 Size = tuple[int, int]  # (width, height) in pixels, as Pillow's
+Grids = Mapping[Any, ensembles.GridScores]  # of one data set; the keys are not used
 
 
-def image_map(scores: ensembles.DataSetScores, index: int, size: Size) -> NDArray[np.float32]:
-    """Return the map (height, width) of the test image `index`, higher = more anomalous.
+def image_map(grids: Grids, final_score: float, index: int, size: Size) -> NDArray[np.float32]:
+    """Return the map (height, width) of one image, higher = more anomalous.
 
     A pixel's value is the mean over the crops that cover it, scaled so that the maximum is the
-    image's final score (moved there where that is not positive); constant without crop grids.
+    image's final score (shifted where that is not positive); constant without crop grids.
 
-    UserError if the scores hold no settings (the authors' files): where crops lie is not known.
+    Parameters
+    ----------
+    grids : crop grids of the data set
+    final_score : of the image
+    index : of the image in `grids`
+    size : of the map
+
+    Raises
+    ------
+    UserError
+        If the grids have no settings (the authors' files): the positions of crops are not known.
     """
-    final = scores.final[index]
-    grids = [(grid, grid.crops[:, index], 1.0) for grid in scores.grids.values()]
-    values = _mean_over_crops(grids, size, scores.mvtype)
+    values = _mean_over_crops([(g.settings, g.crops[:, index], 1.0) for g in grids.values()], size)
     highest = values.max()
-    scaled = values / highest * final if highest > 0 < final else values - highest + final
+    is_scaled = highest > 0 < final_score
+    scaled = values / highest * final_score if is_scaled else values - highest + final_score
     return scaled.astype(np.float32)
 
 
-def overlay_map(scores: ensembles.DataSetScores, index: int, size: Size) -> NDArray[np.float64]:
-    """Return where one test image is out of the ordinary, (height, width), for pictures.
+def overlay_map(grids: Grids, index: int, size: Size) -> NDArray[np.float64]:
+    """Return how far each pixel of an image is above the validation images, for figures.
 
-    The mean over the crops that cover a pixel, of crop scores divided by the validation mean of
-    their own position: about 1 is like the validation images, there. Small crops, which tell the
-    place better, weigh more: by 1 / area.
+    The mean over the crops that cover a pixel of their scores, each divided by the validation mean
+    of its own position: about 1 where the image is like the validation images. Crops weigh
+    1 / area, since smaller ones localise better. Arguments and errors as in `image_map`.
     """
-    grids = [
-        (grid, grid.own[:, index], grid.settings.get("crop_size_ratio", 1.0) ** -2)
-        for grid in scores.grids.values()
-    ]
-    return _mean_over_crops(grids, size, scores.mvtype)
+    return _mean_over_crops(
+        [
+            (g.settings, g.own[:, index], g.settings.get("crop_size_ratio", 1.0) ** -2)
+            for g in grids.values()
+        ],
+        size,
+    )
 
 
 def _mean_over_crops(
-    grids: Iterable[tuple[ensembles.GridScores, sinbad_utils.Scores, float]],
-    size: Size,
-    mvtype: str,
+    grids: Iterable[tuple[Mapping[str, Any], sinbad_utils.Scores, float]], size: Size
 ) -> NDArray[np.float64]:
-    """Return at each pixel the mean of the crops that cover it; of the nearest pixel's if none.
+    """Return at each pixel the mean of the crops that cover it, else the nearest pixel's.
 
-    `grids` holds crop grids, their values (n_crops,) and the weight of each crop.
+    `grids` holds each grid's settings, values (n_crops,) and weight of a crop.
     """
     total, weights = np.zeros(size[::-1]), np.zeros(size[::-1])
-    for grid, values, weight in grids:
-        boxes = crop_boxes(grid, size, mvtype).tolist()
+    for settings, values, weight in grids:
+        boxes = crop_boxes(settings, size).tolist()
         for (left, top, right, bottom), value in zip(boxes, values, strict=True):
             total[top:bottom, left:right] += weight * value
             weights[top:bottom, left:right] += weight
@@ -79,22 +90,29 @@ def _mean_over_crops(
     return means
 
 
-def crop_boxes(grid: ensembles.GridScores, size: Size, mvtype: str) -> NDArray[np.int64]:
+def crop_boxes(settings: Mapping[str, Any], size: Size) -> NDArray[np.int64]:
     """Return the pixels that each crop of a grid covers in an image of another size.
 
-    A pixel belongs to a crop if the matrix' pixel under its centre does. (n_crops, 4): left, top,
-    right, bottom in pixels, the last two exclusive; empty where the crop is padding.
+    A pixel belongs to a crop if the pixel of the preprocessed image under its centre does.
+
+    Parameters
+    ----------
+    settings : initial_res, crop_size_ratio, crop_num_edge, and the width and height (of the image
+        without padding) in `matrices`
+    size : of the image
+
+    Returns
+    -------
+    (n_crops, 4): left, top, right, bottom, the last two exclusive; empty if the crop is padding
     """
-    settings = grid.settings
     if not settings.get("matrices"):
         raise errors.UserError(
-            f"scores of {mvtype} must hold the settings that tell where the crops lie, got none "
-            "(the authors' own files or matrices?); make matrices and scores with "
-            "data_to_matrices.py and sinbad_single_layer.py for anomaly maps"
+            "scores must record the positions of their crops, got no record (the authors' own "
+            "files?); run data_to_matrices.py and sinbad_single_layer.py for anomaly maps"
         )
     im_size, ratio = settings["initial_res"], settings["crop_size_ratio"]
     corners = np.array(loco.crop_corners(im_size, ratio, settings["crop_num_edge"]))[:, ::-1]
-    boxes = np.hstack([corners, corners + loco.crop_side(im_size, ratio)])  # pixels of the matrix
+    boxes = np.hstack([corners, corners + loco.crop_side(im_size, ratio)])
     fitted = np.array([settings["matrices"]["width"], settings["matrices"]["height"]] * 2)
     pixels = np.array([*size, *size])
     # The first pixel x with (x + 1/2) * fitted / pixels >= edge, in whole numbers.
@@ -104,9 +122,9 @@ def crop_boxes(grid: ensembles.GridScores, size: Size, mvtype: str) -> NDArray[n
 # ---------------------------------------------------------------- files
 
 
-def image_size(dataset_dir: Path, class_name: str, image_path: str) -> Size:
-    """Return (width, height) in pixels of an image: of its file, else as LOCO's of that class."""
-    path = dataset_dir / class_name / image_path
+def image_size(dataset_dir: Path, category: str, image_path: str) -> Size:
+    """Return (width, height) in pixels of an image: its file's, else LOCO's of that category."""
+    path = dataset_dir / category / image_path
     if path.is_file():
         try:
             with Image.open(path) as image:
@@ -115,48 +133,47 @@ def image_size(dataset_dir: Path, class_name: str, image_path: str) -> Size:
             raise errors.UserError(
                 f"{path} must be an image, got something else; unpack it again from the archive"
             ) from error
-    if class_name not in loco.LOCO_CLASSES:
+    if category not in loco.LOCO_CLASSES:
         raise errors.UserError(
-            f"--dataset_dir must hold {class_name}/{image_path}, whose map gets its size, got no "
-            f"such file in {dataset_dir}; pass the folder with the images"
+            f"--dataset_dir must hold {category}/{image_path}, for the size of its map, got "
+            f"{dataset_dir} without it; pass the folder with the images"
         )
-    return loco.LOCO_CLASSES[class_name].width, loco.LOCO_CLASSES[class_name].height
+    return loco.LOCO_CLASSES[category].width, loco.LOCO_CLASSES[category].height
 
 
 def map_paths(
     maps_dir: Path, sets: Sequence[ensembles.DataSetScores], dataset_dir: Path
 ) -> dict[Path, tuple[ensembles.DataSetScores, int]]:
-    """Return where each map lies -> the image it is of; good images, in several sets, once.
+    """Return path of a map -> its data set and image; normal images, in several sets, once.
 
-    "test/good/000.png" -> MAPS_DIR/<class>/test/good/000.tiff; in a folder where two images would
-    share a map, the image's ending stays: 000.png.tiff.
+    "test/good/000.png" -> MAPS_DIR/<category>/test/good/000.tiff; in a folder where two images
+    would share a map, the image's ending stays: 000.png.tiff.
     """
     images: dict[PurePosixPath, tuple[ensembles.DataSetScores, int]] = {}
     for scores in sets:
-        class_name = loco.split_mvtype(scores.mvtype)[0]
+        category = loco.split_mvtype(scores.mvtype)[0]
         for index, image_path in enumerate(scores.image_paths):
             parts = PurePosixPath(image_path).parts
             is_test = parts[0] == VISA_IMAGES or (parts[0] == "test" and len(parts) == 3)
             if not is_test or ".." in parts:
                 raise errors.UserError(
-                    f"image_paths of {class_name} must be test/<kind>/<image>, got {image_path}; "
+                    f"image_paths of {category} must be test/<type>/<image>, got {image_path}; "
                     "run data_to_matrices.py and sinbad_single_layer.py for anomaly maps"
                 )
-            images.setdefault(PurePosixPath(class_name, image_path), (scores, index))
+            images.setdefault(PurePosixPath(category, image_path), (scores, index))
     for folder in dict.fromkeys(path.parent for path in images):
         target = (maps_dir / folder).resolve()
-        for own in (dataset_dir, dataset_dir / folder.parts[0], dataset_dir / folder):
-            if target.is_relative_to(own.resolve()):
+        for image_dir in (dataset_dir, dataset_dir / folder.parts[0], dataset_dir / folder):
+            if target.is_relative_to(image_dir.resolve()):
                 raise errors.UserError(
-                    f"maps_dir must lie outside the images, got {maps_dir}, whose maps would lie "
-                    f"among those of {own}; choose another"
+                    f"maps_dir must lie outside the images, got {maps_dir}, which would put maps "
+                    f"among those of {image_dir}; choose another"
                 )
     counts = Counter(path.with_suffix("") for path in images)
     shared = {path.parent for path, count in counts.items() if count > 1}
+    names = {path: path.name if path.parent in shared else path.stem for path in images}
     return {
-        maps_dir
-        / path.parent
-        / f"{path.name if path.parent in shared else path.stem}{MAP_ENDING}": image
+        maps_dir / path.parent / f"{names[path]}{MAP_ENDING}": image
         for path, image in images.items()
     }
 
@@ -169,19 +186,21 @@ def write_maps(
 ) -> list[Path]:
     """Write the maps of all test images, float32 (see `map_paths`); return the files.
 
-    A map has the size of the image's file in `dataset_dir`, else LOCO's. Maps that are there
-    already are replaced. `n_threads` is by default one per processor.
+    A map has the size of the image's file in `dataset_dir`, else LOCO's; existing maps are
+    replaced. `n_threads` is one per processor by default.
     """
     paths = map_paths(maps_dir, sets, dataset_dir)
-    sizes = {
-        path: image_size(dataset_dir, loco.split_mvtype(own.mvtype)[0], own.image_paths[index])
-        for path, (own, index) in paths.items()
+    sizes = {  # all of them first, before anything is written
+        path: image_size(
+            dataset_dir, loco.split_mvtype(scores.mvtype)[0], scores.image_paths[index]
+        )
+        for path, (scores, index) in paths.items()
     }
 
     def write(path: Path) -> None:
-        file = io.BytesIO()
-        pixels = Image.fromarray(image_map(*paths[path], sizes[path]))
-        pixels.save(file, "TIFF", compression=COMPRESSION)
+        (scores, index), file = paths[path], io.BytesIO()
+        values = image_map(scores.grids, scores.final[index], index, sizes[path])
+        Image.fromarray(values).save(file, "TIFF", compression=COMPRESSION)
         atomic.atomic_write(path, file.getvalue(), maps_dir)
 
     bar = cli.progress_bar(len(paths), "anomaly maps", "maps")

@@ -1,112 +1,103 @@
-"""The paper's tables as text, Markdown and CSV, per-image scores, and what all was made from."""
+"""The paper's tables as text, Markdown and CSV, per-image scores, and a report's provenance."""
 
 import csv
 import io
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import numpy as np
-
 from sinbad import ensembles, layouts, loco
 from sinbad.report import metrics
 
-JOINED_BY = ("lambda_factor", "crop_norm", "crop_pool")
-OF_IMAGES = ("n_images", "images_sha256", "matrices")
-OF_PLACE = ("mvtype", "pyramid_level")
-SHOWN = {loco.KINDS[kind]: name for kind, name in loco.KIND_NAMES.items()}  # of the keys of means
+ENSEMBLE_SETTINGS = ("lambda_factor", "crop_norm", "crop_pool")
+IMAGE_SETTINGS = ("n_images", "images_sha256", "matrices")
+FILE_SETTINGS = ("mvtype", "pyramid_level")
+TYPE_NAMES = {loco.KINDS[kind]: name for kind, name in loco.KIND_NAMES.items()}
+# Columns of published figures: of SINBAD, and the mean of its ensemble, which is computed here.
+PUBLISHED = ("SINBAD (2302.12245)", "SINBAD Ens (2311.14773)")
 
 Row = list[str]
 
 
 def is_whole(mvtype: str, entry: metrics.Metrics) -> bool:
-    """Tell whether all splits of a data set are recorded to be of LOCO's size."""
+    """Tell whether the recorded sizes of all splits of a data set are LOCO's."""
     keys = ("n_train", "n_validation", "n_good", "n_anomalous")
-    counts = [list(own.values()) for own in layouts.loco_counts(mvtype)]
-    return [entry[key] for key in keys] in counts
+    expected = [list(counts.values()) for counts in layouts.loco_counts(mvtype)]
+    return [entry[key] for key in keys] in expected
 
 
 def score_table(runs: Sequence[metrics.Metrics]) -> list[Row]:
-    """Return the paper's table: header, a row a data set, the means; AUROC in percent.
+    """Return the paper's table: header, one row per data set, the means; AUROC in percent.
 
-    `runs` are `all_metrics` of each seed or repetition, of the same data sets; the interval is of
-    the first. Published figures (of SINBAD's ensemble) stand beside whole data sets only.
+    Published figures are shown beside complete LOCO data sets only, and in a column per paper:
+    the figures of each data set are not those of the ensemble.
+
+    Parameters
+    ----------
+    runs : `all_metrics` of each seed or repetition, of the same data sets; the interval is of the
+        first
     """
-    columns = list(runs[0]["mean"]["auc_roc_by_column"])
-    rows = [["data set", *columns, "95 % interval", "published", "difference"]]
-
-    def add_row(
-        name: str,
-        entries: list[dict[str, float | None]],
-        interval: list[float] | None,
-        published: float | None,
-    ) -> None:
-        last = [metrics.NOTHING] * 3
-        if interval:
-            last[0] = f"{100 * interval[0]:.1f} to {100 * interval[1]:.1f}"
-        ours = [
-            100 * entry[metrics.ENSEMBLE]
-            for entry in entries
-            if entry[metrics.ENSEMBLE] is not None
-        ]
-        if published is not None and ours:
-            last[1:] = f"{published:.1f}", f"{np.mean(ours) - published:+.1f}"
-        rows.append(
-            [name, *(metrics.percent([e[column] for e in entries]) for column in columns), *last]
-        )
-
-    whole = {mvtype for mvtype, first in runs[0]["data_sets"].items() if is_whole(mvtype, first)}
-    for mvtype, first in runs[0]["data_sets"].items():
-        class_name, kind = loco.split_mvtype(mvtype)
-        published = loco.PUBLISHED_LOCO[kind][class_name] if mvtype in whole else None
-        entries = [run["data_sets"][mvtype]["auroc"] for run in runs]
-        add_row(mvtype, entries, first["auroc_interval_95"], published)
-    published_means = {loco.KINDS[kind]: own["mean"] for kind, own in loco.PUBLISHED_LOCO.items()}
-    published_means["mean"] = loco.PUBLISHED_ENSEMBLE_MEAN
-    for key in _means_shown(runs[0]["mean"]["auc_roc_by_column"][metrics.ENSEMBLE]):
+    data_sets, columns = runs[0]["data_sets"], list(runs[0]["mean"]["auc_roc_by_column"])
+    whole = {mvtype for mvtype, entry in data_sets.items() if is_whole(mvtype, entry)}
+    rows = [["data set", *columns, "95 % interval", *PUBLISHED]]
+    for mvtype, first in data_sets.items():
+        category, kind = loco.split_mvtype(mvtype)
+        low_high = first["auroc_interval_95"]
+        interval = " to ".join(f"{100 * end:.1f}" for end in low_high or []) or metrics.NOTHING
+        published = loco.PUBLISHED_LOCO[kind][category] if mvtype in whole else metrics.NOTHING
+        aurocs = [run["data_sets"][mvtype]["auroc"] for run in runs]
+        values = [metrics.percent([auroc[column] for auroc in aurocs]) for column in columns]
+        rows.append([mvtype, *values, interval, str(published), metrics.NOTHING])
+    means = {loco.KINDS[kind]: figures["mean"] for kind, figures in loco.PUBLISHED_LOCO.items()}
+    means["mean"] = round(sum(means.values()) / len(means), 1)
+    for key in _shown_means(runs[0]["mean"]["auc_roc_by_column"][metrics.ENSEMBLE]):
         kinds = [kind for kind in loco.KINDS if key in (loco.KINDS[kind], "mean")]
         complete = whole >= {f"{name}_{kind}" for name in loco.LOCO_CLASSES for kind in kinds}
         by_column = [run["mean"]["auc_roc_by_column"] for run in runs]
-        entries = [{column: own[key] for column, own in run.items()} for run in by_column]
-        if any(value is not None for entry in entries for value in entry.values()):
-            name = f"mean {SHOWN[key]}" if key in SHOWN else key
-            add_row(name, entries, None, published_means.get(key) if complete else None)
+        values = [metrics.percent([run[column][key] for run in by_column]) for column in columns]
+        published = [metrics.NOTHING] * 2
+        if complete and key in means:
+            published[0] = str(means[key])
+            published[1] = str(loco.PUBLISHED_ENSEMBLE_MEAN) if key == "mean" else metrics.NOTHING
+        if set(values) != {metrics.NOTHING}:
+            name = f"mean {TYPE_NAMES[key]}" if key in TYPE_NAMES else key
+            rows.append([name, *values, metrics.NOTHING, *published])
     return rows
 
 
 def other_tables(runs: Sequence[metrics.Metrics]) -> dict[str, list[Row]]:
-    """Return the tables of classes, other figures and defects, each with its header; percent.
+    """Return the tables of categories, other metrics and defects, each with its header; percent.
 
-    Pooled AUROC is of the good images against both kinds of anomalies of the class at once, as some
-    publications report it; it is not the mean of the two.
+    The pooled AUROC is of the normal images against both anomaly types of the category together,
+    as some publications report it; it is not the mean of the two.
     """
-    kinds = _means_shown(k for c in runs[0]["classes"].values() for k in _by_kind(c))
-    classes = [["class", *(SHOWN.get(kind, kind) for kind in kinds), "pooled"]]
+    kinds = _shown_means(k for c in runs[0]["classes"].values() for k in _by_type(c))
+    classes = [["class", *(TYPE_NAMES.get(kind, kind) for kind in kinds), "pooled"]]
     details = [["data set", "images good", "anomalous", "average precision", "F1-max"]]
     defects = [["data set", "defect", "images", "AUROC"]]
     groups = {name: [run["classes"][name] for run in runs] for name in runs[0]["classes"]}
-    for name, own in {**groups, "mean": [run["mean"] for run in runs]}.items():
-        figures = [metrics.percent([_by_kind(entry).get(kind) for entry in own]) for kind in kinds]
-        classes.append([name, *figures, metrics.percent([entry["pooled_auroc"] for entry in own])])
+    for name, entries in {**groups, "mean": [run["mean"] for run in runs]}.items():
+        columns = [[_by_type(entry).get(kind) for entry in entries] for kind in kinds]
+        columns.append([entry["pooled_auroc"] for entry in entries])
+        classes.append([name, *map(metrics.percent, columns)])
     for mvtype, first in runs[0]["data_sets"].items():
         entries = [run["data_sets"][mvtype] for run in runs]
-        figures = [
-            metrics.percent([e[key] for e in entries]) for key in ("average_precision", "f1_max")
-        ]
-        details.append([mvtype, str(first["n_good"]), str(first["n_anomalous"]), *figures])
-        for name, entry in first["auroc_by_defect"].items():
-            values = [e["auroc_by_defect"][name]["auroc"] for e in entries]
-            defects.append([mvtype, name, str(entry["n_images"]), metrics.percent(values)])
+        columns = [[entry[key] for entry in entries] for key in ("average_precision", "f1_max")]
+        counts = str(first["n_good"]), str(first["n_anomalous"])
+        details.append([mvtype, *counts, *map(metrics.percent, columns)])
+        for name, defect in first["auroc_by_defect"].items():
+            values = [entry["auroc_by_defect"][name]["auroc"] for entry in entries]
+            defects.append([mvtype, name, str(defect["n_images"]), metrics.percent(values)])
     return {"classes": classes, "details": details, "defects": defects}
 
 
-def _means_shown(kinds: Iterable[str]) -> list[str]:
-    """Return each kind once, "mean" last; not `all` where it is the only one, hence the mean."""
+def _shown_means(kinds: Iterable[str]) -> list[str]:
+    """Return each anomaly type once, "mean" last; not `all` where it is the only one."""
     names = [name for name in dict.fromkeys(kinds) if name != "mean"]
     return [*(names if names != [loco.ALL] else []), "mean"]
 
 
-def _by_kind(entry: metrics.Metrics) -> dict[str, float | None]:
-    """Return kind -> AUROC of a class or of the mean over classes."""
+def _by_type(entry: metrics.Metrics) -> dict[str, float | None]:
+    """Return anomaly type -> AUROC, of a category or of the mean over categories."""
     return entry["classification"]["auc_roc"]
 
 
@@ -116,55 +107,60 @@ def image_rows(sets: Sequence[ensembles.DataSetScores]) -> list[list[object]]:
     names += [f"extra_{name}" for name in sets[0].extra]
     rows: list[list[object]] = [["data_set", "image_path", "label", "score", *names]]
     for scores in sets:
-        class_name = loco.split_mvtype(scores.mvtype)[0]
+        category = loco.split_mvtype(scores.mvtype)[0]
         columns = scores.final, *scores.levels.values(), *scores.extra.values()
         for path, label, *values in zip(scores.image_paths, scores.labels, *columns, strict=True):
-            rows.append([scores.mvtype, f"{class_name}/{path}", int(label), *values])
+            rows.append([scores.mvtype, f"{category}/{path}", int(label), *values])
     return rows
 
 
-# ---------------------------------------------------------------- what it was made from
+# ---------------------------------------------------------------- provenance
+
+Provenance = dict[str, dict[str, list[Any]]]  # part of a report -> setting -> its distinct values
 
 
-def made_from(runs: dict[str, list[ensembles.DataSetScores]]) -> dict[str, dict[str, list[Any]]]:
-    """Return what a report is made from: part of it -> setting -> its values, each once.
+def report_provenance(runs: dict[str, list[ensembles.DataSetScores]]) -> Provenance:
+    """Return which settings, images and versions the scores of a report come from.
 
     Without a record (the authors' files) only grids and repetitions of a level are known.
     """
-    sets = [scores for of_run in runs.values() for scores in of_run]
+    sets = [scores for run_sets in runs.values() for scores in run_sets]
     files = [file for scores in sets for file in scores.files]
     n_without = sum(not file.settings for file in files)
-    joined = {name: [getattr(sets[0].options, name)] for name in JOINED_BY}
-    found = {"report": {"runs": list(runs), **joined, "files_without_record": [n_without]}}
+    options = {name: [getattr(sets[0].options, name)] for name in ENSEMBLE_SETTINGS}
+    parts = {"report": {"runs": list(runs), **options, "files_without_record": [n_without]}}
     for level in dict.fromkeys(file.level for file in files):
-        found[f"level {level}"] = _distinct(
+        skipped = *IMAGE_SETTINGS, *FILE_SETTINGS
+        parts[f"level {level}"] = _distinct(
             {"n_crops": len(file.scores.test), "rep": int(file.path.parts[-3].split("_")[-1])}
-            | {n: value for n, value in file.settings.items() if n not in (*OF_IMAGES, *OF_PLACE)}
+            | {name: value for name, value in file.settings.items() if name not in skipped}
             for file in files
             if file.level == level
         )
     for scores in sets:
         records = [file.settings for file in scores.files if file.settings]
-        found[scores.mvtype] = _distinct({name: r[name] for name in OF_IMAGES} for r in records)
-    found["made with"] = _distinct([file.scores.run.get("made_with", {}) for file in files])
-    return found
+        parts[scores.mvtype] = _distinct(
+            {name: r[name] for name in IMAGE_SETTINGS} for r in records
+        )
+    parts["made with"] = _distinct(file.scores.run.get("made_with", {}) for file in files)
+    return parts
 
 
 def _distinct(records: Iterable[dict[str, Any]]) -> dict[str, list[Any]]:
-    """Return name -> the values it has in some records, each once."""
-    found: dict[str, list[Any]] = {}
+    """Return name -> its distinct values in some records."""
+    values: dict[str, list[Any]] = {}
     for record in records:
         for name, value in record.items():
-            if value not in found.setdefault(name, []):
-                found[name].append(value)
-    return found
+            if value not in values.setdefault(name, []):
+                values[name].append(value)
+    return values
 
 
-def made_from_text(found: dict[str, dict[str, list[Any]]]) -> str:
-    """Return `made_from` as a list in Markdown, a line a part."""
+def provenance_text(provenance: Provenance) -> str:
+    """Return `report_provenance` as a list in Markdown, one line per part."""
     lines = []
-    for part, settings in found.items():
-        text = "; ".join(f"{name} {', '.join(map(str, own))}" for name, own in settings.items())
+    for part, settings in provenance.items():
+        text = "; ".join(f"{name} {', '.join(map(str, v))}" for name, v in settings.items())
         lines.append(f"- {cell(part)}: {cell(text) or 'no record'}")
     return "\n".join(lines)
 
@@ -173,12 +169,12 @@ def made_from_text(found: dict[str, dict[str, list[Any]]]) -> str:
 
 
 def legible(text: str) -> str:
-    """Return text with what cannot be written or drawn (not UTF-8, line ends) as escapes."""
+    """Return text with characters that cannot be printed (not UTF-8, line ends) as escapes."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def cell(text: str) -> str:
-    """Return text as it may stand in a Markdown table."""
+    """Return text as a cell of a Markdown table."""
     return legible(text).replace("|", r"\|")
 
 

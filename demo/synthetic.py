@@ -1,8 +1,8 @@
-"""Drawings of a juice bottle and a box of pushpins, normal and defective, with their masks.
+"""Synthetic images of a juice bottle and a box of pushpins, normal and anomalous, with masks.
 
-Everything is drawn from an image's own random seed; no photograph is used. What is normal varies:
-light, camera noise, place and angle of every thing, height of the juice, kind of fruit. Lengths are
-in pixels of LOCO's full-size images.
+Each image is rendered from its own random seed; no photograph is used. Normal images vary in
+light, camera noise, position and angle of every object, fill level and fruit. Lengths are in pixels
+of LOCO's full-size images.
 """
 
 from collections.abc import Callable
@@ -12,13 +12,13 @@ from numpy.typing import ArrayLike, NDArray
 from PIL import Image, ImageDraw, ImageFilter
 
 Points = NDArray[np.float64]  # (corners, 2), x and y
-Place = Callable[[ArrayLike], Points]  # maps points of a thing into the image
+Pose = Callable[[ArrayLike], Points]  # maps points of an object into the image
 Colour = tuple[int, int, int]
 
-DRAWING_VERSION = 3  # to be raised with every change of the pictures
+VERSION = 3  # to be raised with every change of the images
 SIZES = {"juice_bottle": (800, 1600), "pushpins": (1700, 1000)}  # LOCO's width and height
-OVERSAMPLING = 2  # pixels drawn per pixel written, each way
-# Class -> kind -> defect -> its value in the mask.
+OVERSAMPLING = 2  # rendered pixels per image pixel, along each axis
+# Category -> anomaly type -> defect -> its value in the mask.
 DEFECTS = {
     "juice_bottle": {
         "logical_anomalies": {
@@ -39,11 +39,11 @@ JUICES = {"orange": (206, 150, 30), "banana": (200, 186, 144), "cherry": (104, 3
 
 
 class Canvas:
-    """An image and the mask of its defect, whose pixels have one value."""
+    """An image and the mask of its defect, whose pixels have the same value."""
 
-    def __init__(self, class_name: str, scale: float, value: int) -> None:
-        size = [max(1, round(side * scale)) * OVERSAMPLING for side in SIZES[class_name]]
-        self.factor = np.array(size) / SIZES[class_name]
+    def __init__(self, category: str, scale: float, value: int) -> None:
+        size = [max(1, round(side * scale)) * OVERSAMPLING for side in SIZES[category]]
+        self.factor = np.array(size) / SIZES[category]
         self.image = Image.new("RGB", (size[0], size[1]), (44, 47, 52))
         self.mask, self.value = Image.new("L", self.image.size), value
 
@@ -60,12 +60,12 @@ class Canvas:
         self.image.paste(colour, tuple(low.tolist()), stencil)
 
     def mark(self, points: ArrayLike) -> None:
-        """Mark a polygon as defect."""
+        """Mark a polygon as part of the defect."""
         corners = (np.asarray(points) * self.factor).ravel().tolist()
         ImageDraw.Draw(self.mask).polygon(corners, self.value)
 
     def develop(self, rng: np.random.Generator) -> tuple[Image.Image, Image.Image]:
-        """Return image and mask at their final size, under random light and with camera noise."""
+        """Return image and mask at their final size, with random light and camera noise."""
         pixels = np.asarray(self.image.reduce(OVERSAMPLING), dtype=np.float64)
         light = rng.normal(1, 0.004) + rng.normal(0, 0.001, 3)
         pixels = pixels * light + rng.normal(0, 2, pixels.shape)
@@ -74,16 +74,16 @@ class Canvas:
         return image, Image.fromarray(mask)
 
 
-def _placer(x: float, y: float, angle: float = 0.0) -> Place:
-    """Return what turns points around the origin (radians, clockwise), then moves it to (x, y)."""
+def _pose(x: float, y: float, angle: float = 0.0) -> Pose:
+    """Return a rotation around the origin (radians, clockwise), then a shift to (x, y)."""
     cos, sin = np.cos(angle), np.sin(angle)
     return lambda points: np.asarray(points) @ np.array([[cos, sin], [-sin, cos]]) + (x, y)
 
 
 def _shape(x: float, y: float, half_width: float, half_height: float, power: float = 0) -> Points:
     """Return the outline of a box; a power above 0 rounds it, 1 makes it an ellipse."""
-    turn = np.linspace(0, 2 * np.pi, 40, endpoint=False)
-    unit = np.stack([np.cos(turn), np.sin(turn)], 1).round(6)
+    angle = np.linspace(0, 2 * np.pi, 40, endpoint=False)
+    unit = np.stack([np.cos(angle), np.sin(angle)], 1).round(6)
     return np.sign(unit) * np.abs(unit) ** power * (half_width, half_height) + (x, y)
 
 
@@ -91,7 +91,7 @@ def _draw_blob(canvas: Canvas, rng: np.random.Generator, x: float, y: float) -> 
     """Draw and mark a contamination: an uneven green spot."""
     wobble = np.repeat(rng.uniform(0.7, 1.25, 10), 4)[:, None]
     blob = _shape(0, 0, rng.uniform(60, 90), rng.uniform(45, 65), 1) * wobble
-    blob = _placer(x, y, rng.uniform(0, np.pi))(blob)
+    blob = _pose(x, y, rng.uniform(0, np.pi))(blob)
     canvas.fill(blob, (40, 104, 60), 0.95, blur=2)
     canvas.mark(blob)
 
@@ -104,7 +104,7 @@ def _bottle(x: float, top: float, bottom: float, inset: float) -> Points:
 
 
 _ARC = _shape(0, 0, 1, 1, 1)[:12]
-# What is printed on a label: its colour and its parts.
+# Print on a label -> colour and parts.
 PRINTS: dict[str, tuple[Colour, list[Points]]] = {
     "text": ((50, 30, 16), [_shape(0, line, 84, 7) for line in (-26, 0, 26)]),
     "orange": ((238, 130, 30), [_shape(0, 0, 84, 84, 1)]),
@@ -122,18 +122,18 @@ PRINTS: dict[str, tuple[Colour, list[Points]]] = {
 }
 
 
-def _draw_label(canvas: Canvas, name: str, place: Place) -> None:
-    """Draw the label with a text, which is lower, or with a fruit."""
+def _draw_label(canvas: Canvas, name: str, pose: Pose) -> None:
+    """Draw a label, with a text (which is lower) or with a fruit."""
     height = 64 if name == "text" else 135
-    canvas.fill(place(_shape(0, 0, 138, height)), (236, 176, 66))
-    canvas.fill(place(_shape(0, 0, 122, height - 14, 0.25)), (250, 232, 150))
+    canvas.fill(pose(_shape(0, 0, 138, height)), (236, 176, 66))
+    canvas.fill(pose(_shape(0, 0, 122, height - 14, 0.25)), (250, 232, 150))
     colour, parts = PRINTS[name]
     for part in parts:
-        canvas.fill(place(part), colour)
+        canvas.fill(pose(part), colour)
 
 
 def _draw_juice_bottle(canvas: Canvas, rng: np.random.Generator, defect: str) -> None:
-    """Draw a bottle: fruit label above, fitting the juice, text label below; mark the defect."""
+    """Draw a bottle: a label of its fruit above, a text label below; mark the defect."""
     x, level = 395 + rng.normal(0, 10), rng.uniform(372, 408)
     juice, wrong_fruit = rng.permutation(list(JUICES))[:2].tolist()
     heights = {"empty_bottle": 1440, "wrong_fill_level_not_enough": rng.uniform(620, 1000)}
@@ -146,7 +146,7 @@ def _draw_juice_bottle(canvas: Canvas, rng: np.random.Generator, defect: str) ->
         canvas.fill(_shape(x + side * 166, 1050, 7, 340), (225, 228, 235), 0.4, blur=5)
     swapped = defect == "swapped_labels"
     top, low = (
-        _placer(x + rng.normal(-8, 6), y + rng.normal(0, 7), rng.normal(0, 0.02))
+        _pose(x + rng.normal(-8, 6), y + rng.normal(0, 7), rng.normal(0, 0.02))
         for y in ((1273, 842) if swapped else (842, 1273))
     )
     if defect != "missing_top_label":
@@ -155,8 +155,8 @@ def _draw_juice_bottle(canvas: Canvas, rng: np.random.Generator, defect: str) ->
     if defect in heights:
         canvas.mark(_bottle(x, level, heights[defect], 18))
     elif defect in ("missing_top_label", "swapped_labels", "wrong_juice_type"):
-        for place in (top, low) if swapped else (top,):
-            canvas.mark(place(_shape(0, 0, 138, 135)))
+        for pose in (top, low) if swapped else (top,):
+            canvas.mark(pose(_shape(0, 0, 138, 135)))
     elif defect == "damaged_label":
         side = rng.choice([-1, 1])
         torn = top(np.array([(138, -rng.uniform(40, 135)), (138, 135), (-60, 135)]) * (side, 1))
@@ -166,65 +166,66 @@ def _draw_juice_bottle(canvas: Canvas, rng: np.random.Generator, defect: str) ->
         _draw_blob(canvas, rng, x + rng.uniform(-120, 120), rng.uniform(600, 1380))
 
 
-def _draw_pin(canvas: Canvas, place: Place, defect: str) -> None:
+def _draw_pin(canvas: Canvas, pose: Pose, defect: str) -> None:
     """Draw a pushpin 390 long, needle to the right; mark its defect."""
     needle = [(30, -13), (220, -13), (220, 13), (30, 13)]
     half = [(-170, 66), (-148, 69), (-137, 40), (-36, 34), (-11, 62), (14, 76), (29, 72), (43, 18)]
     if defect == "front_bent":
         needle = [(30, -13), (118, -13), (80, 155), (54, 149), (86, 13), (30, 13)]
-        canvas.mark(place(_shape(135, 75, 95, 90)))
+        canvas.mark(pose(_shape(135, 75, 95, 90)))
     elif defect == "broken":
         half = [(-50, 24), *half[3:]]
-        canvas.mark(place(_shape(-110, 0, 75, 70)))
+        canvas.mark(pose(_shape(-110, 0, 75, 70)))
     side = np.array(half, dtype=float)
     head = np.concatenate([side, side[::-1] * (1, -1)])
-    canvas.fill(np.add(place(head), (9, 15)), (60, 62, 66), 0.55, blur=9)
-    canvas.fill(place(needle), (112, 114, 120))
-    canvas.fill(place(head), (176, 126, 10))
-    canvas.fill(place(head * (0.96, 0.88)), (232, 186, 24), blur=3)
+    canvas.fill(np.add(pose(head), (9, 15)), (60, 62, 66), 0.55, blur=9)
+    canvas.fill(pose(needle), (112, 114, 120))
+    canvas.fill(pose(head), (176, 126, 10))
+    canvas.fill(pose(head * (0.96, 0.88)), (232, 186, 24), blur=3)
 
 
 def _draw_pushpins(canvas: Canvas, rng: np.random.Generator, defect: str) -> None:
-    """Draw a box of 2 x 3 compartments with one pushpin each, all alike; mark the defect."""
+    """Draw a box of 2 x 3 compartments with one pushpin each; mark the defect."""
     box_x, box_y = rng.normal((850, 500), 6)
     canvas.fill(_shape(box_x, box_y, 810, 470, 0.1), (214, 216, 216), blur=5)
-    odd_one = rng.integers(6)
-    for number, own in enumerate(rng.spawn(6)):
+    defective = rng.integers(6)
+    for number, pin_rng in enumerate(rng.spawn(6)):
         x, y = box_x + (number % 3 - 1) * 525, box_y + (number // 3 - 0.5) * 450
         cell = _shape(x, y, 250, 214, 0.15)
         canvas.fill(cell, (118, 122, 126), blur=3)
         canvas.fill(_shape(x + 3, y + 4, 240, 204, 0.15), (176, 179, 180), blur=5)
-        fault = defect if number == odd_one else ""
-        angle, (right, down) = own.normal(0, 0.08), own.uniform(-14, 14, 2)
+        fault = defect if number == defective else ""
+        angle, (right, down) = pin_rng.normal(0, 0.08), pin_rng.uniform(-14, 14, 2)
         if fault == "missing_pushpin":
             canvas.mark(cell)
         elif fault == "1_additional_pushpin":
-            _draw_pin(canvas, _placer(x + right, y + down + 80, angle), "")
-            _draw_pin(canvas, _placer(x - right, y - down - 80, -angle), "")
+            _draw_pin(canvas, _pose(x + right, y + down + 80, angle), "")
+            _draw_pin(canvas, _pose(x - right, y - down - 80, -angle), "")
             canvas.mark(cell)
         else:
-            _draw_pin(canvas, _placer(x + right, y + down, angle), fault)
+            _draw_pin(canvas, _pose(x + right, y + down, angle), fault)
         if fault == "contamination":
-            blob_y = y + own.choice([-1, 1]) * own.uniform(100, 140)
-            _draw_blob(canvas, own, x + own.uniform(-120, 120), blob_y)
+            blob_y = y + pin_rng.choice([-1, 1]) * pin_rng.uniform(100, 140)
+            _draw_blob(canvas, pin_rng, x + pin_rng.uniform(-120, 120), blob_y)
 
 
 def draw_image(
-    class_name: str, split: str, kind: str, index: int, seed: int, scale: float
+    category: str, split: str, folder: str, index: int, seed: int, scale: float
 ) -> tuple[Image.Image, Image.Image]:
     """Return an image and its mask; they depend on these arguments alone.
 
     Parameters
     ----------
-    class_name, split, kind : juice_bottle or pushpins, and the names of LOCO's folders
-    index : number of the image in its folder, from 0; the defects take turns
-    seed : any whole number from 0
-    scale : share of LOCO's width and height, above 0 to 1
+    category : juice_bottle or pushpins
+    split, folder : the names of LOCO's folders, such as test and logical_anomalies
+    index : number of the image in its folder, from 0; it chooses the defect in turn
+    seed : at least 0
+    scale : image width and height as a fraction of LOCO's, in (0, 1]
     """
-    rng = np.random.default_rng([seed, index, *f"{class_name}/{split}/{kind}".encode()])
-    defects = list(DEFECTS[class_name].get(kind, {"": 0}).items())
+    rng = np.random.default_rng([seed, index, *f"{category}/{split}/{folder}".encode()])
+    defects = list(DEFECTS[category].get(folder, {"": 0}).items())
     defect, value = defects[index % len(defects)]
-    canvas = Canvas(class_name, scale, value)
-    draw = _draw_juice_bottle if class_name == "juice_bottle" else _draw_pushpins
+    canvas = Canvas(category, scale, value)
+    draw = _draw_juice_bottle if category == "juice_bottle" else _draw_pushpins
     draw(canvas, rng, defect)
     return canvas.develop(rng)

@@ -62,7 +62,7 @@ def time_series(n_series: int) -> list[object]:
     rng = np.random.default_rng(0)
     train, test = rng.standard_normal((2, n_series, *SERIES_SHAPE), dtype=np.float32)
     labels = (np.arange(n_series) % 10).astype(str)
-    data = uea.DataSet(train, test, labels, labels, np.zeros(SERIES_SHAPE[0], np.float32))
+    data = uea.TimeSeriesDataset(train, test, labels, labels, np.zeros(SERIES_SHAPE[0], np.float32))
     started = time.perf_counter()
     sinbad_time_series.score_seed(data, 0, 100, 20, CPU)
     return ["time series", n_series, "", f"{time.perf_counter() - started:.1f}", "", ""]

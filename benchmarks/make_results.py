@@ -125,11 +125,11 @@ def time_series(args: argparse.Namespace) -> None:
             str(out),
         ]
     )
-    found = json.loads((out / "time_series.json").read_text(encoding="utf-8"))["datasets"]
     rows: list[list[object]] = [["data set", "published", "authors' code", "seed", "ROC-AUC, %"]]
-    for name, own in sorted(found.items()):
-        pairs = zip(own["seeds"], own["mean_of_each_seed"], strict=True)
-        figures = own["published"], AUTHORS[name]
+    for name in sorted(sinbad_time_series.PUBLISHED):
+        result = json.loads((out / f"{name}.json").read_text(encoding="utf-8"))
+        pairs = zip(result["seeds"], result["mean_of_each_seed"], strict=True)
+        figures = result["published"], AUTHORS[name]
         rows += [[name, *figures, seed, f"{value:.3f}"] for seed, value in pairs]
     save(args, "time_series", list(range(10)), rows)
 

@@ -17,25 +17,38 @@ import argparse
 import logging
 from pathlib import Path
 
-from sinbad import atomic, cli, errors, layouts, loco, matrices
+from sinbad import atomic, cli, errors, layouts, matrices, settings
 
 log = logging.getLogger("sinbad")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
-    parser = cli.ScriptParser(__doc__, [cli.workers_flag()])
-    add = parser.add_argument
-    about = "test subsets (pushpins_loco), categories (pushpins), loco, struct, all; default: all"
-    add("--mvtype", nargs="+", help=about)
-    add("--dataset_dir", type=Path, default=loco.DEFAULT_DATASET_DIR, help="folder of categories")
-    add("--out_dir", type=Path, help="default: DATASET_DIR/data_matrices")
-    about = "image size after preprocessing in pixels"
-    add("--im_size", type=cli.integer_from(8), default=loco.IM_SIZE, help=about)
-    layouts.add_valid_share_flag(parser)
-    about = "seed for selecting the training images used for validation"
-    add("--seed", type=cli.integer_from(0), default=0, help=about)
-    add("--overwrite", action="store_true", help="write finished matrices again")
+    parser = cli.ScriptParser(__doc__)
+    found = {"help": f"{cli.SUBSETS} (default: all found)"}
+    again = {"help": "write finished matrices again"}
+    cli.add_paths(parser, "dataset_dir", "mvtype", mvtype=found)
+    add = parser.group(settings.INPUT_OUTPUT).add_argument
+    add("--out_dir", type=cli.path, metavar="DIR", help="default: DATASET_DIR/data_matrices")
+    cli.add_paths(parser, "overwrite", overwrite=again)
+    add = parser.group(settings.COMPUTED).add_argument
+    help_text = settings.DECLARED["initial_res"].metadata["help"]
+    add(
+        "--im_size",
+        type=cli.int_at_least(8),
+        default=settings.IM_SIZE,
+        metavar="N",
+        help=help_text,
+    )
+    cli.add_paths(parser, "valid_share")
+    add(
+        "--seed",
+        type=cli.int_at_least(0),
+        default=0,
+        metavar="N",
+        help="seed of the choice of validation images",
+    )
+    cli.add_settings(parser, ["num_workers"])
     return parser.parse_args(argv)
 
 
@@ -43,10 +56,10 @@ def make_matrices(
     dataset_dir: Path,
     out_dir: Path,
     mvtypes: list[str],
-    im_size: int = loco.IM_SIZE,
+    im_size: int = settings.IM_SIZE,
     n_workers: int = 1,
     overwrite: bool = False,
-    valid_share: float = loco.VALID_SHARE,
+    valid_share: float = settings.VALID_SHARE,
     seed: int = 0,
 ) -> None:
     """Write the matrices of several test subsets; finished ones are skipped, one line for each."""
@@ -77,7 +90,7 @@ def main(argv: list[str] | None = None) -> None:
         args.out_dir or args.dataset_dir / "data_matrices",
         layouts.choose_subsets(args.dataset_dir, args.mvtype),
         args.im_size,
-        args.num_workers,
+        settings.Settings(num_workers=args.num_workers).n_workers,
         args.overwrite,
         args.valid_share,
         args.seed,

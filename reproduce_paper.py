@@ -18,6 +18,7 @@ import argparse
 import multiprocessing
 import os
 from collections import defaultdict
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
@@ -25,50 +26,44 @@ from itertools import cycle
 from pathlib import Path
 from threading import Thread
 
-import torch
-
 from data_to_matrices import make_matrices
-from sinbad import backbones, cli, ensembles, errors, layouts, loco, report, score_plans
+from sinbad import backbones, cli, errors, layouts, loco, report, score_files, settings
+from sinbad.score_tasks import ScoreTask
 from sinbad_single_layer import score_and_save
+
+COMPUTED = ("rep_num_224", *cli.DESCRIPTOR_FLAGS, *cli.GRID_FLAGS, "official", *cli.ENSEMBLE_FLAGS)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
-    groups = (
-        cli.network_flags(),
-        cli.scoring_flags(),
-        cli.results_flags(),
-        cli.report_flags(),
-        cli.workers_flag(),
+    parser = cli.ScriptParser(__doc__)
+    found = {"help": f"{cli.SUBSETS} (default: all found)"}
+    data_dir = {"default": None, "help": "preprocessed images (default: DATASET_DIR/data_matrices)"}
+    out = {"default": cli.RUNS_DIR / "paper"}
+    cli.add_paths(
+        parser, "dataset_dir", "mvtype", "out", "data_dir", mvtype=found, data_dir=data_dir, out=out
     )
-    parser = cli.ScriptParser(__doc__, groups)
-    add = parser.add_argument
-    add("--mvtype", nargs="+", help="data sets, classes, loco, struct or all; default: all found")
-    add(
+    cli.add_paths(parser, "results_dir", "version_name", "overwrite", *cli.REPORT_FLAGS)
+    cli.add_settings(parser, ["pyramid_level"])
+    parser.group(settings.COMPUTED).add_argument(
         "--seeds",
-        type=cli.integer_from(0),
+        type=cli.int_at_least(0),
         nargs="+",
         default=[0],
-        help="several give mean and std",
+        metavar="N",
+        help="seeds of the random projections; several give mean and std",
     )
-    cli.add_level_flag(parser, default=[*loco.PAPER_LEVELS, loco.PIXEL_LEVEL])
-    add(
-        "--rep_num_224",
-        type=cli.integer_from(1),
-        default=loco.PIXEL_SETTINGS.n_reps,
-        help="raw-pixel repetitions",
-    )
-    add(
+    cli.add_settings(parser, COMPUTED)
+    cli.add_paths(parser, "valid_share")
+    cli.add_settings(parser, cli.BACKBONE_FLAGS)
+    parser.group(settings.MACHINE).add_argument(
         "--device",
         nargs="+",
         default=["auto"],
-        help="auto, cpu, cuda or cuda:<i>; several share the classes",
+        metavar="NAME",
+        help="auto, cpu, cuda or cuda:<i>; several share the categories",
     )
-    add("--data_dir", type=Path, help="default: DATASET_DIR/data_matrices")
-    layouts.add_valid_share_flag(parser)
-    add("--out", type=Path, default=loco.DEFAULT_RUNS_DIR / "paper", help="tables and pictures")
-    add("--overwrite", action="store_true", help="make finished outputs again")
-    ensembles.add_ensemble_flags(parser)
+    cli.add_settings(parser, ["num_workers"])
     return parser.parse_args(argv)
 
 
@@ -78,19 +73,21 @@ def version_of_seed(version: str, seed: int) -> str:
 
 
 def paper_tasks(
-    mvtypes: list[str], levels: list[int], seeds: list[int], n_pixel_reps: int, version: str
-) -> list[score_plans.ScoreTask]:
+    mvtypes: Sequence[str], values: settings.Settings, seeds: Sequence[int], version: str
+) -> list[ScoreTask]:
     """Return every file of scores of the paper's settings."""
-    return [
-        score_plans.ScoreTask(mvtype, level, ratio, seed, rep, version_of_seed(version, seed))
-        for mvtype in mvtypes
-        for level in dict.fromkeys(levels)
-        for ratio in loco.level_settings(level).crop_ratios
-        for seed in dict.fromkeys(seeds)
-        for rep in range(
-            n_pixel_reps if level == loco.PIXEL_LEVEL else loco.level_settings(level).n_reps
-        )
-    ]
+    tasks = []
+    for level in values.pyramid_level:
+        defaults = settings.level_defaults(level)
+        n_reps = values.rep_num_224 if level == settings.PIXEL_LEVEL else defaults.n_reps
+        tasks += [
+            ScoreTask(mvtype, level, ratio, seed, rep, version_of_seed(version, seed))
+            for mvtype in mvtypes
+            for ratio in defaults.crop_ratios
+            for seed in dict.fromkeys(seeds)
+            for rep in range(n_reps)
+        ]
+    return tasks
 
 
 def end_with_parent() -> None:
@@ -99,14 +96,19 @@ def end_with_parent() -> None:
     Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
-def score_on_devices(plan: score_plans.ScorePlan, devices: list[torch.device]) -> None:
-    """Score a plan's tasks; several devices take turns by class, each in its own process."""
+def score_on_devices(
+    tasks: list[ScoreTask], values: settings.Settings, devices: Sequence[str], *where: Path | bool
+) -> None:
+    """Score tasks; several devices take turns by category, each in its own process.
+
+    `where` are the last arguments of `score_and_save`.
+    """
     if len(devices) == 1:
-        score_and_save(plan, devices[0])
+        score_and_save(tasks, replace(values, device=devices[0]), *where)
         return
-    by_class: dict[str, list[score_plans.ScoreTask]] = defaultdict(list)
-    for task in plan.tasks:
-        by_class[loco.split_mvtype(task.mvtype)[0]].append(task)
+    by_category: dict[str, list[ScoreTask]] = defaultdict(list)
+    for task in tasks:
+        by_category[loco.split_mvtype(task.mvtype)[0]].append(task)
     context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
     with ExitStack() as stack:
         workers = [
@@ -114,67 +116,61 @@ def score_on_devices(plan: score_plans.ScorePlan, devices: list[torch.device]) -
             for device in devices
         ]
         runs = [
-            process.submit(score_and_save, replace(plan, tasks=tuple(tasks)), device)
-            for tasks, (device, process) in zip(by_class.values(), cycle(workers), strict=False)
+            process.submit(score_and_save, category_tasks, replace(values, device=device), *where)
+            for category_tasks, (device, process) in zip(
+                by_category.values(), cycle(workers), strict=False
+            )
         ]
         for run in runs:
             run.result()
 
 
 def load_runs(
-    args: argparse.Namespace, mvtypes: list[str]
-) -> dict[str, list[ensembles.DataSetScores]]:
+    args: argparse.Namespace, values: settings.Settings, mvtypes: Sequence[str]
+) -> dict[str, list[score_files.SubsetScores]]:
     """Read the scores of every seed and ensemble them."""
     runs = {}
+    n_reps = values.rep_num_224 if settings.PIXEL_LEVEL in values.pyramid_level else 0
     for seed in dict.fromkeys(args.seeds):
         version = version_of_seed(args.version_name, seed)
         folder = str(args.results_dir / f"{version}_pyramid_lvl_#")
-        n_reps = args.rep_num_224 if loco.PIXEL_LEVEL in args.pyramid_level else 0
-        options = ensembles.EnsembleOptions(
-            folder,
-            folder,
-            loco.network_levels(args.pyramid_level),
-            0,
-            n_reps,
-            args.lambda_factor,
-            args.crop_norm,
-            args.crop_pool,
-        )
-        runs[f"seed {seed}"] = [ensembles.load_data_set(options, mvtype) for mvtype in mvtypes]
+        levels = settings.backbone_levels(values.pyramid_level)
+        selection = score_files.Selection(folder, folder, levels, 0, n_reps)
+        runs[f"seed {seed}"] = [
+            score_files.load_subset(selection, mvtype, values) for mvtype in mvtypes
+        ]
     return runs
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Make matrices, score, ensemble, report."""
+    """Preprocess, score, ensemble, report."""
     args = parse_args(argv)
     if "#" in f"{args.results_dir}{args.version_name}":
         raise errors.UserError(
             f"results_dir and version_name must be without #, which stands for a level, got "
             f"{args.results_dir} and {args.version_name}; choose others"
         )
-    devices = [backbones.choose_device(name) for name in args.device]
-    report_settings = report.report_options(args, args.out)
-    if loco.network_levels(args.pyramid_level):
-        backbones.load_weights(
-            args.net, args.weights
-        )  # if they cannot be had, say so before the long work
+    values = cli.settings_of(args, device="auto")
+    for device in args.device:
+        backbones.choose_device(device)
+    options = report.report_options(args, args.out)
+    if settings.backbone_levels(values.pyramid_level):
+        backbones.load_weights(values.net, values.weights)  # an error now, before the long work
     mvtypes = layouts.choose_subsets(args.dataset_dir, args.mvtype)
     data_dir = args.data_dir or args.dataset_dir / "data_matrices"
-    tasks = paper_tasks(
-        mvtypes, args.pyramid_level, args.seeds, args.rep_num_224, args.version_name
-    )
-    score_plan = score_plans.ScorePlan.of(args, tasks, data_dir)
+    tasks = paper_tasks(mvtypes, values, args.seeds, args.version_name)
     make_matrices(
         args.dataset_dir,
         data_dir,
         mvtypes,
-        args.initial_res,
-        args.num_workers,
+        values.initial_res,
+        values.n_workers,
         args.overwrite,
         args.valid_share,
     )
-    score_on_devices(score_plan, devices)
-    print(report.write_report(load_runs(args, mvtypes), report_settings))
+    where = data_dir, args.results_dir, args.overwrite
+    score_on_devices(tasks, values, args.device, *where)
+    print(report.write_report(load_runs(args, values, mvtypes), options))
 
 
 if __name__ == "__main__":

@@ -1,23 +1,22 @@
-"""Fit a detector on good pictures, and ask it whether others are anomalous.
+"""Fit a detector on normal images, and ask it whether others are anomalous.
 
-Reads   folders and files of pictures, all of one object seen alike and of one aspect
+Reads   folders and files of images of one object, with the same viewpoint and aspect ratio
 Writes  OUT: the detector (fit), or a CSV: path, score, p_value, is_anomalous, levels (score)
 
     python sinbad_detector.py fit --train_dir normal --out bottle.npz
     python sinbad_detector.py score --detector bottle.npz new --out scores.csv --heatmaps maps
 
-A picture is called anomalous if its p-value is at most --false_alarms: of good pictures no more
-than that share is expected to be. Exit status 1 if a picture could not be scored.
+An image is called anomalous if its p-value is at most --false_alarms, the false-positive rate that
+is expected among normal images. Exit status 1 if an image could not be scored.
 """
 
 import argparse
 import json
 import logging
-from dataclasses import fields
 from pathlib import Path
 
-from sinbad import atomic, cli, detectors, errors, layouts
-from sinbad.report import figures, tables
+from sinbad import atomic, cli, detectors, ensembles, errors, layouts, settings
+from sinbad.report import tables
 
 log = logging.getLogger("sinbad")
 
@@ -26,132 +25,130 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
     parser = cli.ScriptParser(__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    groups = [cli.network_flags(), cli.scoring_flags(), cli.device_flags()]
-    fit = commands.add_parser("fit", parents=groups, help="fit a detector, write it to a file")
-    add = fit.add_argument
-    add("--train_dir", type=Path, required=True, help="folder of good pictures")
-    add(
-        "--valid_dir",
-        type=Path,
-        help="folder of other good pictures; without it the training "
-        "pictures are scored in folds, each by the others",
-    )
-    add("--out", type=Path, required=True, help="file to write, .npz")
-    own = detectors.DetectorOptions  # the defaults are its
-    cli.add_level_flag(fit, own.pyramid_level)
-    add(
-        "--crop_size_ratio",
-        type=cli.ratio_type,
-        nargs="+",
-        default=own.crop_size_ratio,
-        help="side of a crop, of the image's; of the network's levels",
-    )
-    add(
-        "--rep_num_224",
-        type=cli.integer_from(1),
-        default=own.rep_num_224,
-        help="raw-pixel repetitions",
-    )
-    add(
-        "--lambda_factor",
-        type=cli.number_between(0, 1e6),
-        default=own.lambda_factor,
-        help="weight of level 224",
-    )
-    add(
-        "--seed",
-        type=cli.integer_from(0),
-        default=own.seed,
-        help="of the random directions and folds",
-    )
-    add("--folds", type=cli.integer_from(2), default=own.folds, help="without --valid_dir")
-    score = commands.add_parser("score", parents=[cli.device_flags()], help="score pictures")
-    add = score.add_argument
-    add("pictures", nargs="+", type=Path, metavar="PICTURE", help="files and folders")
-    add("--detector", type=Path, required=True, help="file of fit")
-    add("--weights", help="where the network's weights are, if not where they were")
-    add(
+    fit_parser = commands.add_parser("fit", help="fit a detector, write it to a file")
+    add = fit_parser.group(settings.INPUT_OUTPUT).add_argument
+    add("--train_dir", type=cli.path, required=True, metavar="DIR", help="normal images")
+    add("--out", type=cli.path, required=True, metavar="FILE", help="detector to write, .npz")
+    about = "other normal images for calibration; without it the training images in folds"
+    add("--valid_dir", type=cli.path, metavar="DIR", help=about)
+    cli.add_settings(fit_parser, ["pyramid_level", "crop_size_ratio", "rep_num_224", "folds"])
+    cli.add_settings(fit_parser, ["lambda_factor", "seed", *cli.DESCRIPTOR_FLAGS])
+    cli.add_settings(fit_parser, [*cli.GRID_FLAGS, *cli.BACKBONE_FLAGS, *cli.MACHINE_FLAGS])
+    score_parser = commands.add_parser("score", help="score images")
+    add = score_parser.group(settings.INPUT_OUTPUT).add_argument
+    add("images", nargs="+", type=cli.path, metavar="IMAGE", help="image files and folders")
+    about = "detector written by fit"
+    add("--detector", type=cli.path, required=True, metavar="FILE", help=about)
+    add("--out", type=cli.path, metavar="FILE", help="CSV to write (default: stdout)")
+    add("--json", type=cli.path, metavar="FILE", help="JSON to write, same content")
+    add("--heatmaps", type=cli.path, metavar="DIR", help="folder of images with their crop scores")
+    about = "the network's weights, if they were moved since fit"
+    add("--weights", type=cli.path, metavar="FILE", help=about)
+    score_parser.group(settings.COMPUTED).add_argument(
         "--false_alarms",
-        type=cli.number_between(0, 1, "()"),
+        type=cli.parse_as(settings.number(0, 1, "()")),
         default=0.05,
-        help="share of good pictures that may be called anomalous",
+        metavar="RATE",
+        help="false-positive rate: fraction of normal images that may be called anomalous",
     )
-    add("--out", type=Path, help="CSV to write (default: stdout)")
-    add("--json", type=Path, help="the same as JSON")
-    add("--heatmaps", type=Path, help="folder for pictures that show where to look")
+    cli.add_settings(score_parser, cli.MACHINE_FLAGS)
     return parser.parse_args(argv)
 
 
-def pictures_in(folder: Path) -> list[Path]:
-    """Return the pictures of a folder."""
+def images_in(folder: Path) -> list[Path]:
+    """Return the images of a folder."""
     if not folder.is_dir():
-        raise errors.UserError(f"a folder of pictures must be there, got {folder}; check the path")
+        raise errors.UserError(f"{folder} must be a folder of images, got no such folder")
     return [folder / name for name in layouts.list_images(folder)]
 
 
 def fit(args: argparse.Namespace) -> None:
     """Fit and save."""
-    if args.official:
-        raise errors.UserError(
-            "--official must be off for a detector, got it: its ranges are those of a whole test "
-            "split; leave it out"
-        )
-    names = {one.name for one in fields(detectors.DetectorOptions)} & set(vars(args))
-    values = {name: getattr(args, name) for name in names}
-    values |= {
-        name: tuple(dict.fromkeys(values[name])) for name in ("pyramid_level", "crop_size_ratio")
-    }
-    train, valid = (pictures_in(own) if own else [] for own in (args.train_dir, args.valid_dir))
-    detector = detectors.Detector.fit(
-        train, valid, detectors.DetectorOptions(**values), args.device
-    )
+    atomic.check_writable(args.out)
+    train = images_in(args.train_dir)
+    valid = images_in(args.valid_dir) if args.valid_dir else []
+    detector = detectors.Detector.fit(train, valid, cli.settings_of(args))
     detector.save(args.out)
-    smallest = 1 / (len(detector.calibration) + 1)
+    n = len(detector.calibration)
     log.info(
-        f"{args.out}: {detector.about['n_train']} training pictures, verdicts by "
-        f"{len(detector.calibration)} good pictures: false alarms from {smallest:.3g}"
+        f"{args.out}: {len(train)} training images, a calibration set of {n}: false-positive rates "
+        f"from {1 / (n + 1):.3g}"
     )
     print(args.out)
 
 
-def score(args: argparse.Namespace) -> int:
-    """Load, score, write; return 1 if a picture could not be scored."""
-    pictures = [
-        picture
-        for path in args.pictures
-        for picture in (pictures_in(path) if path.is_dir() else [path])
-    ]
-    detector = detectors.Detector.load(args.detector, args.weights, args.device)
-    verdicts = []
-    for verdict, scores, place in detector.examine(pictures, args.false_alarms):
-        verdicts.append(verdict)
-        if verdict.error:
-            log.error(f"{verdict.error}")
-        elif args.heatmaps is not None:
-            name = f"{len(verdicts):04d}_{Path(verdict.path).name}.png"
-            about = f"score {verdict.score:.2f}, anomalous above "
-            about += f"{detector.threshold(args.false_alarms):.2f}; p = {verdict.p_value:.3f}"
-            png = figures.heatmap(
-                Path(verdict.path), scores.grids, place, about, verdict.is_anomalous
-            )
-            atomic.atomic_write(args.heatmaps / name, png)
-    levels = sorted({level for verdict in verdicts for level in verdict.levels})
-    rows = [["path", "score", "p_value", "is_anomalous", *(f"level_{n}" for n in levels), "error"]]
-    for one in verdicts:
-        numbers = [one.score, one.p_value, int(one.is_anomalous)] if not one.error else [None] * 3
-        of_levels = [one.levels.get(level) for level in levels]
-        rows.append([one.path, *numbers, *of_levels, one.error])
+def write_table(args: argparse.Namespace, predictions: list[detectors.Prediction]) -> None:
+    """Write the CSV and the JSON."""
+    levels = sorted({level for prediction in predictions for level in prediction.levels})
+    records = []
+    for prediction in predictions:
+        record = {"path": prediction.path, "score": None, "p_value": None, "is_anomalous": None}
+        if not prediction.error:
+            record["score"], record["p_value"] = prediction.score, prediction.p_value
+            record["is_anomalous"] = int(prediction.is_anomalous)
+        record |= {f"level_{level}": prediction.levels.get(level) for level in levels}
+        records.append(record | {"error": prediction.error})
+    text = tables.csv_text([list(records[0]), *(list(record.values()) for record in records)])
     if args.out is not None:
-        atomic.atomic_write(args.out, tables.csv_text(rows))
+        atomic.atomic_write(args.out, text)
     else:
-        print(tables.csv_text(rows).rstrip("\n"))
+        print(text.rstrip("\n"))
     if args.json is not None:
-        records = [dict(zip(rows[0], row, strict=True)) for row in rows[1:]]
-        atomic.atomic_write(args.json, json.dumps(records, indent=1, ensure_ascii=False) + "\n")
-    n_bad = sum(bool(one.error) for one in verdicts)
-    n_anomalous = sum(one.is_anomalous for one in verdicts)
-    log.info(f"{len(verdicts) - n_bad} pictures scored, {n_anomalous} anomalous, {n_bad} broken")
-    return int(n_bad > 0)
+        text = json.dumps(records, indent=1, ensure_ascii=False) + "\n"
+        atomic.atomic_write(args.json, text.encode("utf-8", "backslashreplace"))
+
+
+def write_heatmap(
+    args: argparse.Namespace,
+    number: int,
+    prediction: detectors.Prediction,
+    ensemble: ensembles.Ensemble,
+    index: int,
+    threshold: float,
+) -> None:
+    """Write an image beside its crop scores."""
+    from sinbad.report import figures  # matplotlib: slow to import, not needed for scores
+
+    caption = f"score {prediction.score:.2f}, anomalous above {threshold:.2f}; "
+    caption += f"p = {prediction.p_value:.3f}"
+    path = Path(prediction.path)
+    png = figures.heatmap(path, ensemble.grids, index, caption, prediction.is_anomalous)
+    atomic.atomic_write(args.heatmaps / f"{number:04d}_{path.name[:200]}.png", png)
+
+
+def score(args: argparse.Namespace) -> int:
+    """Load, score, write; return 1 if an image could not be scored."""
+    outputs = [path for path in (args.out, args.json) if path]
+    if args.out and args.json and args.out.resolve() == args.json.resolve():
+        raise errors.UserError(f"out and json must be two files, got {args.out} for both")
+    for path in outputs:
+        if path.resolve() in {args.detector.resolve(), *(image.resolve() for image in args.images)}:
+            raise errors.UserError(f"{path} is an input; choose another output")
+        atomic.check_writable(path)
+    paths = []
+    for path in args.images:
+        paths += images_in(path) if path.is_dir() else [path]
+        if args.heatmaps and path.is_dir() and args.heatmaps.resolve() == path.resolve():
+            raise errors.UserError(f"heatmaps must lie outside the scored folder, got {path}")
+    detector = detectors.Detector.load(args.detector, args.weights, args.device, args.num_workers)
+    threshold = detector.threshold(args.false_alarms)
+    predictions: list[detectors.Prediction] = []
+    try:
+        for prediction, ensemble, index in detector.iter_predictions(paths, args.false_alarms):
+            predictions.append(prediction)
+            if prediction.error:
+                log.error(prediction.error)
+            elif args.heatmaps is not None:
+                number = len(predictions)
+                write_heatmap(args, number, prediction, ensemble, index, threshold)
+    finally:  # what was scored is not lost because something later fails
+        if predictions:
+            write_table(args, predictions)
+    n_failed = sum(bool(prediction.error) for prediction in predictions)
+    n_anomalous = sum(prediction.is_anomalous for prediction in predictions)
+    n_scored = len(predictions) - n_failed
+    log.info(f"{n_scored} images scored, {n_anomalous} anomalous, {n_failed} unreadable")
+    return int(n_failed > 0)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -146,7 +146,7 @@ def score_and_save(
     for category, records in todo.items():
         names = dict.fromkeys(task.mvtype for task in records)
         pool, ids = image_pool.pool_subsets(
-            [subsets[name] for name in names], device, scoring.n_workers(values)
+            [subsets[name] for name in names], device, values.n_workers
         )
         scorer = scoring.CropScorer(pool, values, extractor, category)
         score_category(scorer, ids, records, subsets, results_dir)

@@ -36,7 +36,7 @@ HEIGHT, HISTOGRAM_WIDTH, CUMULATIVE_WIDTH = 2.2, 3.4, 3.0  # inches of a panel
 N_BARS = 32
 
 
-def image_at(scores: ensembles.DataSetScores, label: int, quantile: float = 0.5) -> int:
+def image_at(scores: score_files.SubsetScores, label: int, quantile: float = 0.5) -> int:
     """Return the test image of a label whose score is this quantile of theirs."""
     images = np.flatnonzero(scores.labels == label)
     order = images[np.argsort(scores.final[images], kind="stable")]
@@ -55,12 +55,12 @@ def most_telling_direction(train: Numbers, anomalous: Numbers) -> int:
     return int(outside.max(1).argmax())
 
 
-def histograms_figure(scores: ensembles.DataSetScores, data_dir: Path, weights: str) -> Figure:
+def histograms_figure(scores: score_files.SubsetScores, data_dir: Path, weights: str) -> Figure:
     """Plot a normal and an anomalous image, each of median score, as sets."""
     arrays = matrices.load_matrices(data_dir, scores.mvtype)
     side = loco.crop_side(arrays.im_size, RATIO)
     corner = loco.crop_corners(arrays.im_size, RATIO, loco.CROP_NUM_EDGE)[0]
-    net = scores.grids[LEVEL, 1].settings["net"]
+    net = scores.ensemble.grids[LEVEL, 1].settings["net"]
     backbone = backbones.build_backbone(net, backbones.load_weights(net, weights), (LEVEL,))
     extractor = backbones.FeatureExtractor(backbone, torch.device("cpu"))
     pool = matrices.ImagePool([arrays], extractor.device)
@@ -127,7 +127,7 @@ def _plot_sets(
     return figure
 
 
-def demo_figure(sets: dict[str, ensembles.DataSetScores], dataset_dir: Path) -> Figure:
+def demo_figure(sets: dict[str, score_files.SubsetScores], dataset_dir: Path) -> Figure:
     """Plot per category and image type the image of median score, and the hardest logical one."""
     rows: dict[str, list[figures.CaptionedImage]] = {}
     for category in CATEGORIES:

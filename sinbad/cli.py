@@ -232,7 +232,7 @@ PATH_FLAGS: dict[str, dict[str, Any]] = {
     },
     "valid_share": {
         "type": parse_as(settings.number(0, 1, "()")),
-        "default": 0.1,
+        "default": settings.VALID_SHARE,
         "metavar": "X",
         "help": "fraction of the training images used for validation where there are none",
     },

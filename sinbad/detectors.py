@@ -1,9 +1,9 @@
-"""A detector for one's own pictures: fit once, save, load, score one picture or a thousand.
+"""A detector for one's own images: fit once, save, load, score one image or a thousand.
 
 The scores are the ensemble's of the step-by-step scripts, by the same code. What is kept of the
-training pictures are their descriptors, as whole numbers: a share is a count of elements over their
-number. The verdict is conformal: of good pictures like the calibration ones at most the share
-`false_alarms` is called anomalous.
+training images are their descriptors, as whole numbers: a fraction is a count of elements over
+their number. Predictions are conformal: among normal images exchangeable with the calibration set
+at most the fraction `false_alarms` is expected to be called anomalous.
 """
 
 import hashlib
@@ -18,93 +18,49 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 import sinbad_utils
 from sinbad import (
     atomic,
     backbones,
+    crops,
     ensembles,
     errors,
+    image_pool,
     images,
-    loco,
-    matrices,
-    score_files,
-    score_plans,
+    score_tasks,
     scoring,
+    settings,
 )
+from sinbad.images import ImageInput
+from sinbad.scoring import CropPosition, GridTask, Models, Projection
+from sinbad.settings import Settings
+from sinbad_utils import CropModel, Histograms, Scores
 
 log = logging.getLogger(__name__)
 
 FORMAT = 1  # of the file
+MIN_TRAIN = 4  # images
+MACHINE_SETTINGS = ("device", "num_workers")  # not in the file
 Grid = tuple[int, int]  # level, number of crops
 Position = tuple[int, int, int]  # level, number of crops, crop
 
 
 @dataclass(frozen=True)
-class DetectorOptions:
-    """What is computed; the names and the defaults are those of the flags.
-
-    None stands for the level's, the device's or the machine's own value.
-    """
-
-    net: str = "wide_resnet50_2"
-    weights: str = "imagenet"
-    precision: str = "fp32"
-    compile: bool = False
-    batch_size: int | None = None
-    pyramid_level: tuple[int, ...] = (*loco.PAPER_LEVELS, loco.PIXEL_LEVEL)
-    crop_size_ratio: tuple[float, ...] = loco.NETWORK_SETTINGS.crop_ratios
-    rep_num_224: int = loco.PIXEL_SETTINGS.n_reps
-    seed: int = 0
-    n_projections: int | None = None
-    n_quantiles: int = loco.N_QUANTILES
-    shrinkage_factor: float | None = None
-    crop_num_edge: int = loco.CROP_NUM_EDGE
-    initial_res: int = loco.IM_SIZE
-    lambda_factor: float = loco.LAMBDA_FACTOR
-    folds: int = 10
-    num_workers: int | None = None
-
-    def plan(self) -> score_plans.ScorePlan:
-        """Return the scores to compute: every level and grid, and the raw pixels' repetitions."""
-        levels = loco.network_levels(self.pyramid_level)
-        wanted = [(level, ratio, 0) for level in levels for ratio in self.crop_size_ratio]
-        if loco.PIXEL_LEVEL in self.pyramid_level:
-            (ratio,) = loco.PIXEL_SETTINGS.crop_ratios
-            wanted += [(loco.PIXEL_LEVEL, ratio, rep) for rep in range(self.rep_num_224)]
-        tasks = tuple(
-            score_plans.ScoreTask(images.NAME, *own[:2], self.seed, own[2], "") for own in wanted
-        )
-        own = asdict(self) | {"num_workers": self.num_workers or os.cpu_count() or 1}
-        used = {
-            name: own[name] for name in score_plans.ScorePlan.__dataclass_fields__ if name in own
-        }
-        here = Path()  # nothing is read or written by these
-        return score_plans.ScorePlan(
-            tasks, data_dir=here, results_dir=here, overwrite=False, official=False, **used
-        )
-
-    def grid(self, task: score_plans.ScoreTask) -> Grid:
-        """Return a task's level and number of crops."""
-        corners = loco.crop_corners(self.initial_res, task.ratio, self.crop_num_edge)
-        return task.level, len(corners)
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What a detector says of one picture.
+class Prediction:
+    """What a detector says of one image.
 
     Attributes
     ----------
-    path : of the picture, or its number where it has none
-    score : SINBAD's ensemble, higher = more anomalous; NaN for a broken picture
-    p_value : share of good pictures expected to score so high
-    is_anomalous : whether the p-value is at most the rate of false alarms
+    path : of the image, or its number where it has none
+    score : SINBAD's ensemble, higher = more anomalous; NaN for an unreadable image
+    p_value : fraction of normal images expected to score as high
+    is_anomalous : whether the p-value is at most the false-positive rate asked for
     levels : level -> normalised score
-    error : why a picture has no score, else ""
+    error : why an image has no score, else ""
     """
 
     path: str
@@ -115,29 +71,41 @@ class Verdict:
     error: str = ""
 
 
-@dataclass
-class Fitted:
-    """What is kept of one crop position, of each draw of directions.
+@dataclass(frozen=True)
+class StoredModels:
+    """The models of one level and crop position, of all repetitions, as they are saved.
 
     Attributes
     ----------
-    ranges : (2, n_draws, n_directions), float32, low and high
-    counts : (n_draws, n_train, n_directions * n_bins), elements below each threshold
+    ranges : (2, n_reps, n_projections), float32, low and high
+    counts : (n_reps, n_train, n_projections * n_bins), elements below each threshold
     n_elements : of a set
-    whitenings : of each draw, fitted when they are needed
     """
 
-    ranges: Tensor
+    ranges: NDArray[np.float32]
     counts: NDArray[Any]
     n_elements: int
-    whitenings: list[sinbad_utils.WhitenedNeighbours] = field(default_factory=list)
 
-    def descriptors(self, draw: int) -> Tensor:
-        """Return the training descriptors of a draw, (n_train, n_directions * n_bins), float32."""
-        low, high = self.ranges[:, draw]
-        counts = torch.from_numpy(self.counts[draw].astype(np.float32))
-        shares = counts.reshape(len(counts), len(low), -1)
-        return (shares * ((high > low) / self.n_elements)[:, None]).flatten(1)
+    @classmethod
+    def of(cls, models: Sequence[CropModel], n_elements: int) -> "StoredModels":
+        """Keep fitted models; exact, since a fraction is a count over `n_elements`."""
+        low = torch.stack([model.histograms.low for model in models])
+        high = torch.stack([model.histograms.high for model in models])
+        descriptors = torch.stack([model.train_descriptors for model in models])
+        counts = (descriptors.double() * n_elements).round().cpu().numpy()
+        dtype = np.uint8 if n_elements <= 255 else np.uint16
+        return cls(torch.stack([low, high]).cpu().numpy(), counts.astype(dtype), n_elements)
+
+    def fit(self, rep: int, directions: torch.Tensor, values: Settings) -> CropModel:
+        """Fit the model of one repetition again, on the device of its `directions`."""
+        low, high = (torch.from_numpy(ends).to(directions.device) for ends in self.ranges[:, rep])
+        counts = torch.from_numpy(self.counts[rep].astype(np.float32)).to(directions.device)
+        fractions = counts.reshape(len(counts), len(low), -1)  # (images, projections, bins)
+        fractions = fractions * ((high > low) / self.n_elements)[:, None]
+        histograms = Histograms(directions, low, high, values.n_quantiles)
+        return sinbad_utils.fit_crop_model(
+            histograms, fractions.flatten(1), values.shrinkage_factor
+        )
 
 
 # ---------------------------------------------------------------- the detector
@@ -148,304 +116,388 @@ class Detector:
 
     Attributes
     ----------
-    options : DetectorOptions
-    about : what it was made of: the weights' sha256, matrices' settings, numbers of pictures
-    positions : (level, number of crops, crop) -> Fitted; what is padding only is not there
-    crops : (level, number of crops) -> (n_draws, n_crops, n), crop scores of calibration pictures
-    calibration : (n,), their ensemble scores
+    values : its settings
+    metadata : weights' sha256, how images are resized, numbers of images
+    stored : (level, number of crops, crop) -> models; positions in the padding are missing
+    calibration_crops : (level, number of crops) -> (n_reps, n_crops, n), crop scores of the
+        calibration set
+    calibration : (n,), its ensemble scores
     """
 
     def __init__(
         self,
-        options: DetectorOptions,
-        about: dict[str, Any],
-        positions: dict[Position, Fitted],
-        crops: dict[Grid, sinbad_utils.Scores],
+        values: Settings,
+        metadata: dict[str, Any],
+        stored: dict[Position, StoredModels],
+        calibration_crops: dict[Grid, Scores],
         extractor: backbones.FeatureExtractor | None,
-        device: torch.device,
     ) -> None:
-        self.options, self.about, self.positions, self.crops = options, about, positions, crops
-        self.extractor, self.device = extractor, device
-        self.calibration = self._join(crops).final
+        self.values, self.metadata, self.stored = values, metadata, stored
+        self.calibration_crops, self.extractor = calibration_crops, extractor
+        self.device = backbones.choose_device(values.device)
+        self._models: dict[tuple[Position, int], CropModel] = {}
+        self.calibration = self._combine(calibration_crops).final
 
     @classmethod
     def fit(
         cls,
-        train: Sequence[images.ImageInput],
-        valid: Sequence[images.ImageInput] = (),
-        options: DetectorOptions | None = None,
-        device: str = "auto",
+        train: Sequence[ImageInput],
+        valid: Sequence[ImageInput] = (),
+        values: Settings | None = None,
     ) -> "Detector":
-        """Fit a detector on good pictures.
+        """Fit a detector on normal images.
 
         Parameters
         ----------
-        train : paths, Pillow images or (height, width, 3) uint8 arrays, all of one aspect
-        valid : other good pictures, for normalisation and verdict; if none are given the training
-            pictures are scored in folds, each by the others
-        options : what is computed
-        device : auto, cpu, cuda or cuda:<i>
+        train : paths, Pillow images or (height, width, 3) uint8 arrays, all of one aspect ratio
+        valid : other normal images, for normalisation and calibration; if none are given the
+            training images are scored in folds, each by the others
+        values : what is computed, and on which device
 
         Raises
         ------
         UserError
-            If a picture cannot be read, or there are too few.
+            If an image cannot be read, there are too few, or they do not differ.
         """
-        options, where = options or DetectorOptions(), backbones.choose_device(device)
-        if len(train) < 4:
+        values = values or Settings()
+        tasks = _tasks(values)
+        if len(train) < MIN_TRAIN:
             raise errors.UserError(
-                f"training pictures must be at least 4, got {len(train)}; add some"
+                f"training images must be at least {MIN_TRAIN}, got {len(train)}; add some"
             )
-        settings = images.resize_settings(images.open_image(train[0]).size, options.initial_res)
-        splits = {
-            "train": images.matrices_in_file(train, settings),
-            "valid": images.matrices_in_file(valid, settings),
-        }
-        digests = [{hashlib.sha256(m).hexdigest() for m in own} for own in splits.values()]
-        n_same = len(digests[0] & digests[1])
-        if n_same:
-            log.warning(
-                f"{n_same} validation pictures are training pictures too: they score "
-                "about 0, so others score too high"
-            )
-        extractor, sha256 = _load_network(options, where)
-        about = {
-            "matrices": settings,
-            "weights_sha256": sha256,
-            "n_train": len(train),
-            "n_valid": len(valid),
-        }
-        scorer = scoring.ClassScorer(
-            options.plan(), {images.NAME: images.matrix_set(settings, **splits)}, extractor, where
-        )
-        positions, crops = _fit_positions(scorer, options)
-        return cls(options, about, positions, crops, extractor, where)
+        extractor, sha256 = _load_network(values)
+        resizing = images.resize_settings(images.open_image(train[0]).size, values.initial_res)
+        arrays = [images.preprocess_to_array(part, resizing) for part in (train, valid) if part]
+        equal_ids = _number_equal_images(*arrays)
+        pool = _pool(arrays, resizing, values)
+        train_ids, valid_ids = range(len(train)), range(len(train), len(train) + len(valid))
+        folds = Folds(equal_ids, values.folds, values.seed)
+        calibration = _empty_scores(tasks, values, len(valid) or len(folds.firsts))
+        stored: dict[Position, StoredModels] = {}
+        scorer = scoring.CropScorer(pool, values, extractor, "fit")
+        splits = [valid_ids] if valid else []
+        for position, models, scores in scorer.score_positions(tasks, train_ids, splits):
+            n_crops = len(position.grid)
+            for level in dict.fromkeys(projection.level for projection in models):
+                repetitions = [model for p, model in models.items() if p.level == level]
+                key = level, n_crops, position.crop
+                stored[key] = StoredModels.of(repetitions, _n_elements(level))
+            for (level, _, rep), model in models.items():
+                (crop_scores,) = scores[level, values.seed, rep] or [
+                    folds.score(model.train_descriptors, values.at_level(level).shrinkage_factor)
+                ]
+                calibration[level, n_crops][rep, position.crop] = crop_scores
+        metadata = {"matrices": resizing, "weights_sha256": sha256}
+        metadata |= {"n_train": len(train), "n_valid": len(valid)}
+        return cls(values, metadata, stored, calibration, extractor)
 
-    def score(
-        self, pictures: Sequence[images.ImageInput], false_alarms: float = 0.05
-    ) -> list[Verdict]:
-        """Score pictures (see `fit`) and judge them.
+    def score(self, inputs: Sequence[ImageInput], false_alarms: float = 0.05) -> list[Prediction]:
+        """Score images (see `fit`) and predict which are anomalous.
 
         Raises
         ------
         UserError
-            If `false_alarms` is too small a rate for the number of calibration pictures.
+            If `false_alarms` is too small a rate for the size of the calibration set.
         """
-        return [verdict for verdict, _, _ in self.examine(pictures, false_alarms)]
+        return [prediction for prediction, _, _ in self.iter_predictions(inputs, false_alarms)]
 
-    def examine(
-        self, pictures: Sequence[images.ImageInput], false_alarms: float
-    ) -> Iterator[tuple[Verdict, ensembles.DataSetScores | None, int]]:
-        """Yield the verdict on each picture, the scores it is part of, and its place in them."""
+    def iter_predictions(
+        self, inputs: Sequence[ImageInput], false_alarms: float
+    ) -> Iterator[tuple[Prediction, ensembles.Ensemble | None, int]]:
+        """Yield the prediction of each image, the ensemble it is part of, and its place there."""
         self.threshold(false_alarms)  # an error before long work
-        for first in range(0, len(pictures), matrices.IMAGES_AT_ONCE):
-            part = pictures[first : first + matrices.IMAGES_AT_ONCE]
-            read = list(images.preprocess_images(part, self.about["matrices"], first))
-            whole = [matrix for matrix in read if not isinstance(matrix, errors.UserError)]
-            scores = self._join(self._score_crops(whole)) if whole else None
-            places = iter(range(len(whole)))
-            for number, (picture, matrix) in enumerate(zip(part, read, strict=True), first):
-                name = images.image_name(picture, number)
-                if isinstance(matrix, errors.UserError):
-                    yield Verdict(name, error=str(matrix)), None, 0
+        for first in range(0, len(inputs), images.IMAGE_CHUNK):
+            chunk = inputs[first : first + images.IMAGE_CHUNK]
+            results = list(images.preprocess_images(chunk, self.metadata["matrices"], first))
+            arrays = [array for array in results if not isinstance(array, errors.UserError)]
+            ensemble = self._combine(self._score_crops(np.stack(arrays))) if arrays else None
+            places = iter(range(len(arrays)))
+            for number, (image, result) in enumerate(zip(chunk, results, strict=True), first):
+                name = images.image_name(image, number)
+                if isinstance(result, errors.UserError):
+                    yield Prediction(name, error=str(result)), None, 0
                     continue
                 place = next(places)
-                score = float(scores.final[place])
-                n = len(self.calibration)
-                p_value = (1 + int((self.calibration >= score).sum())) / (n + 1)
-                levels = {level: float(own[place]) for level, own in scores.levels.items()}
-                verdict = Verdict(name, score, p_value, p_value <= false_alarms, levels)
-                yield verdict, scores, place
-            if len(pictures) > matrices.IMAGES_AT_ONCE:
-                log.info(f"{first + len(part)} of {len(pictures)} pictures")
+                yield self._predict(name, ensemble, place, false_alarms), ensemble, place
+            if len(inputs) > images.IMAGE_CHUNK:
+                log.info(f"{first + len(chunk)} of {len(inputs)} images")
+
+    def _predict(
+        self, name: str, ensemble: ensembles.Ensemble, place: int, false_alarms: float
+    ) -> Prediction:
+        """Return the conformal prediction of one image of an ensemble."""
+        score = float(ensemble.final[place])
+        n_as_high = int((self.calibration >= score).sum())
+        p_value = (1 + n_as_high) / (len(self.calibration) + 1)
+        levels = {level: float(scores[place]) for level, scores in ensemble.levels.items()}
+        return Prediction(name, score, p_value, p_value <= false_alarms, levels)
 
     def threshold(self, false_alarms: float) -> float:
-        """Return the score above which a picture is called anomalous."""
+        """Return the score above which an image is called anomalous."""
         n = len(self.calibration)
-        n_above = math.floor(false_alarms * (n + 1) + 1e-9)
+        try:
+            rate = settings.number(0, 1, "()")(false_alarms)
+        except ValueError as error:
+            raise errors.UserError(f"false_alarms {error}") from None
+        n_above = math.floor(rate * (n + 1) + 1e-9)
         if n_above < 1:
             raise errors.UserError(
-                f"false_alarms must be at least 1 / ({n} + 1) for {n} good pictures, got "
-                f"{false_alarms:g}; it takes {math.ceil(1 / false_alarms - 1e-9) - 1} good pictures"
+                f"false_alarms must be at least 1 / ({n} + 1) for a calibration set of {n} images, "
+                f"got {rate:g}; it takes {math.ceil(1 / rate - 1e-9) - 1} normal images"
             )
         return float(np.sort(self.calibration)[-n_above])
 
     # ------------------------------------------------------------ files
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the detector, whole or not at all; equal runs give equal bytes."""
-        options = asdict(replace(self.options, num_workers=None))  # of the machine, not of scores
-        about = {"format": FORMAT, "options": options, "about": self.about}
-        arrays: dict[str, Any] = {"about": np.array(atomic.to_json(about))}
-        for (level, n_crops), scores in self.crops.items():
+        """Write the detector atomically; equal runs give equal bytes."""
+        options = asdict(self.values)
+        for name in MACHINE_SETTINGS:
+            del options[name]
+        record = {"format": FORMAT, "options": options, "about": self.metadata}
+        arrays: dict[str, Any] = {"about": np.array(atomic.to_json(record))}
+        for (level, n_crops), scores in self.calibration_crops.items():
             arrays[f"crops_{level}_{n_crops}"] = scores
-        for key, own in self.positions.items():
+        for key, models in self.stored.items():
             name = "_".join(map(str, key))
-            arrays |= {
-                f"ranges_{name}": own.ranges.numpy(),
-                f"counts_{name}": own.counts,
-                f"elements_{name}": np.array(own.n_elements),
-            }
+            arrays[f"ranges_{name}"], arrays[f"counts_{name}"] = models.ranges, models.counts
+            arrays[f"elements_{name}"] = np.array(models.n_elements)
         buffer = io.BytesIO()
         np.savez(buffer, **arrays)
         atomic.atomic_write(Path(path), buffer.getvalue())
 
     @classmethod
     def load(
-        cls, path: str | os.PathLike[str], weights: str | None = None, device: str = "auto"
+        cls,
+        path: str | os.PathLike[str],
+        weights: str | os.PathLike[str] | None = None,
+        device: str = "auto",
+        num_workers: int | None = None,
     ) -> "Detector":
-        """Read a detector; `weights` tells where the network's file is now.
+        """Read a detector; `weights` is where the network's file lies now, if it was moved.
 
         Raises
         ------
         UserError
             If the file is damaged or of another version, or the weights are others.
         """
-        positions, crops = {}, {}
         try:
             with np.load(path, allow_pickle=False) as archive:
                 record = json.loads(str(archive["about"]))
                 arrays = {name: archive[name] for name in archive.files if name != "about"}
-            if record["format"] == FORMAT:
-                for name, array in arrays.items():
-                    kind, _, place = name.partition("_")
-                    key = tuple(map(int, place.split("_")))
-                    if kind == "crops":
-                        crops[key] = array
-                    elif kind == "counts":
-                        ranges = torch.from_numpy(arrays[f"ranges_{place}"])
-                        positions[key] = Fitted(ranges, array, int(arrays[f"elements_{place}"]))
-                options, about = DetectorOptions(**record["options"]), record["about"]
-        except (FileNotFoundError, PermissionError, IsADirectoryError):
-            raise
+            version, options, metadata = record["format"], record["options"], record["about"]
+            values = Settings(**options | {"device": device, "num_workers": num_workers})
+            stored, calibration = _parse_arrays(arrays, metadata, values)
         except Exception as error:  # a cut zip raises BadZipFile, zlib.error, KeyError, ...
+            if isinstance(error, OSError) and error.errno is not None:
+                raise  # of the system, not of the file's content
             raise errors.UserError(
-                f"{path} must be a whole file of sinbad_detector.py fit, got a damaged one or "
+                f"{path} must be a complete file of sinbad_detector.py fit, got a damaged one or "
                 f"another ({type(error).__name__}); fit it again"
             ) from error
-        if record["format"] != FORMAT:
+        if version != FORMAT:
             raise errors.UserError(
-                f"{path} must be a detector of format {FORMAT}, got {record['format']}; fit it "
-                "again with this version"
+                f"{path} must be a detector of format {FORMAT}, got {version}; fit it again"
             )
-        options, where = (
-            replace(options, weights=weights or options.weights),
-            backbones.choose_device(device),
-        )
-        extractor, sha256 = _load_network(options, where)
-        if sha256 != about["weights_sha256"]:
+        values = replace(values, weights=weights or values.weights)
+        extractor, sha256 = _load_network(values)
+        if sha256 != metadata["weights_sha256"]:
             raise errors.UserError(
                 f"weights must be those that {path} was fitted with (sha256 "
-                f"{about['weights_sha256']}), got {options.weights} with {sha256}; pass --weights"
+                f"{metadata['weights_sha256']}), got {values.weights} with {sha256}; pass --weights"
             )
-        return cls(options, about, positions, crops, extractor, where)
+        if metadata["matrices"]["pillow"] != PIL.__version__:
+            log.warning(
+                f"{path} was fitted with Pillow {metadata['matrices']['pillow']}, this is "
+                f"{PIL.__version__}: versions may resize differently; fit it again"
+            )
+        return cls(values, metadata, stored, calibration, extractor)
 
     # ------------------------------------------------------------ scores
 
-    def _score_crops(self, matrices: list[NDArray[np.uint8]]) -> dict[Grid, sinbad_utils.Scores]:
-        """Return the crop scores of pictures, as `crops`; where there is only padding 0."""
-        data_set = images.matrix_set(self.about["matrices"], test=np.stack(matrices))
-        known = {
-            key: list(own.ranges.to(self.device).unbind(1)) for key, own in self.positions.items()
-        }
-        plan = self.options.plan()
-        scorer = scoring.ClassScorer(
-            plan, {images.NAME: data_set}, self.extractor, self.device, known
+    def _score_crops(self, array: NDArray[np.uint8]) -> dict[Grid, Scores]:
+        """Return the crop scores of preprocessed images, as `calibration_crops`."""
+        pool = _pool([array], self.metadata["matrices"], self.values)
+        scorer = scoring.CropScorer(pool, self.values, self.extractor, "score")
+        tasks = _tasks(self.values)
+        crop_scores = _empty_scores(tasks, self.values, len(array))
+        positions = scorer.score_positions(tasks, (), [range(len(array))], self._models_at)
+        for position, _, scores in positions:
+            for (level, _, rep), (image_scores,) in scores.items():
+                crop_scores[level, len(position.grid)][rep, position.crop] = image_scores
+        return crop_scores
+
+    def _models_at(self, position: CropPosition, elements: scoring.Elements) -> Models:
+        """Return the models of a crop position, fitted again at first use."""
+        models = {}
+        for projection in position.projections:
+            level, rep = projection.level, projection.rep
+            key = level, len(position.grid), position.crop
+            if (key, rep) not in self._models:
+                channels = elements[level].shape[1]
+                directions = scoring.directions_at(position, projection, channels, self.values)
+                at_level = self.values.at_level(level)
+                model = self.stored[key].fit(rep, directions.to(self.device), at_level)
+                self._models[key, rep] = model
+            models[projection] = self._models[key, rep]
+        return models
+
+    def _combine(self, crop_scores: dict[Grid, Scores]) -> ensembles.Ensemble:
+        """Ensemble crop scores, normalised by the calibration set's."""
+        extent = _extent(self.metadata["matrices"])
+        parts = []
+        for ratio, (level, _, rep) in sorted(_tasks(self.values)):  # most crops first
+            grid = score_tasks.grid_of(ratio, self.values)
+            key = level, len(grid)
+            arrays = crop_scores[key][rep], self.calibration_crops[key][rep]
+            parts.append(ensembles.CropScores(level, *arrays, crops.Geometry(grid, extent)))
+        levels = self.values.pyramid_level
+        return ensembles.combine(sorted(parts, key=lambda p: levels.index(p.level)), self.values)
+
+
+class Folds:
+    """Training images in folds; each is scored by the whitening and neighbours of the others.
+
+    Parameters
+    ----------
+    equal_ids : (n_train,) numbers of the images; equal images have one, and lie in one fold
+    n_folds : at most half as many as there are different images
+    seed : of the assignment
+
+    Attributes
+    ----------
+    firsts : the first of each set of equal images; only these are in the calibration set
+    """
+
+    def __init__(self, equal_ids: NDArray[np.int64], n_folds: int, seed: int) -> None:
+        n = equal_ids.max() + 1
+        fold_of = np.random.default_rng(seed).permutation(n) % min(n_folds, n // 2)
+        self.fold_of_image = fold_of[equal_ids]
+        self.firsts = np.unique(equal_ids, return_index=True)[1]
+
+    def score(self, descriptors: torch.Tensor, shrinkage: float) -> Scores:
+        """Score the training descriptors (n_train, p); returns those of `firsts`."""
+        scores = np.empty(len(descriptors))
+        for fold in range(self.fold_of_image.max() + 1):
+            held_out = self.fold_of_image == fold
+            mask = torch.from_numpy(held_out).to(descriptors.device)
+            neighbours = sinbad_utils.fit_whitening(descriptors[~mask], shrinkage)
+            scores[held_out] = neighbours.nearest(descriptors[mask])
+        return scores[self.firsts]
+
+
+# ---------------------------------------------------------------- parts of a detector
+
+
+def _tasks(values: Settings) -> list[GridTask]:
+    """Return what a detector computes; UserError for settings that no detector can have."""
+    if values.official:
+        raise errors.UserError(
+            "official numerics are not supported by a detector: their ranges are those of a whole "
+            "test split"
         )
-        crops = {key: np.zeros((*own.shape[:2], len(matrices))) for key, own in self.crops.items()}
-        for job in scorer.crop_jobs(list(plan.tasks)):
-            for task in job.tasks if not job.is_empty else []:
-                own = self.positions[task.level, job.n_crops, job.crop]
-                if not own.whitenings:
-                    shrinkage = plan.descriptor(task.level).shrinkage
-                    described = map(own.descriptors, range(len(own.counts)))
-                    own.whitenings = [
-                        sinbad_utils.fit_whitening(d.to(self.device), shrinkage) for d in described
-                    ]
-                descriptors = scorer.descriptors(job, task, "test")
-                scores = own.whitenings[task.rep].nearest(descriptors)
-                crops[task.level, job.n_crops][task.rep, job.crop] = scores
-        return crops
+    if not values.pyramid_level or not values.crop_size_ratio:
+        raise errors.UserError("pyramid_level and crop_size_ratio must hold a value, got none")
+    tasks = []
+    for level in settings.backbone_levels(values.pyramid_level):
+        score_tasks.check_ratios(level, values.crop_size_ratio, values, "leave one out")
+        projection = Projection(level, values.seed, 0)
+        tasks += [GridTask(ratio, projection) for ratio in values.crop_size_ratio]
+    if settings.PIXEL_LEVEL in values.pyramid_level:
+        (ratio,) = settings.PIXEL_DEFAULTS.crop_ratios
+        reps = range(values.rep_num_224)
+        projections = [Projection(settings.PIXEL_LEVEL, values.seed, rep) for rep in reps]
+        tasks += [GridTask(ratio, projection) for projection in projections]
+    return tasks
 
-    def _join(self, crops: dict[Grid, sinbad_utils.Scores]) -> ensembles.DataSetScores:
-        """Ensemble crop scores (as `crops`), normalised by the calibration pictures'."""
-        options = self.options
-        where_crops_lie = {
-            "matrices": self.about["matrices"],
-            "initial_res": options.initial_res,
-            "crop_num_edge": options.crop_num_edge,
-        }
-        files = []
-        for task in options.plan().tasks:
-            level, n_crops = key = options.grid(task)
-            scores, valid = crops[key][task.rep], self.crops[key][task.rep]
-            run = {"settings": {**where_crops_lie, "crop_size_ratio": task.ratio}}
-            made = score_files.LevelScores(scores, valid, np.zeros(scores.shape[1]), [], run)
-            files.append(ensembles.ScoreFile(Path(), level, (n_crops,), made))
-        files.sort(key=lambda file: -file.grids[0])  # as they are read from a folder
-        levels, n_reps = loco.network_levels(options.pyramid_level), options.rep_num_224
-        return ensembles.join(
-            images.NAME,
-            files,
-            ensembles.EnsembleOptions("", "", levels, 0, n_reps, options.lambda_factor),
+
+def _empty_scores(tasks: Sequence[GridTask], values: Settings, n: int) -> dict[Grid, Scores]:
+    """Return zeros for the crop scores of `n` images, (n_reps, n_crops, n) of each grid."""
+    shapes = {}
+    for ratio, (level, _, rep) in tasks:
+        n_crops = len(score_tasks.grid_of(ratio, values))
+        shapes[level, n_crops] = rep + 1, n_crops, n
+    return {grid: np.zeros(shape) for grid, shape in shapes.items()}
+
+
+def _n_elements(level: int) -> int:
+    """Return the number of elements of a set."""
+    return backbones.INPUT_SIDE**2 if level == settings.PIXEL_LEVEL else level**2
+
+
+def _extent(resizing: dict[str, Any]) -> tuple[int, int]:
+    """Return (width, height) in pixels of what is no padding."""
+    return resizing["width"], resizing["height"]
+
+
+def _pool(
+    arrays: Sequence[NDArray[np.uint8]], resizing: dict[str, Any], values: Settings
+) -> image_pool.ImagePool:
+    """Pool the images of some arrays, one array after the other."""
+    rows = [(array, row) for array in arrays for row in range(len(array))]
+    names = [f"number {number}" for number in range(len(rows))]
+    device = backbones.choose_device(values.device)
+    return image_pool.ImagePool(rows, names, _extent(resizing), device, values.n_workers)
+
+
+def _number_equal_images(
+    train: NDArray[np.uint8], valid: Sequence[NDArray[np.uint8]] = ()
+) -> NDArray[np.int64]:
+    """Give each training image a number, equal images the same; warn of repeated images.
+
+    UserError if there are too few different ones.
+    """
+    train_digests, valid_digests = (
+        [hashlib.sha256(image).digest() for image in part] for part in (train, valid)
+    )
+    numbers = {digest: number for number, digest in enumerate(dict.fromkeys(train_digests))}
+    if len(numbers) < MIN_TRAIN:
+        raise errors.UserError(
+            f"training images must be at least {MIN_TRAIN} different ones, got {len(numbers)} "
+            f"among {len(train)}; add others"
         )
+    if len(numbers) < len(train):
+        log.warning(
+            f"{len(train) - len(numbers)} training images are repeated: equal ones lie in one "
+            "fold and count once for the false-positive rate"
+        )
+    n_shared = len(numbers.keys() & set(valid_digests))
+    if n_shared:
+        log.warning(
+            f"{n_shared} validation images are training images too: they score near 0, so scores "
+            "normalised by the validation mean are inflated"
+        )
+    return np.array([numbers[digest] for digest in train_digests])
 
 
-def _load_network(
-    options: DetectorOptions, device: torch.device
-) -> tuple[backbones.FeatureExtractor | None, str | None]:
+def _load_network(values: Settings) -> tuple[backbones.FeatureExtractor | None, str | None]:
     """Return the network and its weights' sha256; None and None for raw pixels alone."""
-    levels = loco.network_levels(options.pyramid_level)
+    levels = settings.backbone_levels(values.pyramid_level)
+    device = backbones.choose_device(values.device)
     if not levels:
         return None, None
-    weights = backbones.load_weights(options.net, options.weights)
-    backbone = backbones.build_backbone(options.net, weights, levels)
-    extractor = backbones.FeatureExtractor(backbone, device, options.precision, options.compile)
+    weights = backbones.load_weights(values.net, values.weights)
+    backbone = backbones.build_backbone(values.net, weights, levels)
+    extractor = backbones.FeatureExtractor(backbone, device, values.precision, values.compile)
     return extractor, weights.sha256
 
 
-def _fit_positions(
-    scorer: scoring.ClassScorer, options: DetectorOptions
-) -> tuple[dict[Position, Fitted], dict[Grid, sinbad_utils.Scores]]:
-    """Describe the training pictures at every crop position, and score the calibration ones."""
-    plan, group = scorer.plan, scorer.groups[images.NAME, "train"]
-    train, valid = (scorer.pool.ids[images.NAME, split] for split in ("train", "valid"))
-    positions, crops = {}, {}
-    for task in plan.tasks:
-        n_crops = options.grid(task)[1]
-        crops[options.grid(task)] = np.zeros((task.rep + 1, n_crops, len(valid or train)))
-    for job in scorer.crop_jobs(list(plan.tasks)):
-        for level in job.builders:
-            shrinkage, key = plan.descriptor(level).shrinkage, (level, job.n_crops)
-            own = [task for task in job.tasks if task.level == level]
-            described = [scorer.descriptors(job, task, "train") for task in own]
-            ranges = next(b.ranges for b in job.builders[level] if b.group is group)
-            n_elements = backbones.INPUT_SIDE**2 if level == loco.PIXEL_LEVEL else level**2
-            counts = (torch.stack(described).double() * n_elements).round().cpu().numpy()
-            positions[level, job.n_crops, job.crop] = Fitted(
-                torch.stack([torch.stack(pair).cpu() for pair in ranges], dim=1),
-                counts.astype(np.uint8 if n_elements <= 255 else np.uint16),
-                n_elements,
-            )
-            for task, descriptors in zip(own, described, strict=True):
-                if valid:
-                    whitening = sinbad_utils.fit_whitening(descriptors, shrinkage)
-                    scores = whitening.nearest(scorer.descriptors(job, task, "valid"))
-                else:
-                    scores = fold_scores(descriptors, shrinkage, options.folds, options.seed)
-                crops[key][task.rep, job.crop] = scores
-    return positions, crops
-
-
-def fold_scores(
-    descriptors: Tensor, shrinkage: float, n_folds: int, seed: int
-) -> sinbad_utils.Scores:
-    """Score each training descriptor (n, p) by the whitening and neighbours of the other folds."""
-    n_train = len(descriptors)
-    fold_of = np.random.default_rng(seed).permutation(n_train) % min(n_folds, n_train // 2)
-    scores = np.empty(n_train)
-    for fold in range(fold_of.max() + 1):
-        own = torch.from_numpy(fold_of == fold).to(descriptors.device)
-        whitening = sinbad_utils.fit_whitening(descriptors[~own], shrinkage)
-        scores[fold_of == fold] = whitening.nearest(descriptors[own])
-    return scores
+def _parse_arrays(
+    arrays: dict[str, NDArray[Any]], metadata: dict[str, Any], values: Settings
+) -> tuple[dict[Position, StoredModels], dict[Grid, Scores]]:
+    """Return the stored models and calibration scores of a file; an exception if any is missing."""
+    stored, calibration = {}, {}
+    width, height = _extent(metadata["matrices"])
+    for ratio, (level, _, _) in _tasks(values):
+        grid = score_tasks.grid_of(ratio, values)
+        calibration[level, len(grid)] = arrays[f"crops_{level}_{len(grid)}"]
+        for crop, (y, x) in enumerate(grid.corners):
+            if x < width and y < height:
+                name = f"{level}_{len(grid)}_{crop}"
+                ranges, counts = arrays[f"ranges_{name}"], arrays[f"counts_{name}"]
+                n_elements = int(arrays[f"elements_{name}"])
+                stored[level, len(grid), crop] = StoredModels(ranges, counts, n_elements)
+    floats = [*calibration.values(), *(models.ranges for models in stored.values())]
+    if not all(np.isfinite(array).all() for array in floats):
+        raise ValueError("NaN or infinity")
+    return stored, calibration

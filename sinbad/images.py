@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import PIL
@@ -17,9 +17,6 @@ from PIL import ExifTags, Image
 from torch.nn import functional
 
 from sinbad import errors
-
-if TYPE_CHECKING:
-    from sinbad import matrices
 
 log = logging.getLogger(__name__)
 
@@ -255,13 +252,13 @@ def preprocess_images(
             yield from pool.map(read, numbers[start : start + IMAGE_CHUNK])
 
 
-# ---------------------------------------------------------------- images as a test subset
+def preprocess_to_array(
+    inputs: Sequence[ImageInput], settings: dict[str, Any]
+) -> NDArray[np.uint8]:
+    """Return preprocessed images (n, 3, im_size, im_size), mapped from a file that goes with them.
 
-NAME = "pictures"  # stands where the name of a test subset stands
-
-
-def matrices_in_file(inputs: Sequence[ImageInput], settings: dict[str, Any]) -> NDArray[np.uint8]:
-    """Return the preprocessed normal images, mapped from a file that goes when they do."""
+    UserError for the first that cannot be read.
+    """
     with TemporaryFile() as file:
         for image in preprocess_images(inputs, settings):
             if isinstance(image, errors.UserError):
@@ -269,16 +266,4 @@ def matrices_in_file(inputs: Sequence[ImageInput], settings: dict[str, Any]) -> 
             file.write(image.data)
         file.flush()
         shape = (len(inputs), 3, settings["im_size"], settings["im_size"])
-        if not len(inputs):  # an empty file cannot be mapped
-            return np.zeros(shape, np.uint8)
         return np.memmap(file, np.uint8, "r", shape=shape)
-
-
-def matrix_set(settings: dict[str, Any], **splits: NDArray[np.uint8]) -> "matrices.MatrixSet":
-    """Return preprocessed images as a test subset; equal ones are told apart by their position."""
-    from sinbad import matrices  # which imports this module
-
-    empty = np.zeros((0, 3, settings["im_size"], settings["im_size"]), np.uint8)
-    images = {split: splits.get(split, empty) for split in ("train", "valid", "test")}
-    paths = {split: [f"{split} {i}" for i in range(len(part))] for split, part in images.items()}
-    return matrices.MatrixSet(NAME, images, paths, {}, np.zeros(len(images["test"])), settings)

@@ -1,6 +1,5 @@
 """Image trees: which images a category has, of which split and anomaly type, and their masks."""
 
-import argparse
 import csv
 import hashlib
 import json
@@ -15,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from sinbad import cli, errors, images, loco
+from sinbad import errors, images, loco, settings
 
 log = logging.getLogger(__name__)
 
@@ -285,17 +284,6 @@ def _warn_about_ignored(category_dir: Path, layout: str, read: set[str]) -> None
         )
 
 
-def add_valid_share_flag(parser: argparse.ArgumentParser) -> None:
-    """Add --valid_share."""
-    parser.add_argument(
-        "--valid_share",
-        type=cli.PATH_FLAGS["valid_share"]["type"],
-        default=loco.VALID_SHARE,
-        help="fraction of the training images used for validation (at least "
-        f"{MIN_VALID}) where there is no validation folder",
-    )
-
-
 def _select_validation(category_dir: Path, train: list[str], share: float, seed: int) -> list[str]:
     """Select the training images used for validation, by their names and the seed."""
     n_valid = max(MIN_VALID, round(share * len(train)))
@@ -325,7 +313,7 @@ def find_subset(
     dataset_dir: Path,
     mvtype: str,
     im_size: int,
-    valid_share: float = loco.VALID_SHARE,
+    valid_share: float = settings.VALID_SHARE,
     seed: int = 0,
 ) -> SubsetSpec:
     """List the images of a test subset and the size they are resized to.

@@ -19,9 +19,6 @@ DOWNLOAD_PAGE = "https://www.mvtec.com/company/research/datasets/mvtec-loco"
 ARCHIVE_SHA256 = "9e7c84dba550fd2e59d8e9e231c929c45ba737b6b6a6d3814100f54d63aae687"
 
 
-VALID_SHARE = 0.1
-
-
 @dataclass(frozen=True)
 class LocoClass:
     """One category of LOCO: size of its images in pixels, numbers of images of its five parts."""

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import logging
-import math
 import mmap
 import shutil
 from collections.abc import Iterable
@@ -14,9 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 from tqdm import tqdm
 
 from sinbad import atomic, cli, errors, images, layouts, loco, settings

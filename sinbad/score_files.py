@@ -273,6 +273,7 @@ class SubsetScores:
     labels: Scores  # 0 good, 1 anomalous
     image_paths: list[str]  # test images relative to the category's folder
     ensemble: ensembles.Ensemble
+    values: settings.Settings  # of the ensemble
     files: tuple[ScoreFile, ...]  # what all was read from
     extra: dict[str, Scores]  # name of another method -> its normalised scores
     final: Scores  # the ensemble's, with other methods added
@@ -311,7 +312,7 @@ def load_subset(selection: Selection, mvtype: str, values: settings.Settings) ->
     labels = files[0].labels
     unnamed = [f"test/{i:04d}" for i in range(len(labels))]  # the authors' images
     paths = next((file.image_paths for file in files if file.image_paths), unnamed)
-    return SubsetScores(mvtype, labels, paths, ensemble, tuple(files), {}, ensemble.final)
+    return SubsetScores(mvtype, labels, paths, ensemble, values, tuple(files), {}, ensemble.final)
 
 
 def _read_folder(folder: Path, level: int) -> list[ScoreFile]:

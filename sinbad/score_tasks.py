@@ -46,8 +46,13 @@ def scores_folder(
     return results_dir / f"{version}_pyramid_lvl_{level}" / f"rep_num_{rep}" / mvtype
 
 
-def check_ratios(level: int, ratios: Iterable[float], values: settings.Settings) -> None:
-    """Stop if two crop ratios would write the same file."""
+def check_ratios(
+    level: int,
+    ratios: Iterable[float],
+    values: settings.Settings,
+    hint: str = "run them under two --version_name",
+) -> None:
+    """Stop if two crop ratios have the same number of crops, and so would write the same file."""
     ratio_of: dict[str, float] = {}
     for ratio in dict.fromkeys(ratios):
         name = scores_file_name(level, grid_of(ratio, values))
@@ -55,6 +60,5 @@ def check_ratios(level: int, ratios: Iterable[float], values: settings.Settings)
         if other != ratio:
             raise errors.UserError(
                 f"crop_size_ratio must give files of different names, got {other} and {ratio}, "
-                f"which both write {name} at crop_num_edge {values.crop_num_edge}; run them under "
-                "two --version_name"
+                f"which both write {name} at crop_num_edge {values.crop_num_edge}; {hint}"
             )

@@ -7,7 +7,6 @@ fitted on their descriptors; the other images are scored batch by batch as they 
 theirs is kept but their scores. No files: arrays and settings in, arrays out.
 """
 
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -58,7 +57,7 @@ class CropPosition:
 
 
 Models = dict[Projection, CropModel]
-KnownModels = Callable[[CropPosition], Models]
+KnownModels = Callable[[CropPosition, Elements], Models]  # elements: of the first images
 
 
 class PositionScores(NamedTuple):
@@ -74,6 +73,15 @@ Batch = list[tuple["Segment", list[int]]]  # crops of one forward pass
 # ---------------------------------------------------------------- one crop position
 
 
+def directions_at(
+    position: CropPosition, projection: Projection, channels: int, values: settings.Settings
+) -> Tensor:
+    """Return the random directions (n_projections, channels) of a crop position."""
+    n_projections = values.at_level(projection.level).n_projections
+    seed_key = projection.seed, projection.rep, projection.level, len(position.grid), position.crop
+    return sinbad_utils.random_directions(n_projections, channels, seed_key)
+
+
 def fit_models(
     batches: Iterator[Elements], n_train: int, position: CropPosition, values: settings.Settings
 ) -> Models:
@@ -82,18 +90,14 @@ def fit_models(
     histograms: dict[Projection, Histograms] = {}
     descriptors: dict[Projection, Tensor] = {}
     for projection in position.projections:
-        elements, at_level = first[projection.level], values.at_level(projection.level)
-        seed_key = (projection.seed, projection.rep, projection.level)
-        directions = sinbad_utils.random_directions(
-            at_level.n_projections,
-            elements.shape[1],
-            (*seed_key, len(position.grid), position.crop),
-        ).to(elements.device)
+        elements = first[projection.level]
+        directions = directions_at(position, projection, elements.shape[1], values)
+        directions = directions.to(elements.device)
         histograms[projection] = sinbad_utils.fit_histograms(
             directions, elements[: sinbad_utils.N_RANGE_SETS], values.n_quantiles
         )
-        length = at_level.n_projections * values.n_quantiles
-        descriptors[projection] = torch.empty(n_train, length, device=elements.device)
+        shape = n_train, len(directions) * values.n_quantiles
+        descriptors[projection] = torch.empty(shape, device=elements.device)
     start = 0
     for elements_by_level in batches:
         for projection, histogram in histograms.items():
@@ -296,15 +300,15 @@ class CropScorer:
                 zeros = [np.zeros(len(ids)) for ids in splits]
                 yield PositionScores(position, {}, dict.fromkeys(position.projections, zeros))
                 continue
-            if known_models:
-                models = known_models(position)
-            else:
+            models: Models = {}
+            if not known_models:
                 models = fit_models(next(segments), len(train_ids), position, self.values)
-            by_split: dict[Projection, dict[int, Scores]] = {
-                projection: {} for projection in models
-            }
+            by_split: dict[Projection, dict[int, Scores]] = {p: {} for p in position.projections}
             for group in groups:
                 batches, n_images = next(segments), len(group.image_ids)
+                if known_models:
+                    first = next(batches)
+                    models, batches = known_models(position, first), chain([first], batches)
                 scored = score_images(batches, models, n_images, self.values.official)
                 for projection, scores in scored.items():
                     by_split[projection] |= group.by_split(scores, splits)
@@ -363,7 +367,7 @@ class CropScorer:
 
     def _gathered(self, batches: Iterator[Batch]) -> Iterator[tuple[Batch, Tensor]]:
         """Yield batches with their pixels (batch_size, 3, 224, 224), gathered ahead in threads."""
-        with ThreadPoolExecutor(n_workers(self.values)) as threads:
+        with ThreadPoolExecutor(self.values.n_workers) as threads:
             submitted = ((batch, threads.submit(self._gather, batch)) for batch in batches)
             ahead = deque(islice(submitted, BATCHES_AHEAD))
             while ahead:
@@ -404,9 +408,3 @@ def _pixel_elements(pixels: Tensor) -> Elements:
 def batch_size_on(device: torch.device, values: settings.Settings) -> int:
     """Return the crops of one forward pass."""
     return values.batch_size or BATCH_SIZES[device.type]
-
-
-def n_workers(values: settings.Settings) -> int:
-    """Return the threads that read images: by default one per processor of this process."""
-    affinity = getattr(os, "sched_getaffinity", None)  # not on every system
-    return values.num_workers or (len(affinity(0)) if affinity else os.cpu_count() or 1)

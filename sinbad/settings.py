@@ -14,6 +14,8 @@ from sinbad import errors
 
 PIXEL_LEVEL = 224  # the raw pixels; any other level is the side of a feature map
 PAPER_LEVELS = (7, 14)  # of the backbone
+IM_SIZE = 1024  # pixels, side of the preprocessed images
+VALID_SHARE = 0.1  # fraction of the training images used for validation where there is none
 
 
 @dataclass(frozen=True)
@@ -157,7 +159,7 @@ class Settings:
         4, whole_number(1), "stride of the crops is the image's side over this", equal_in=ALL_FILES
     )
     initial_res: int = setting(
-        1024, whole_number(8), "side of the preprocessed images in pixels", equal_in=ALL_FILES
+        IM_SIZE, whole_number(8), "side of the preprocessed images in pixels", equal_in=ALL_FILES
     )
     n_projections: int | None = setting(
         None,
@@ -241,6 +243,12 @@ class Settings:
             except (TypeError, ValueError) as error:
                 raise errors.UserError(f"{declared.name} {error}; see --help") from None
             object.__setattr__(self, declared.name, checked)
+
+    @property
+    def n_workers(self) -> int:
+        """Threads that read images: `num_workers`, else one per processor of this process."""
+        affinity = getattr(os, "sched_getaffinity", None)  # not on every system
+        return self.num_workers or (len(affinity(0)) if affinity else os.cpu_count() or 1)
 
     def at_level(self, level: int) -> "Settings":
         """Return the settings with the defaults of a level filled in."""

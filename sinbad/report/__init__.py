@@ -3,10 +3,10 @@
 import argparse
 import logging
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from sinbad import atomic, ensembles, layouts, loco
+from sinbad import atomic, extra_scores, layouts, loco, score_files
 from sinbad.report import metrics, tables
 
 log = logging.getLogger(__name__)
@@ -28,7 +28,7 @@ class ReportOptions:
 
     out: Path  # folder of tables and figures
     dataset_dir: Path  # the images, for figures, masks and the size of maps; may be missing
-    extra: ensembles.ExtraScores | None  # another method's scores
+    extra: extra_scores.ExtraScores | None  # another method's scores
     maps_dir: Path | None  # folder of anomaly maps
     figures: bool  # whether to plot figures, which takes matplotlib
 
@@ -36,12 +36,12 @@ class ReportOptions:
 def report_options(args: argparse.Namespace, out: Path) -> ReportOptions:
     """Collect the flags of a report; files that they name are tried now, before long work."""
     path = args.extra_scores
-    extra = path and ensembles.read_extra_scores(path, args.extra_weight, args.extra_norm)
+    extra = path and extra_scores.read_extra_scores(path, args.extra_weight, args.extra_norm)
     out.mkdir(parents=True, exist_ok=True)
     return ReportOptions(out, args.dataset_dir, extra, args.maps_dir, args.figures)
 
 
-def write_report(runs: dict[str, list[ensembles.DataSetScores]], options: ReportOptions) -> str:
+def write_report(runs: dict[str, list[score_files.SubsetScores]], options: ReportOptions) -> str:
     """Write all files of a report.
 
     Parameters
@@ -58,12 +58,11 @@ def write_report(runs: dict[str, list[ensembles.DataSetScores]], options: Report
     UserError
         If data sets or runs have inconsistent settings, or the extra scores do not fit them.
     """
-    ensembles.check_runs(runs)
+    score_files.check_runs(runs)
     extra = options.extra
     if extra is not None:
         runs = {
-            name: [ensembles.add_extra_scores(s, extra) for s in sets]
-            for name, sets in runs.items()
+            name: [_with_extra(scores, extra) for scores in sets] for name, sets in runs.items()
         }
     first = next(iter(runs.values()))
     if options.maps_dir is not None:
@@ -84,8 +83,18 @@ def write_report(runs: dict[str, list[ensembles.DataSetScores]], options: Report
     return f"{text}\n{NOTES}\nMore tables, per-image scores and figures: {options.out}"
 
 
+def _with_extra(
+    scores: score_files.SubsetScores, extra: extra_scores.ExtraScores
+) -> score_files.SubsetScores:
+    """Add weight * another method's normalised scores."""
+    category = loco.split_mvtype(scores.mvtype)[0]
+    normalised = extra_scores.normalise(extra, category, scores.image_paths)
+    final = scores.ensemble.final + extra.weight * normalised
+    return replace(scores, extra={extra.name: normalised}, final=final)
+
+
 def _table_files(
-    runs: dict[str, list[ensembles.DataSetScores]], options: ReportOptions
+    runs: dict[str, list[score_files.SubsetScores]], options: ReportOptions
 ) -> tuple[str, dict[str, bytes | str]]:
     """Return the score table to print, and file name -> content of all tables."""
     defects = {

@@ -26,7 +26,7 @@ from PIL import Image
 from sklearn.metrics import roc_curve
 
 import sinbad_utils
-from sinbad import ensembles, images, loco
+from sinbad import images, loco, score_files
 from sinbad.report import maps, metrics, tables
 
 log = logging.getLogger(__name__)
@@ -54,7 +54,7 @@ OVERLAY_NOTE = "overlay: crop score / mean of the validation images at the same 
 GOLDEN_RATIO = (math.sqrt(5.0) - 1.0) / 2.0
 
 
-def report_figures(sets: Sequence[ensembles.DataSetScores], dataset_dir: Path) -> dict[str, bytes]:
+def report_figures(sets: Sequence[score_files.SubsetScores], dataset_dir: Path) -> dict[str, bytes]:
     """Return file name -> PNG of every figure of a report; equal scores give equal bytes.
 
     Figures of images are skipped, with one log line, where `dataset_dir` lacks the images.
@@ -67,7 +67,7 @@ def report_figures(sets: Sequence[ensembles.DataSetScores], dataset_dir: Path) -
     skipped = []
     for scores in sets:
         folder = dataset_dir / loco.split_mvtype(scores.mvtype)[0]
-        shown = [i for images in extreme_images(scores.final).values() for i in images]
+        shown = [i for ids in extreme_images(scores.final).values() for i in ids]
         if all((folder / scores.image_paths[i]).is_file() for i in shown):
             pngs[f"images_{scores.mvtype}.png"] = png_of(extremes_figure, scores, dataset_dir)
         else:
@@ -116,7 +116,7 @@ def set_log_ticks(axis: Axis) -> None:
 # ---------------------------------------------------------------- scores
 
 
-def distribution_figure(sets: Sequence[ensembles.DataSetScores]) -> Figure:
+def distribution_figure(sets: Sequence[score_files.SubsetScores]) -> Figure:
     """Plot the scores of all images: one panel per category, one row per anomaly type."""
     categories = metrics.group_by_category(sets)
     n_columns = min(2, len(categories))
@@ -131,7 +131,7 @@ def distribution_figure(sets: Sequence[ensembles.DataSetScores]) -> Figure:
     return figure
 
 
-def _plot_distributions(axes: Axes, members: list[ensembles.DataSetScores]) -> None:
+def _plot_distributions(axes: Axes, members: list[score_files.SubsetScores]) -> None:
     """Plot the scores of one category; the normal images are those of its first data set."""
     groups = {NORMAL: members[0].final[members[0].labels == 0]}
     names = [f"{NORMAL}\nn = {len(groups[NORMAL])}"]
@@ -155,7 +155,7 @@ def _plot_distributions(axes: Axes, members: list[ensembles.DataSetScores]) -> N
     axes.grid(axis="x", alpha=0.3)
 
 
-def roc_figure(sets: Sequence[ensembles.DataSetScores]) -> Figure:
+def roc_figure(sets: Sequence[score_files.SubsetScores]) -> Figure:
     """Plot the ROC curves of all data sets: one colour per category, structural ones dashed."""
     figure = Figure((8.0, max(5.0, 1.0 + 0.2 * len(sets))))
     axes = figure.subplots()
@@ -180,18 +180,18 @@ def roc_figure(sets: Sequence[ensembles.DataSetScores]) -> Figure:
     return figure
 
 
-def _grid_columns(scores: ensembles.DataSetScores) -> dict[str, sinbad_utils.Scores]:
+def _grid_columns(scores: score_files.SubsetScores) -> dict[str, sinbad_utils.Scores]:
     """Return the columns of `grid_figure`: crop grids, then levels and ensembles."""
     grids = {}
-    for (level, n_crops), grid in scores.grids.items():
-        ratio = grid.settings.get("crop_size_ratio")
+    for (level, n_crops), grid in scores.ensemble.grids.items():
+        ratio = grid.geometry and grid.geometry.grid.ratio
         name = f"level {level}\n{n_crops} crop{'s' * (n_crops > 1)}"
         grids[name if ratio is None else f"{name}\nratio {ratio:g}"] = grid.test
     columns = metrics.score_columns(scores).items()
     return grids | {textwrap.fill(tables.legible(name), 10): values for name, values in columns}
 
 
-def grid_figure(sets: Sequence[ensembles.DataSetScores]) -> Figure:
+def grid_figure(sets: Sequence[score_files.SubsetScores]) -> Figure:
     """Plot AUROC as numbers on colours: one row per data set, one column per crop grid."""
     columns = [_grid_columns(scores) for scores in sets]
     aurocs = [
@@ -236,11 +236,11 @@ def extreme_images(final: sinbad_utils.Scores) -> dict[str, list[int]]:
     n_most = min(N_EXTREMES, (len(order) + 1) // 2)
     least = order[n_most:][::-1][:N_EXTREMES]
     rows = {"most anomalous": order[:n_most], "least anomalous": least}
-    return {name: images for name, images in rows.items() if images}
+    return {name: ids for name, ids in rows.items() if ids}
 
 
 def load_captioned(
-    scores: ensembles.DataSetScores, index: int, dataset_dir: Path
+    scores: score_files.SubsetScores, index: int, dataset_dir: Path
 ) -> CaptionedImage:
     """Read an image, reduced in size, with its map; the caption has score, label and name."""
     path = Path(scores.image_paths[index])
@@ -249,7 +249,7 @@ def load_captioned(
     caption = f"score {scores.final[index]:.2f}, label: {name}\n{file_name}"
     image_path = dataset_dir / loco.split_mvtype(scores.mvtype)[0] / path
     image = _thumbnail(image_path, THUMBNAIL)
-    overlay = maps.overlay_map(scores.grids, index, image.size)
+    overlay = maps.overlay_map(scores.ensemble.grids, index, image.size)
     return CaptionedImage(image, overlay, caption, STYLES[name][0])
 
 
@@ -260,11 +260,11 @@ def _thumbnail(path: Path, side: int) -> Image.Image:
     return image
 
 
-def extremes_figure(scores: ensembles.DataSetScores, dataset_dir: Path) -> Figure:
+def extremes_figure(scores: score_files.SubsetScores, dataset_dir: Path) -> Figure:
     """Plot the most and the least anomalous images of a data set with their overlays."""
     rows = {
-        name: [load_captioned(scores, i, dataset_dir) for i in images]
-        for name, images in extreme_images(scores.final).items()
+        name: [load_captioned(scores, i, dataset_dir) for i in ids]
+        for name, ids in extreme_images(scores.final).items()
     }
     return image_rows_figure(f"{tables.legible(scores.mvtype)}: test images by score", rows)
 

@@ -18,14 +18,14 @@ from PIL import Image, UnidentifiedImageError
 from scipy.ndimage import distance_transform_edt
 
 import sinbad_utils
-from sinbad import atomic, cli, ensembles, errors, loco
+from sinbad import atomic, cli, crops, ensembles, errors, loco, score_files
 
 MAP_ENDING = ".tiff"
 VISA_IMAGES = "Data"  # folder of the images of a VisA category; in other layouts it is `test`
 COMPRESSION = "tiff_adobe_deflate"  # zlib: every TIFF reader has it
 
 Size = tuple[int, int]  # (width, height) in pixels, as Pillow's
-Grids = Mapping[Any, ensembles.GridScores]  # of one data set; the keys are not used
+Grids = Mapping[Any, ensembles.GridScores]  # of some images; the keys are not used
 
 
 def image_map(grids: Grids, final_score: float, index: int, size: Size) -> NDArray[np.float32]:
@@ -36,7 +36,7 @@ def image_map(grids: Grids, final_score: float, index: int, size: Size) -> NDArr
 
     Parameters
     ----------
-    grids : crop grids of the data set
+    grids : crop grids of the images' ensemble
     final_score : of the image
     index : of the image in `grids`
     size : of the map
@@ -44,9 +44,9 @@ def image_map(grids: Grids, final_score: float, index: int, size: Size) -> NDArr
     Raises
     ------
     UserError
-        If the grids have no settings (the authors' files): the positions of crops are not known.
+        If the grids have no geometry (the authors' files): the positions of crops are not known.
     """
-    values = _mean_over_crops([(g.settings, g.crops[:, index], 1.0) for g in grids.values()], size)
+    values = _mean_over_crops([(g.geometry, g.crops[:, index], 1.0) for g in grids.values()], size)
     highest = values.max()
     is_scaled = highest > 0 < final_score
     scaled = values / highest * final_score if is_scaled else values - highest + final_score
@@ -60,25 +60,23 @@ def overlay_map(grids: Grids, index: int, size: Size) -> NDArray[np.float64]:
     of its own position: about 1 where the image is like the validation images. Crops weigh
     1 / area, since smaller ones localise better. Arguments and errors as in `image_map`.
     """
-    return _mean_over_crops(
-        [
-            (g.settings, g.own[:, index], g.settings.get("crop_size_ratio", 1.0) ** -2)
-            for g in grids.values()
-        ],
-        size,
-    )
+    weighted = []
+    for grid in grids.values():
+        weight = grid.geometry.grid.ratio**-2 if grid.geometry else 1.0
+        weighted.append((grid.geometry, grid.relative[:, index], weight))
+    return _mean_over_crops(weighted, size)
 
 
 def _mean_over_crops(
-    grids: Iterable[tuple[Mapping[str, Any], sinbad_utils.Scores, float]], size: Size
+    grids: Iterable[tuple[crops.Geometry | None, sinbad_utils.Scores, float]], size: Size
 ) -> NDArray[np.float64]:
     """Return at each pixel the mean of the crops that cover it, else the nearest pixel's.
 
-    `grids` holds each grid's settings, values (n_crops,) and weight of a crop.
+    `grids` holds each grid's geometry, values (n_crops,) and weight of a crop.
     """
     total, weights = np.zeros(size[::-1]), np.zeros(size[::-1])
-    for settings, values, weight in grids:
-        boxes = crop_boxes(settings, size).tolist()
+    for geometry, values, weight in grids:
+        boxes = crop_boxes(geometry, size).tolist()
         for (left, top, right, bottom), value in zip(boxes, values, strict=True):
             total[top:bottom, left:right] += weight * value
             weights[top:bottom, left:right] += weight
@@ -90,30 +88,23 @@ def _mean_over_crops(
     return means
 
 
-def crop_boxes(settings: Mapping[str, Any], size: Size) -> NDArray[np.int64]:
+def crop_boxes(geometry: crops.Geometry | None, size: Size) -> NDArray[np.int64]:
     """Return the pixels that each crop of a grid covers in an image of another size.
 
     A pixel belongs to a crop if the pixel of the preprocessed image under its centre does.
-
-    Parameters
-    ----------
-    settings : initial_res, crop_size_ratio, crop_num_edge, and the width and height (of the image
-        without padding) in `matrices`
-    size : of the image
 
     Returns
     -------
     (n_crops, 4): left, top, right, bottom, the last two exclusive; empty if the crop is padding
     """
-    if not settings.get("matrices"):
+    if geometry is None:
         raise errors.UserError(
             "scores must record the positions of their crops, got no record (the authors' own "
             "files?); run data_to_matrices.py and sinbad_single_layer.py for anomaly maps"
         )
-    im_size, ratio = settings["initial_res"], settings["crop_size_ratio"]
-    corners = np.array(loco.crop_corners(im_size, ratio, settings["crop_num_edge"]))[:, ::-1]
-    boxes = np.hstack([corners, corners + loco.crop_side(im_size, ratio)])
-    fitted = np.array([settings["matrices"]["width"], settings["matrices"]["height"]] * 2)
+    corners = np.array(geometry.grid.corners)[:, ::-1]
+    boxes = np.hstack([corners, corners + geometry.grid.side])
+    fitted = np.array([*geometry.extent, *geometry.extent])
     pixels = np.array([*size, *size])
     # The first pixel x with (x + 1/2) * fitted / pixels >= edge, in whole numbers.
     return np.minimum(-((fitted - 2 * boxes * pixels) // (2 * fitted)), pixels)
@@ -142,14 +133,14 @@ def image_size(dataset_dir: Path, category: str, image_path: str) -> Size:
 
 
 def map_paths(
-    maps_dir: Path, sets: Sequence[ensembles.DataSetScores], dataset_dir: Path
-) -> dict[Path, tuple[ensembles.DataSetScores, int]]:
+    maps_dir: Path, sets: Sequence[score_files.SubsetScores], dataset_dir: Path
+) -> dict[Path, tuple[score_files.SubsetScores, int]]:
     """Return path of a map -> its data set and image; normal images, in several sets, once.
 
     "test/good/000.png" -> MAPS_DIR/<category>/test/good/000.tiff; in a folder where two images
     would share a map, the image's ending stays: 000.png.tiff.
     """
-    images: dict[PurePosixPath, tuple[ensembles.DataSetScores, int]] = {}
+    images: dict[PurePosixPath, tuple[score_files.SubsetScores, int]] = {}
     for scores in sets:
         category = loco.split_mvtype(scores.mvtype)[0]
         for index, image_path in enumerate(scores.image_paths):
@@ -180,7 +171,7 @@ def map_paths(
 
 def write_maps(
     maps_dir: Path,
-    sets: Sequence[ensembles.DataSetScores],
+    sets: Sequence[score_files.SubsetScores],
     dataset_dir: Path,
     n_threads: int | None = None,
 ) -> list[Path]:
@@ -199,7 +190,7 @@ def write_maps(
 
     def write(path: Path) -> None:
         (scores, index), file = paths[path], io.BytesIO()
-        values = image_map(scores.grids, scores.final[index], index, sizes[path])
+        values = image_map(scores.ensemble.grids, scores.final[index], index, sizes[path])
         Image.fromarray(values).save(file, "TIFF", compression=COMPRESSION)
         atomic.atomic_write(path, file.getvalue(), maps_dir)
 

@@ -8,7 +8,7 @@ import numpy as np
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
 
 import sinbad_utils
-from sinbad import ensembles, loco
+from sinbad import loco, score_files, settings
 
 BOOTSTRAP_SAMPLES = 1000
 BOOTSTRAP_SEED = 0
@@ -62,28 +62,31 @@ def bootstrap_interval(labels: sinbad_utils.Scores, scores: sinbad_utils.Scores)
     return np.percentile(aurocs, INTERVAL).tolist()
 
 
-def score_columns(scores: ensembles.DataSetScores) -> dict[str, sinbad_utils.Scores]:
+def score_columns(scores: score_files.SubsetScores) -> dict[str, sinbad_utils.Scores]:
     """Return the columns of the score table: name -> (n_test,) scores, single levels first."""
-    columns = {f"level {level}": values for level, values in scores.levels.items()}
-    if scores.network is not None and len(set(scores.levels) - {loco.PIXEL_LEVEL}) > 1:
-        columns[NETWORK] = scores.network
-    columns[ENSEMBLE] = scores.ensemble
+    columns = {f"level {level}": values for level, values in scores.ensemble.levels.items()}
+    if (
+        scores.ensemble.network is not None
+        and len(set(scores.ensemble.levels) - {settings.PIXEL_LEVEL}) > 1
+    ):
+        columns[NETWORK] = scores.ensemble.network
+    columns[ENSEMBLE] = scores.ensemble.final
     for name, values in scores.extra.items():
         columns |= {f"extra {name}": values, f"{ENSEMBLE} + {name}": scores.final}
     return columns
 
 
-def data_set_metrics(scores: ensembles.DataSetScores, defects: dict[str, list[int]]) -> Metrics:
+def data_set_metrics(scores: score_files.SubsetScores, defects: dict[str, list[int]]) -> Metrics:
     """Return all metrics of one data set, in [0, 1]; None where one is not defined."""
     labels, final = scores.labels, scores.final
     normal = final[labels == 0]
     has_both = len(set(labels.tolist())) > 1
-    n_images = next((f.settings["n_images"] for f in scores.files if f.settings), {})
+    n_images = next((f.recorded["n_images"] for f in scores.files if f.recorded), {})
     return {
         "auroc": {name: auroc(labels, values) for name, values in score_columns(scores).items()},
         "auroc_by_grid": {
             f"level {level}, {n_crops} crops": auroc(labels, grid.test)
-            for (level, n_crops), grid in scores.grids.items()
+            for (level, n_crops), grid in scores.ensemble.grids.items()
         },
         "auroc_by_defect": {
             name: {"auroc": auroc_against(normal, final[images]), "n_images": len(images)}
@@ -99,7 +102,7 @@ def data_set_metrics(scores: ensembles.DataSetScores, defects: dict[str, list[in
     }
 
 
-def pooled_auroc(sets: Iterable[ensembles.DataSetScores]) -> float | None:
+def pooled_auroc(sets: Iterable[score_files.SubsetScores]) -> float | None:
     """Return a category's AUROC of normal against logical and structural images together.
 
     None unless both data sets are given; the normal images are those of the first.
@@ -112,16 +115,16 @@ def pooled_auroc(sets: Iterable[ensembles.DataSetScores]) -> float | None:
 
 
 def group_by_category(
-    sets: Iterable[ensembles.DataSetScores],
-) -> dict[str, list[ensembles.DataSetScores]]:
+    sets: Iterable[score_files.SubsetScores],
+) -> dict[str, list[score_files.SubsetScores]]:
     """Return category -> its data sets."""
-    categories: dict[str, list[ensembles.DataSetScores]] = defaultdict(list)
+    categories: dict[str, list[score_files.SubsetScores]] = defaultdict(list)
     for scores in sets:
         categories[loco.split_mvtype(scores.mvtype)[0]].append(scores)
     return categories
 
 
-def all_metrics(sets: Sequence[ensembles.DataSetScores], defects: Defects) -> Metrics:
+def all_metrics(sets: Sequence[score_files.SubsetScores], defects: Defects) -> Metrics:
     """Return the metrics of all data sets, their categories and the means over categories.
 
     The mean of a method is half the sum of logical and structural, means over categories first.
@@ -146,7 +149,7 @@ def all_metrics(sets: Sequence[ensembles.DataSetScores], defects: Defects) -> Me
 
 
 def _means_by_type(
-    sets: Iterable[ensembles.DataSetScores], data_sets: dict[str, Metrics], column: str
+    sets: Iterable[score_files.SubsetScores], data_sets: dict[str, Metrics], column: str
 ) -> dict[str, float | None]:
     """Return the mean AUROC of each anomaly type, and their mean where both of LOCO's are given."""
     by_type: dict[str, list[float | None]] = defaultdict(list)

@@ -5,7 +5,7 @@ import io
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from sinbad import ensembles, layouts, loco
+from sinbad import layouts, loco, score_files
 from sinbad.report import metrics
 
 ENSEMBLE_SETTINGS = ("lambda_factor", "crop_norm", "crop_pool")
@@ -101,14 +101,14 @@ def _by_type(entry: metrics.Metrics) -> dict[str, float | None]:
     return entry["classification"]["auc_roc"]
 
 
-def image_rows(sets: Sequence[ensembles.DataSetScores]) -> list[list[object]]:
+def image_rows(sets: Sequence[score_files.SubsetScores]) -> list[list[object]]:
     """Return per-image scores: data set, image, label, final score, each level's normalised."""
     names = [f"level_{level}" for level in sets[0].levels]
     names += [f"extra_{name}" for name in sets[0].extra]
     rows: list[list[object]] = [["data_set", "image_path", "label", "score", *names]]
     for scores in sets:
         category = loco.split_mvtype(scores.mvtype)[0]
-        columns = scores.final, *scores.levels.values(), *scores.extra.values()
+        columns = scores.final, *scores.ensemble.levels.values(), *scores.extra.values()
         for path, label, *values in zip(scores.image_paths, scores.labels, *columns, strict=True):
             rows.append([scores.mvtype, f"{category}/{path}", int(label), *values])
     return rows
@@ -119,30 +119,30 @@ def image_rows(sets: Sequence[ensembles.DataSetScores]) -> list[list[object]]:
 Provenance = dict[str, dict[str, list[Any]]]  # part of a report -> setting -> its distinct values
 
 
-def report_provenance(runs: dict[str, list[ensembles.DataSetScores]]) -> Provenance:
+def report_provenance(runs: dict[str, list[score_files.SubsetScores]]) -> Provenance:
     """Return which settings, images and versions the scores of a report come from.
 
     Without a record (the authors' files) only grids and repetitions of a level are known.
     """
     sets = [scores for run_sets in runs.values() for scores in run_sets]
     files = [file for scores in sets for file in scores.files]
-    n_without = sum(not file.settings for file in files)
-    options = {name: [getattr(sets[0].options, name)] for name in ENSEMBLE_SETTINGS}
+    n_without = sum(not file.recorded for file in files)
+    options = {name: [getattr(sets[0].values, name)] for name in ENSEMBLE_SETTINGS}
     parts = {"report": {"runs": list(runs), **options, "files_without_record": [n_without]}}
     for level in dict.fromkeys(file.level for file in files):
         skipped = *IMAGE_SETTINGS, *FILE_SETTINGS
         parts[f"level {level}"] = _distinct(
-            {"n_crops": len(file.scores.test), "rep": int(file.path.parts[-3].split("_")[-1])}
-            | {name: value for name, value in file.settings.items() if name not in skipped}
+            {"n_crops": len(file.test), "rep": int(file.path.parts[-3].split("_")[-1])}
+            | {name: value for name, value in file.recorded.items() if name not in skipped}
             for file in files
             if file.level == level
         )
     for scores in sets:
-        records = [file.settings for file in scores.files if file.settings]
+        records = [file.recorded for file in scores.files if file.recorded]
         parts[scores.mvtype] = _distinct(
             {name: r[name] for name in IMAGE_SETTINGS} for r in records
         )
-    parts["made with"] = _distinct(file.scores.run.get("made_with", {}) for file in files)
+    parts["made with"] = _distinct(file.record.get("made_with", {}) for file in files)
     return parts
 
 

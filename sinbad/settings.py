@@ -188,9 +188,11 @@ class Settings:
     )
     lambda_factor: float = setting(0.1, number(0, 1e6), "weight of the raw-pixel level")
     crop_norm: str = setting(
-        "grid", choice("grid", "crop"), "validation mean that divides crop scores: of grid or crop"
+        "grid", choice("grid", "crop"), "grid or crop: whose validation mean divides crop scores"
     )
-    crop_pool: str = setting("mean", choice("mean", "max"), "how an image's crop scores are pooled")
+    crop_pool: str = setting(
+        "mean", choice("mean", "max"), "mean or max: how an image's crop scores are pooled"
+    )
     folds: int = setting(
         10, whole_number(2), "cross-validation folds of the calibration without --valid_dir"
     )
@@ -210,7 +212,7 @@ class Settings:
     precision: str = setting(
         "fp32",
         choice("fp32", "tf32", "bf16"),
-        "numeric precision of the network; tf32 acts on CUDA only",
+        "fp32, tf32 or bf16: precision of the network; tf32 acts on CUDA only",
         BACKBONE,
         BACKBONE_FILES,
     )

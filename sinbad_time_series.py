@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn import functional
 
 import sinbad_utils
-from sinbad import atomic, backbones, cli, errors, uea
+from sinbad import atomic, backbones, cli, errors, settings, uea
 from sinbad.report import tables
 
 log = logging.getLogger("sinbad")
@@ -174,16 +174,21 @@ def format_table(results: list[Result]) -> str:
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
     parser = cli.ScriptParser(__doc__)
-    add = parser.add_argument
-    add("--dataset_dir", type=Path, default=Path("../dataset_uea"), help="the unpacked archive")
-    about = f"names of data sets; all: {', '.join(PUBLISHED)}"
+    add = parser.group(settings.INPUT_OUTPUT).add_argument
+    about = f"all ({', '.join(PUBLISHED)}) or names of folders"
     add("--dataset", nargs="+", required=True, metavar="NAME", help=about)
-    about = "seeds of the random directions, numbers or ranges like 0-9 (default: 0)"
-    add("--seeds", nargs="+", type=cli.integer_ranges, default=[[0]], help=about)
-    add("--n_projections", type=cli.integer_from(1), default=100, help="random directions")
-    add("--n_quantiles", type=cli.integer_from(1), default=20, help="thresholds per direction")
-    add("--out", type=Path, default=Path("../sinbad_runs/time_series"), help="results folder")
-    add("--device", default="auto", help="auto, cpu, cuda or cuda:<i>")
+    default = Path("../dataset_uea")
+    add("--dataset_dir", type=cli.path, default=default, metavar="DIR", help="unpacked archive")
+    default = cli.RUNS_DIR / "time_series"
+    add("--out", type=cli.path, default=default, metavar="DIR", help="folder of the results")
+    add = parser.group(settings.COMPUTED).add_argument
+    about = "seeds of the random projections, numbers or ranges like 0-9 (default: 0)"
+    add("--seeds", nargs="+", type=cli.integer_ranges, default=[[0]], metavar="N", help=about)
+    at_least_1 = cli.int_at_least(1)
+    add("--n_projections", type=at_least_1, default=100, metavar="N", help="random projections")
+    about = "histogram bins per projection"
+    add("--n_quantiles", type=at_least_1, default=20, metavar="N", help=about)
+    cli.add_settings(parser, ["device"])
     return parser.parse_args(argv)
 
 
@@ -191,11 +196,12 @@ def main(argv: list[str] | None = None) -> None:
     """Read every data set, score its classes with every seed, save, print the table."""
     args = parse_args(argv)
     device = backbones.choose_device(args.device)
-    seeds = cli.flatten(args.seeds)
-    settings = {"n_projections": args.n_projections, "n_quantiles": args.n_quantiles}
+    seeds = cli.sorted_unique(args.seeds)
+    options = {"n_projections": args.n_projections, "n_quantiles": args.n_quantiles}
     names = itertools.chain(*(PUBLISHED if name == "all" else [name] for name in args.dataset))
     files = {name: uea.find_files(args.dataset_dir, name) for name in names}
-    args.out.mkdir(parents=True, exist_ok=True)
+    for name, suffix in itertools.product(files, ("csv", "json")):
+        atomic.check_writable(args.out / f"{name}.{suffix}")  # an error now, before the work
     results = []
     for name, paths in files.items():
         data = uea.load_time_series(paths, KEPT_LENGTHS.get(name, (0, np.inf)), min_steps=WINDOW)
@@ -205,9 +211,9 @@ def main(argv: list[str] | None = None) -> None:
             f"{len(set(data.train_labels))} classes, {channels} channels, {n_steps} steps"
         )
         bar = cli.progress(seeds, desc=name, unit="seed")
-        roc_auc = {seed: score_seed(data, seed, **settings, device=device) for seed in bar}
+        roc_auc = {seed: score_seed(data, seed, **options, device=device) for seed in bar}
         result = summarise(name, roc_auc)
-        result["settings"] = {**settings, "window": WINDOW, "max_dilations": MAX_DILATIONS}
+        result["settings"] = {**options, "window": WINDOW, "max_dilations": MAX_DILATIONS}
         result["files"] = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in paths}
         save_result(args.out, result)
         results.append(result)

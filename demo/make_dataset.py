@@ -15,24 +15,24 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from demo import synthetic
-from sinbad import atomic, cli, errors
+from sinbad import atomic, cli, errors, settings
 
 log = logging.getLogger("sinbad")
 
 SETTINGS_FILE = "demo_settings.json"
 
 
-def write_data_set(root: Path, settings: argparse.Namespace) -> None:
+def write_data_set(root: Path, options: argparse.Namespace) -> None:
     """Render all images and masks of both categories."""
-    counts = {("train", "good"): settings.n_train, ("validation", "good"): settings.n_valid}
+    counts = {("train", "good"): options.n_train, ("validation", "good"): options.n_valid}
     types = ("good", "logical_anomalies", "structural_anomalies")
-    counts |= {("test", name): settings.n_test for name in types}
+    counts |= {("test", name): options.n_test for name in types}
     jobs = [
         (c, *part, i) for c in synthetic.DEFECTS for part, n in counts.items() for i in range(n)
     ]
     for category, split, name, index in cli.progress(jobs, desc="render", unit="images"):
         image, mask = synthetic.draw_image(
-            category, split, name, index, settings.seed, settings.scale
+            category, split, name, index, options.seed, options.scale
         )
         folder, stem = root / category, f"{index:03d}"
         outputs = {folder / split / name / f"{stem}.png": image}
@@ -55,12 +55,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     for split, number in (("train", 30), ("valid", 10), ("test", 12)):
         add(
             f"--n_{split}",
-            type=cli.integer_from(1),
+            type=cli.int_at_least(1),
             default=number,
             help=f"images per category{' and type' * (split == 'test')}",
         )
-    add("--seed", type=cli.integer_from(0), default=0, help="seed of the images")
-    add("--scale", type=cli.number_between(0, 1, "(]"), default=0.25, help="image size / LOCO's")
+    add("--seed", type=cli.int_at_least(0), default=0, help="seed of the images")
+    add(
+        "--scale",
+        type=cli.parse_as(settings.number(0, 1, "(]")),
+        default=0.25,
+        help="image size / LOCO's",
+    )
     return parser.parse_args(argv)
 
 
@@ -68,9 +73,9 @@ def main(argv: list[str] | None = None) -> None:
     """Render the data set unless it is present."""
     args = parse_args(argv)
     recorded = {name: v for name, v in vars(args).items() if name not in ("out_dir", "debug")}
-    settings = atomic.to_json(recorded | {"drawing_version": synthetic.VERSION})
+    text = atomic.to_json(recorded | {"drawing_version": synthetic.VERSION})
     path = args.out_dir / SETTINGS_FILE
-    if path.exists() and path.read_text("utf-8") == settings:
+    if path.exists() and path.read_text("utf-8") == text:
         atomic.remove_hidden(args.out_dir)
         log.info(f"{args.out_dir} is there already")
         return
@@ -81,7 +86,7 @@ def main(argv: list[str] | None = None) -> None:
         )
     with atomic.atomic_path(args.out_dir) as root:
         write_data_set(root, args)
-        (root / SETTINGS_FILE).write_text(settings, "utf-8")
+        (root / SETTINGS_FILE).write_text(text, "utf-8")
     log.info(f"{args.out_dir}: {', '.join(synthetic.DEFECTS)}")
 
 

@@ -28,7 +28,7 @@ from threading import Thread
 
 from data_to_matrices import make_matrices
 from sinbad import backbones, cli, errors, layouts, loco, report, score_files, settings
-from sinbad.score_tasks import ScoreTask
+from sinbad.score_tasks import ScoreTask, check_tasks
 from sinbad_single_layer import score_and_save
 
 COMPUTED = ("rep_num_224", *cli.DESCRIPTOR_FLAGS, *cli.GRID_FLAGS, "official", *cli.ENSEMBLE_FLAGS)
@@ -159,6 +159,7 @@ def main(argv: list[str] | None = None) -> None:
     mvtypes = layouts.choose_subsets(args.dataset_dir, args.mvtype)
     data_dir = args.data_dir or args.dataset_dir / "data_matrices"
     tasks = paper_tasks(mvtypes, values, args.seeds, args.version_name)
+    check_tasks(tasks, values)
     make_matrices(
         args.dataset_dir,
         data_dir,

@@ -31,7 +31,7 @@ from sinbad import (
     scoring,
     settings,
 )
-from sinbad.score_tasks import ScoreTask, check_ratios
+from sinbad.score_tasks import ScoreTask, check_tasks
 
 log = logging.getLogger("sinbad")
 
@@ -121,8 +121,7 @@ def score_and_save(
     -------
     The file of every task
     """
-    for level in dict.fromkeys(task.level for task in tasks):
-        check_ratios(level, [task.ratio for task in tasks if task.level == level], values)
+    check_tasks(tasks, values)
     device = backbones.choose_device(values.device)
     subsets = load_subsets(tasks, data_dir, values)
     needs_network = settings.backbone_levels(task.level for task in tasks)

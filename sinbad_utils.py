@@ -60,7 +60,7 @@ def score_crop(
     model = fit_crop_model(histograms, histograms.describe(train_elements), shrinkage, official)
     if official:
         histograms = fit_histograms(directions, elements[:N_RANGE_SETS], n_bins)
-    return score_elements(model, elements, histograms)
+    return score_elements(model, elements, histograms).cpu().numpy()
 
 
 # ---------------------------------------------------------------- set descriptors
@@ -206,9 +206,9 @@ class WhitenedNeighbours:
         norms = _squared_norms(centred, centred @ self.centred.T @ self.projector.T)
         return self.scale * norms[: len(queries)].clamp(min=0.0)
 
-    def nearest(self, queries: Tensor) -> Scores:
+    def nearest(self, queries: Tensor) -> Tensor:
         """Return (n_queries,) squared whitened distances to the nearest training descriptor."""
-        return self.squared_distances(queries).min(1).values.cpu().numpy()
+        return self.squared_distances(queries).min(1).values
 
     def squared_distances(self, queries: Tensor) -> Tensor:
         """Return (n_queries, n_train) squared whitened distances to the training descriptors.
@@ -291,7 +291,7 @@ def fit_crop_model(
 
 def score_elements(
     model: CropModel, elements: Tensor, histograms: Histograms | None = None
-) -> Scores:
+) -> Tensor:
     """Score sets (n, channels, n_elements): squared whitened distance to the nearest training set.
 
     `histograms`, by default the model's, are those of the images' own ranges in the authors' code.

@@ -382,7 +382,7 @@ class Folds:
             held_out = self.fold_of_image == fold
             mask = torch.from_numpy(held_out).to(descriptors.device)
             neighbours = sinbad_utils.fit_whitening(descriptors[~mask], shrinkage)
-            scores[held_out] = neighbours.nearest(descriptors[mask])
+            scores[held_out] = neighbours.nearest(descriptors[mask]).cpu().numpy()
         return scores[self.firsts]
 
 

@@ -62,3 +62,12 @@ def check_ratios(
                 f"crop_size_ratio must give files of different names, got {other} and {ratio}, "
                 f"which both write {name} at crop_num_edge {values.crop_num_edge}; {hint}"
             )
+
+
+def check_tasks(tasks: Iterable[ScoreTask], values: settings.Settings) -> None:
+    """Stop if two tasks of different crop ratios would write the same file."""
+    ratios: dict[int, list[float]] = {}
+    for task in tasks:
+        ratios.setdefault(task.level, []).append(task.ratio)
+    for level, level_ratios in ratios.items():
+        check_ratios(level, level_ratios, values)

@@ -131,17 +131,19 @@ def score_images(
             histograms[projection] = sinbad_utils.fit_histograms(
                 fitted.directions, elements, fitted.n_bins
             )
-    scores = {projection: np.empty(n_images) for projection in models}
+    scores: dict[Projection, Tensor] = {}
     start = 0
     for elements_by_level in batches:
         for projection, model in models.items():
             elements = elements_by_level[projection.level]
+            batch_scores = sinbad_utils.score_elements(model, elements, histograms[projection])
+            if projection not in scores:  # on the device: a GPU is waited for once, at the end
+                scores[projection] = batch_scores.new_empty(n_images)
             rows = slice(start, start + len(elements))
-            scores[projection][rows] = sinbad_utils.score_elements(
-                model, elements, histograms[projection]
-            )
+            scores[projection][rows] = batch_scores
         start = rows.stop
-    return scores
+    stacked = torch.stack(list(scores.values())).cpu().numpy()
+    return dict(zip(scores, stacked, strict=True))
 
 
 def _with_first_sets(batches: Iterator[Elements]) -> tuple[Elements, Iterator[Elements]]:
@@ -361,8 +363,8 @@ class CropScorer:
                 ]
                 raise errors.UserError(
                     f"features must be finite, got NaN or infinity for image "
-                    f"{self.pool.names[bad[0]]} at level {level} ({len(bad)} images in all); check "
-                    "the weights and the --precision"
+                    f"{self.pool.names[bad[0]]} at level {level} ({len(bad)} of {len(finite)} "
+                    "images); check the weights and the --precision"
                 )
 
     def _gathered(self, batches: Iterator[Batch]) -> Iterator[tuple[Batch, Tensor]]:

@@ -1,4 +1,4 @@
-"""Runs of sinbad_single_layer.py on the drawn data set."""
+"""Runs of sinbad_single_layer.py on the synthetic data set."""
 
 from pathlib import Path
 
@@ -7,10 +7,10 @@ from conftest import IM_SIZE
 import sinbad_single_layer
 from sinbad import score_files
 
-N_DIRECTIONS = 8
+N_PROJECTIONS = 8
 FLAGS = [
     *("--net", "resnet18", "--weights", "random", "--device", "cpu"),
-    *("--initial_res", str(IM_SIZE), "--n_projections", str(N_DIRECTIONS), "--batch_size", "5"),
+    *("--initial_res", str(IM_SIZE), "--n_projections", str(N_PROJECTIONS), "--batch_size", "5"),
 ]
 
 
@@ -20,8 +20,13 @@ def score(data_dir: Path, results: Path, *flags: str) -> None:
     sinbad_single_layer.main([*paths, *FLAGS, *flags])
 
 
-def single(data_dir: Path, results: Path, *flags: str) -> score_files.LevelScores:
+def read(path: Path) -> score_files.ScoreFile:
+    """Read a file of scores of the level in its folder's name."""
+    return score_files.read_scores(path, int(path.parents[2].name.rpartition("_")[2]))
+
+
+def single(data_dir: Path, results: Path, *flags: str) -> score_files.ScoreFile:
     """Run the script for one file of scores and read it."""
     score(data_dir, results, *flags)
     (path,) = results.rglob("*.npz")
-    return score_files.read_scores(path)
+    return read(path)

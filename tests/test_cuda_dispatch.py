@@ -8,7 +8,6 @@ import mmap
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -21,13 +20,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from sinbad import backbones, matrices, score_plans, scoring
-from sinbad_single_layer import parse_args
+from sinbad import backbones, image_pool, images, matrices, scoring, settings
 
 GPU = torch.device("cuda:0")
 MVTYPES = ("pushpins_loco", "pushpins_struct")
 LEVELS = (7, 14, 224)
-N_DIRECTIONS = 4
+N_PROJECTIONS = 4
 
 
 class InLine:
@@ -64,17 +62,17 @@ def fake_gpu(free_bytes: int) -> Iterator[list[torch.Size]]:
         waits.append(self.shape)
         return 1.0
 
-    def to_list(self: FakeTensor) -> list[bool]:
+    def to_bool(self: FakeTensor) -> bool:
         waits.append(self.shape)
-        return [True] * len(self)
+        return True
 
     memory = {"return_value": (free_bytes, free_bytes)}
     with (
         mock.patch.object(torch.cuda, "mem_get_info", **memory),
         mock.patch.object(FakeTensor, "numpy", numpy),
         mock.patch.object(FakeTensor, "__float__", to_float),
-        mock.patch.object(FakeTensor, "tolist", to_list),
-        mock.patch.object(matrices, "ThreadPoolExecutor", InLine),
+        mock.patch.object(FakeTensor, "__bool__", to_bool),
+        mock.patch.object(image_pool, "ThreadPoolExecutor", InLine),
         mock.patch.object(scoring, "ThreadPoolExecutor", InLine),
         mock.patch("sinbad_utils.N_RANGE_SETS", 3),
         FakeTensorMode(allow_non_fake_inputs=True),
@@ -118,67 +116,53 @@ def slow_crops(data_dir: Path, ids: list[int], corner: tuple[int, int], side: in
     return crops
 
 
+def load_pool(data_dir: Path, device: torch.device, *mvtypes: str) -> tuple[Any, dict]:
+    """Return the pool of some test subsets, and the numbers of each split's images."""
+    subsets = [matrices.load_matrices(data_dir, name) for name in mvtypes]
+    return image_pool.pool_subsets(subsets, device, 1)
+
+
 @pytest.mark.parametrize("resident", [False, True], ids=["images stay", "images on the GPU"])
 def test_the_gathered_pixels_are_those_of_the_images(resident: bool, data_dir: Path) -> None:
     """The GPU's way too: its indexing is the same on a CPU."""
-    pool = matrices.ImagePool(
-        [matrices.load_matrices(data_dir, "pushpins_loco")], torch.device("cpu")
-    )
+    pool, _ = load_pool(data_dir, torch.device("cpu"), "pushpins_loco")
     if resident:
-        pool.resident = torch.from_numpy(np.stack([images[row] for images, row in pool.sources]))
+        pool.resident = torch.from_numpy(np.stack([array[row] for array, row in pool.rows]))
     corner, side = (3, 17), 30
-    found = pool.gather([0, 4, 2, 9, 12], corner, images.nearest_source(side, 20))
-    assert torch.equal(found, slow_crops(data_dir, [0, 4, 2, 9, 12], corner, side))
+    pixels = pool.gather([0, 4, 2, 9, 12], corner, images.nearest_source(side, 20))
+    assert torch.equal(pixels, slow_crops(data_dir, [0, 4, 2, 9, 12], corner, side))
 
 
-def move(pool: matrices.ImagePool, free_bytes: int) -> Tensor | None:
-    """Let the pool move its images to a GPU of some free memory, which is the CPU's."""
+def copy_to_gpu(pool: image_pool.ImagePool, free_bytes: int) -> Tensor | None:
+    """Let the pool copy its images to a GPU of some free memory, which is the CPU's."""
     empty, pool.device = torch.empty, GPU
     memory = mock.patch.object(torch.cuda, "mem_get_info", return_value=(free_bytes, free_bytes))
     on_cpu = mock.patch.object(
         torch, "empty", lambda shape, dtype, device: empty(shape, dtype=dtype)
     )
     with memory, on_cpu:
-        pool.move_to_device(2)
-    return pool.resident
+        return pool._copy_to_gpu(2)
 
 
-def test_images_move_where_they_take_no_more_than_half_of_the_memory(data_dir: Path) -> None:
-    data_set = matrices.load_matrices(data_dir, "pushpins_loco")
-    pool = matrices.ImagePool([data_set], torch.device("cpu"))
-    pool.move_to_device(2)
+def test_images_are_copied_where_they_take_no_more_than_half_of_the_memory(data_dir: Path) -> None:
+    pool, _ = load_pool(data_dir, torch.device("cpu"), "pushpins_loco")
     assert pool.resident is None
     n_bytes = len(pool) * 3 * IM_SIZE * IM_SIZE
-    assert move(pool, 2 * n_bytes - 1) is None
-    expected = np.concatenate(list(data_set.images.values()))
-    np.testing.assert_array_equal(move(pool, 2 * n_bytes), expected)
-    floats = {split: images.astype(np.float32) for split, images in data_set.images.items()}
-    assert move(matrices.ImagePool([replace(data_set, images=floats)], GPU), 1 << 40) is None
+    assert copy_to_gpu(pool, 2 * n_bytes - 1) is None
+    subset = matrices.load_matrices(data_dir, "pushpins_loco")
+    expected = np.concatenate(list(subset.images.values()))
+    np.testing.assert_array_equal(copy_to_gpu(pool, 2 * n_bytes), expected)
+    pool.rows = [(array.astype(np.float32), row) for array, row in pool.rows]
+    assert copy_to_gpu(pool, 1 << 40) is None
 
 
-def test_pages_that_were_read_are_let_go_of(data_dir: Path) -> None:
-    data_set = matrices.load_matrices(data_dir, "pushpins_loco")
-    mapped = data_set.images["test"]
+def test_pages_that_were_read_are_released(data_dir: Path) -> None:
+    mapped = matrices.load_matrices(data_dir, "pushpins_loco").images["test"]
     mapped._mmap = mock.Mock()
-    images = {**data_set.images, "train": np.array(data_set.images["train"]), "test": mapped}
-    pool = matrices.ImagePool([replace(data_set, images=images)], torch.device("cpu"))
-    pool.release()  # training images are in memory, nothing is mapped
+    rows = [(mapped, 0), (np.array(mapped), 0), (mapped, 1)]  # the second is not mapped
+    pool = image_pool.ImagePool(rows, ["", "", ""], (64, 64), torch.device("cpu"))
+    pool.drop_page_cache()
     assert mapped._mmap.madvise.mock_calls == [mock.call(mmap.MADV_DONTNEED)]
-
-
-def test_pages_are_let_go_of_while_a_class_is_searched_for_padding(
-    data_dir: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pool = matrices.ImagePool(
-        [matrices.load_matrices(data_dir, "pushpins_loco")], torch.device("cpu")
-    )
-    monkeypatch.setattr(matrices, "IMAGES_AT_ONCE", 4)
-    releases: list[None] = []
-    monkeypatch.setattr(pool, "release", lambda: releases.append(None))
-    assert not pool.is_empty((0, 0), 16)
-    assert len(releases) == 1
-    assert pool.is_empty((48, 48), 16)  # below the drawn 85 x 50 pixels
-    assert len(releases) == 1 + -(-len(pool) // 4)
 
 
 @pytest.mark.parametrize("free_bytes", [0, 1 << 40], ids=["images stay", "images on the GPU"])
@@ -186,32 +170,42 @@ def test_pages_are_let_go_of_while_a_class_is_searched_for_padding(
 def test_scoring_mixes_no_devices_and_waits_for_no_more_than_it_must(
     data_dir: Path, free_bytes: int, official: bool
 ) -> None:
-    data_sets = {mvtype: matrices.load_matrices(data_dir, mvtype) for mvtype in MVTYPES}
+    values = settings.Settings(
+        n_projections=N_PROJECTIONS,
+        shrinkage_factor=0.1,
+        batch_size=8,
+        num_workers=1,
+        initial_res=IM_SIZE,
+        official=official,
+    )
     tasks = [
-        score_plans.ScoreTask(mvtype, level, 0.7, 0, rep, "ver1")
-        for mvtype in MVTYPES
+        scoring.GridTask(0.7, scoring.Projection(level, 0, rep))
         for level in LEVELS
         for rep in (0, 1)
     ]
-    flags = ["--mvtype", "pushpins", "--n_projections", str(N_DIRECTIONS), "--batch_size", "8"]
-    flags += ["--shrinkage_factor", ".1", "--num_workers", "1", *["--official"] * official]
-    score_plan = score_plans.ScorePlan.of(parse_args(flags), tasks, data_dir)
     backbone = backbones.build_backbone(
         "resnet18", backbones.load_weights("resnet18", "random"), (7, 14)
     )
     pinned: list[bool] = []
 
-    def pin(crops: Tensor) -> Tensor:
-        assert not crops.is_cuda  # torch would refuse
+    def pin(pixels: Tensor) -> Tensor:
+        assert not pixels.is_cuda  # torch would refuse
         pinned.append(True)
-        return crops
+        return pixels
 
     with fake_gpu(free_bytes) as waits, mock.patch.object(Tensor, "pin_memory", pin):
-        scorer = scoring.ClassScorer(score_plan, data_sets, fake_extractor(backbone), GPU)
-        scored = {task: (test.shape, valid.shape) for task, test, valid in scorer.score(tasks)}
-    assert (scorer.pool.resident is None) == (free_bytes == 0)
+        pool, ids = load_pool(data_dir, GPU, *MVTYPES)
+        splits = [ids[mvtype, split] for mvtype in MVTYPES for split in ("valid", "test")]
+        scorer = scoring.CropScorer(pool, values, fake_extractor(backbone))
+        results = dict(scorer.score_grids(tasks, ids[MVTYPES[0], "train"], splits))
+    assert (pool.resident is None) == (free_bytes == 0)
     assert bool(pinned) == (free_bytes == 0)
-    assert scored == dict.fromkeys(tasks, ((4, 5), (4, 3)))
-    # A crop position waits for its flags "finite", then, a repetition, for the mean variance.
-    n_images = len(scorer.pool)
-    assert sorted(waits) == [()] * (4 * len(LEVELS) * 2) + [(n_images,)] * (4 * len(LEVELS))
+    shapes = [(4, len(ids)) for ids in splits]
+    assert {task: [array.shape for array in results[task]] for task in results} == dict.fromkeys(
+        tasks, shapes
+    )
+    # A crop position waits for the flags "finite" of each of its segments, then, for each
+    # repetition, for the mean variance.
+    n_segments = 3 if official else 2  # training, validation and test, or both at once
+    assert len(waits) == 4 * len(LEVELS) * (2 + n_segments)
+    assert set(waits) == {()}

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from conftest import draw_image
 from PIL import Image
 
 import calc_anom_ensm
@@ -21,10 +22,12 @@ import sinbad_detector
 import sinbad_single_layer
 import sinbad_utils
 from sinbad import detectors, errors
+from sinbad.settings import Settings
 
 ROOT = Path(__file__).parents[1]
 SMALL = {
     "net": "test_resnet",
+    "device": "cpu",
     "weights": "random",
     "initial_res": 64,
     "n_projections": 20,
@@ -54,7 +57,7 @@ def class_dir(dataset_dir: Path) -> Path:
 def detector(class_dir: Path) -> detectors.Detector:
     """Return a detector with validation images."""
     train, valid = (sorted((class_dir / s / "good").iterdir()) for s in ("train", "validation"))
-    return detectors.Detector.fit(train, valid, detectors.DetectorOptions(**SMALL), "cpu")
+    return detectors.Detector.fit(train, valid, Settings(**SMALL))
 
 
 def test_images(class_dir: Path) -> list[Path]:
@@ -158,13 +161,14 @@ def test_saved_and_loaded_in_a_fresh_process(
 def test_counts_are_whole_numbers_that_give_the_descriptors_back(
     detector: detectors.Detector,
 ) -> None:
-    for (level, _, _), own in detector.positions.items():
-        small = level == 14
-        assert own.counts.dtype == (np.uint8 if small else np.uint16)
-        shares = own.descriptors(0)
-        exact = torch.from_numpy(own.counts[0].astype(np.float64)) / own.n_elements
-        np.testing.assert_allclose(shares, exact, atol=1e-7)
-        assert own.counts.max() <= own.n_elements
+    for (level, _, _), stored in detector.stored.items():
+        assert stored.counts.dtype == (np.uint8 if level == 14 else np.uint16)
+        channels = 3  # of no consequence for the descriptors
+        model = stored.fit(0, torch.ones(20, channels), detector.values.at_level(level))
+        exact = torch.from_numpy(stored.counts[0].astype(np.float64)) / stored.n_elements
+        np.testing.assert_allclose(model.train_descriptors, exact, atol=1e-7)
+        again = detectors.StoredModels.of([model], stored.n_elements)
+        np.testing.assert_array_equal(again.counts[0], stored.counts[0])
 
 
 # ---------------------------------------------------------------- verdicts
@@ -172,7 +176,7 @@ def test_counts_are_whole_numbers_that_give_the_descriptors_back(
 
 def test_folds_score_each_picture_by_the_others() -> None:
     descriptors = torch.rand(11, 12, generator=torch.Generator().manual_seed(0))
-    scores = detectors.fold_scores(descriptors, 0.1, 4, seed=3)
+    scores = detectors.Folds(np.arange(11), 4, seed=3).score(descriptors, 0.1)
     fold_of = np.random.default_rng(3).permutation(11) % 4
     for i in range(11):
         others = descriptors[torch.from_numpy(fold_of != fold_of[i])]
@@ -182,7 +186,7 @@ def test_folds_score_each_picture_by_the_others() -> None:
 
 def test_without_validation_pictures_the_training_pictures_calibrate(class_dir: Path) -> None:
     train = sorted((class_dir / "train/good").iterdir())
-    own = detectors.Detector.fit(train, options=detectors.DetectorOptions(**SMALL), device="cpu")
+    own = detectors.Detector.fit(train, values=Settings(**SMALL))
     assert len(own.calibration) == len(train)
     assert (own.calibration > 0).all()
     (seen,) = own.score(train[:1], 0.5)
@@ -198,10 +202,13 @@ def test_threshold_and_p_value_agree(detector: detectors.Detector) -> None:
             p_value = (1 + (detector.calibration >= score).sum()) / 20
             for rate in (0.05, 0.1, 0.15):
                 assert (p_value <= rate) == (score > detector.threshold(rate))
-        with pytest.raises(errors.UserError, match=r"1 / \(19 \+ 1\) for 19 .* it takes 99 good"):
+        with pytest.raises(
+            errors.UserError,
+            match=r"1 / \(19 \+ 1\) for a calibration set of 19 images.* it takes 99 normal images",
+        ):
             detector.threshold(0.01)
         detector.calibration = np.arange(1.0, 19.0)
-        with pytest.raises(errors.UserError, match="it takes 19 good pictures"):
+        with pytest.raises(errors.UserError, match="it takes 19 normal images"):
             detector.threshold(0.05)
     finally:
         detector.calibration = before
@@ -248,13 +255,13 @@ def test_a_broken_picture_has_a_row_and_the_others_are_scored(
 @pytest.mark.parametrize(
     ("case", "message"),
     [
-        ("cut", "must be a whole file of sinbad_detector.py fit"),
-        ("scores", "must be a whole file of sinbad_detector.py fit"),
+        ("cut", "must be a complete file of sinbad_detector.py fit"),
+        ("scores", "must be a complete file of sinbad_detector.py fit"),
         ("format", "must be a detector of format 1, got 99"),
         ("weights", "weights must be those that .*; pass --weights"),
         ("missing", "No such file"),
         ("folder", "must hold images that Pillow reads, got an empty folder"),
-        ("rate", "it takes 99 good pictures"),
+        ("rate", "it takes 99 normal images"),
     ],
 )
 def test_wrong_input_is_one_line(
@@ -296,34 +303,77 @@ def test_wrong_input_is_one_line(
     assert len(error.splitlines()) == 1
 
 
-def test_too_few_and_doubled_pictures(class_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_too_few_and_repeated_images(class_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train = sorted((class_dir / "train/good").iterdir())
-    options = detectors.DetectorOptions(**{**SMALL, "pyramid_level": (224,), "rep_num_224": 1})
-    with pytest.raises(errors.UserError, match="training pictures must be at least 4, got 3"):
-        detectors.Detector.fit(train[:3], options=options, device="cpu")
-    detectors.Detector.fit(train, train[:2], options, "cpu")
-    assert "warning: 2 validation pictures are training pictures too" in capsys.readouterr().err
-    with pytest.raises(
-        errors.UserError, match=r"must be \(height, width, 3\) of uint8, got \(4, 4\)"
-    ):
-        detectors.Detector.fit([np.zeros((4, 4))] * 4, options=options, device="cpu")
+    values = Settings(**{**SMALL, "pyramid_level": (224,), "rep_num_224": 1})
+    for images in (train[:3], [train[0]] * 9):
+        with pytest.raises(errors.UserError, match="training images must be at least 4"):
+            detectors.Detector.fit(images, values=values)
+    detectors.Detector.fit(train, train[:2], values)
+    assert "warning: 2 validation images are training images too" in capsys.readouterr().err
+    with pytest.raises(errors.UserError, match=r"be \(height, width, 3\) of uint8, got \(4, 4\)"):
+        detectors.Detector.fit([np.zeros((4, 4))] * 4, values=values)
 
 
-def test_the_example_of_the_docs(
-    class_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_equal_training_images_lie_in_one_fold_and_count_once(
+    class_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.chdir(tmp_path)
     train = sorted((class_dir / "train/good").iterdir())
-    normal_images = train * 2  # ten are needed for a rate of .1
-    noise = np.random.default_rng(0).integers(0, 256, (*Image.open(train[0]).size[::-1], 3))
+    values = Settings(**{**SMALL, "pyramid_level": (224,), "rep_num_224": 1, "folds": 2})
+    detector = detectors.Detector.fit([*train, *train], values=values)
+    assert "warning: 5 training images are repeated" in capsys.readouterr().err
+    assert len(detector.calibration) == len(train)
+    assert detector.calibration.min() > 0.1  # in another fold its double would be its neighbour
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({"crop_size_ratio": (0.5, 0.33)}, r"got 0\.5 and 0\.33.*leave one out"),
+        ({"folds": 1}, "folds must be a whole number from 2, got 1"),
+        ({"n_quantiles": 2.5}, "n_quantiles must be a whole number from 1, got 2.5"),
+        ({"shrinkage_factor": math.nan}, "shrinkage_factor must be above 0 to 1, got nan"),
+        ({"pyramid_level": ()}, "pyramid_level and crop_size_ratio must hold a value"),
+        ({"official": True}, "official numerics are not supported by a detector"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_settings_are_checked_in_python_too(
+    class_dir: Path, bad: dict[str, object], message: str
+) -> None:
+    train = sorted((class_dir / "train/good").iterdir())
+    with pytest.raises(errors.UserError, match=message):
+        detectors.Detector.fit(train, values=Settings(**{**SMALL, **bad}))
+
+
+@pytest.mark.parametrize("rate", [0.0, 1.0, math.nan, -0.1])
+def test_rates_are_checked_in_python_too(detector: detectors.Detector, rate: float) -> None:
+    with pytest.raises(errors.UserError, match="false_alarms must be above 0 and below 1"):
+        detector.score([], rate)
+
+
+@pytest.mark.parametrize("damage", ["missing", "nan"])
+def test_a_file_with_a_missing_position_or_nan_is_damaged(
+    detector: detectors.Detector, tmp_path: Path, damage: str
+) -> None:
+    detector.save(tmp_path / "d.npz")
+    with np.load(tmp_path / "d.npz") as archive:
+        arrays = dict(archive)
+    name = next(name for name in arrays if name.startswith("ranges_"))
+    if damage == "missing":
+        del arrays[name]
+    else:
+        arrays[name][0, 0, 0] = np.nan
+    np.savez(tmp_path / "d.npz", **arrays)
+    with pytest.raises(errors.UserError, match="must be a complete file"):
+        detectors.Detector.load(tmp_path / "d.npz", device="cpu")
+
+
+def test_the_example_of_the_docs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    normal_images = [draw_image("train/good", number) for number in range(10)]
+    noise = np.random.default_rng(0).integers(0, 256, (50, 85, 3))
     Image.fromarray(noise.astype(np.uint8)).save("doubtful.png")
-    failed, tried = doctest.testfile(
-        str(ROOT / "docs/detector.md"), False, globs={"normal_images": normal_images}
-    )
-    assert (failed, tried) == (0, 7)
-
-
-def test_the_authors_numerics_are_refused(class_dir: Path, tmp_path: Path) -> None:
-    argv = ["fit", "--train_dir", str(class_dir / "train/good"), "--out", str(tmp_path / "d.npz")]
-    with pytest.raises(errors.UserError, match="--official must be off for a detector"):
-        sinbad_detector.main([*argv, "--official"])
+    page = str(ROOT / "docs/detector.md")
+    failed, tried = doctest.testfile(page, False, globs={"normal_images": normal_images})
+    assert (failed, tried) == (0, 8)

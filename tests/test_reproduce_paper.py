@@ -21,12 +21,12 @@ import calc_anom_ensm
 import data_to_matrices
 import reproduce_paper
 import sinbad_single_layer
-from sinbad import errors, layouts, loco, score_plans
+from sinbad import errors, layouts, settings
 from sinbad.report import metrics
 
 NET = ["--net", "resnet18", "--weights", "random", "--initial_res", str(IM_SIZE)]
 N_PROJECTIONS = 20
-PAPER_SETTINGS = loco.NETWORK_SETTINGS
+PAPER_DEFAULTS = settings.BACKBONE_DEFAULTS
 FEW = ["--pyramid_level", "14", "224", "--rep_num_224", "2", "--no-figures"]
 
 
@@ -44,9 +44,9 @@ def reproduce(dataset_dir: Path, folder: Path, *flags: str) -> None:
 @pytest.fixture(scope="module", autouse=True)
 def small_settings() -> Iterator[None]:
     """Take fewer crops and directions than the paper, to be quick."""
-    few = replace(loco.NETWORK_SETTINGS, crop_ratios=(0.7, 0.99), n_projections=N_PROJECTIONS)
+    few = replace(PAPER_DEFAULTS, crop_ratios=(0.7, 0.99), n_projections=N_PROJECTIONS)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sinbad.loco.NETWORK_SETTINGS", few)
+        patch.setattr("sinbad.settings.BACKBONE_DEFAULTS", few)
         yield
 
 
@@ -94,7 +94,7 @@ def test_the_same_command_again_computes_nothing_and_gives_the_same_bytes(
     def never(*args: object) -> None:
         raise AssertionError("computed again")
 
-    monkeypatch.setattr("sinbad.scoring.ClassScorer", never)
+    monkeypatch.setattr("sinbad.scoring.CropScorer", never)
     reproduce(dataset_dir, folder, "--seeds", "0", "1")
     assert files_below(folder) == before
 
@@ -128,20 +128,19 @@ def test_figures_of_two_seeds(folder: Path) -> None:
 
 def test_the_tasks_are_the_papers() -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sinbad.loco.NETWORK_SETTINGS", PAPER_SETTINGS)
-        tasks = reproduce_paper.paper_tasks(["pushpins_loco"], [7, 14, 224], [0, 3], 100, "ver1")
-        flags = reproduce_paper.parse_args(["--pyramid_level", "7", "14", "224"])
-        score_plan = score_plans.ScorePlan.of(flags, tasks, Path())
-        described = {level: score_plan.descriptor(level) for level in (7, 14, 224)}
+        patch.setattr("sinbad.settings.BACKBONE_DEFAULTS", PAPER_DEFAULTS)
+        values = settings.Settings()
+        tasks = reproduce_paper.paper_tasks(["pushpins_loco"], values, [0, 3], "ver1")
+        recorded = {level: values.recorded(level) for level in (7, 14, 224)}
     resnet = [(t.level, t.ratio, t.rep) for t in tasks if t.level != 224 and t.version == "ver1"]
     ratios = (0.25, 0.5, 0.7, 0.99)
     assert resnet == [(level, ratio, 0) for level in (7, 14) for ratio in ratios]
     pixels = [(t.ratio, t.rep) for t in tasks if t.level == 224 and t.version == "ver1_seed3"]
     assert pixels == [(0.999, rep) for rep in range(100)]
     assert {t.seed for t in tasks if t.version == "ver1_seed3"} == {3}
-    assert described[7] == described[14] == score_plans.Descriptor(1000, 5, 0.1)
-    assert described[224] == score_plans.Descriptor(10, 5, 1.0)
-    assert loco.PIXEL_SETTINGS.n_reps == 100
+    names = "n_projections", "n_quantiles", "shrinkage_factor"
+    descriptors = {level: [values[name] for name in names] for level, values in recorded.items()}
+    assert descriptors == {7: [1000, 5, 0.1], 14: [1000, 5, 0.1], 224: [10, 5, 1.0]}
 
 
 def test_percent_of_no_value_one_and_several() -> None:

@@ -1,103 +1,69 @@
-"""The stream: equal to `score_crop` byte for byte, and its parts against obvious ones."""
+"""Crops in full batches: equal to `score_crop` byte for byte; each image is forwarded once."""
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import IM_SIZE
-from runs import N_DIRECTIONS, score
+from runs import N_PROJECTIONS, read, score
+from torch import Tensor
 
-import sinbad_single_layer
 import sinbad_utils
-from sinbad import backbones, loco, matrices, score_files, score_plans, scoring
+from sinbad import backbones, crops, errors, image_pool, images, matrices, scoring, settings
+
+CPU = torch.device("cpu")
+VALUES = settings.Settings(
+    initial_res=IM_SIZE, batch_size=4, num_workers=1, n_projections=N_PROJECTIONS
+)
+
+
+def load_pool(data_dir: Path, *mvtypes: str) -> tuple[image_pool.ImagePool, dict]:
+    """Return the pool of some test subsets, and the numbers of each split's images."""
+    subsets = [matrices.load_matrices(data_dir, name) for name in mvtypes]
+    return image_pool.pool_subsets(subsets, CPU, 1)
+
+
+def pixel_task(ratio: float, rep: int = 0) -> scoring.GridTask:
+    """Return the task of a crop grid of the raw pixels."""
+    return scoring.GridTask(ratio, scoring.Projection(224, 0, rep))
 
 
 def test_corners_of_a_grid_row_by_row() -> None:
-    assert loco.crop_corners(64, 0.7, 4) == [(0, 0), (0, 16), (16, 0), (16, 16)]
+    assert crops.CropGrid(64, 0.7, 4).corners == [(0, 0), (0, 16), (16, 0), (16, 16)]
     places = [(y, x) for y in (0, 256, 512) for x in (0, 256, 512)]
-    assert loco.crop_corners(1024, 0.5, 4) == places
-    assert loco.crop_corners(1024, 0.99, 4) == [(0, 0)]
-    assert len(loco.crop_corners(1024, 0.25, 4)) == 16
-    assert (loco.crop_side(1024, 0.7), loco.crop_side(1024, 0.999)) == (716, 1022)
+    assert crops.CropGrid(1024, 0.5, 4).corners == places
+    assert len(crops.CropGrid(1024, 0.25, 4)) == 16
+    sides = [crops.CropGrid(1024, ratio, 4).side for ratio in (0.7, 0.99, 0.999)]
+    assert sides == [716, 1013, 1022]
+
+
+def test_batches_are_full_and_may_span_segments() -> None:
+    position = scoring.CropPosition(crops.CropGrid(64, 0.7, 4), 0, (0, 0), ())
+    segments = [scoring.Segment(position, (7, 8, 9)) for _ in range(3)]
+    batches = [
+        [(segments.index(segment), ids) for segment, ids in batch]
+        for batch in scoring.full_batches(segments, 4)
+    ]
+    assert batches == [[(0, [7, 8, 9]), (1, [7])], [(1, [8, 9]), (2, [7, 8])], [(2, [9])]]
 
 
 @pytest.mark.parametrize("official", [False, True])
-def test_ranges_are_fitted_on_the_first_32_images(official: bool) -> None:
-    splits = {"train": range(40), "valid": range(40, 75), "test": [3, *range(75, 110)]}
-    ids = {("a_loco", split): list(own) for split, own in splits.items()}
-    pool = matrices.ImagePool([], torch.device("cpu"))
-    pool.ids = {**ids, ("a_struct", "train"): list(range(40))}
-    pool.ids |= {("a_struct", split): [110, 111] for split in ("valid", "test")}
-    groups = scoring.range_groups(pool, ["a_loco", "a_struct"], official)
-    for split, own in splits.items():
-        group = groups["a_loco", split]
-        assert group.fit_ids == tuple((own if official else splits["train"])[:32])
-        assert set(own) <= set(group.members)
-        assert sorted(group.members.values()) == list(range(len(group.members)))
-        assert len(group.members) == (len(own) if official else 112)
-    assert groups["a_loco", "train"] is groups["a_struct", "train"]
-    assert (groups["a_struct", "test"] is groups["a_struct", "train"]) != official
-
-
-@pytest.mark.parametrize("at_once", [1, 1000, 1 << 20])
-@pytest.mark.parametrize("order", [[0, 1, 2, 3, 4, 5, 6], [6, 5, 4, 3, 2, 1, 0]])
-def test_descriptors_do_not_depend_on_when_images_come(
-    order: list[int], at_once: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(scoring.VALUES_AT_ONCE, "cpu", at_once)
-    generator = torch.Generator().manual_seed(0)
-    elements = torch.randn(7, 3, 50, generator=generator)
-    directions = [torch.randn(6, 3, generator=generator) for _ in range(2)]
-    group = scoring.RangeGroup(
-        (3, 1, 4), {3: 0, 1: 1, 4: 2, 0: 3, 6: 4, 5: 5}
-    )  # 2 is another group's
-    builder = scoring.DescriptorBuilder(group, directions, 5)
-    for part in (order[:2], order[2:4], order[4:]):
-        batch = elements[part].clone()
-        builder.add(part, batch)
-        batch.zero_()  # what is kept is a copy
-    assert not builder.waiting
-    for draw, own in enumerate(directions):
-        values = sinbad_utils.project(own, elements)
-        expected = sinbad_utils.cumulative_histogram(
-            values, *sinbad_utils.fit_ranges(values[[3, 1, 4]]), 5
-        )
-        assert torch.equal(builder.descriptors(draw, [0, 5, 4]), expected[[0, 5, 4]])
-        assert torch.equal(
-            builder.descriptors(draw, [3, 1, 4, 0, 6, 5]), expected[[3, 1, 4, 0, 6, 5]]
-        )
-
-
-def test_how_much_is_worked_on_at_a_time() -> None:
-    builder = scoring.DescriptorBuilder(scoring.RangeGroup((0,), {0: 0}), [torch.ones(2, 3)], 5)
-    assert builder.described.shape == (1, 1, 10)
-    n = scoring.VALUES_AT_ONCE["cpu"]
-    assert [builder._step(k) for k in (n + 1, n, n // 2, n // 3)] == [1, 1, 2, 3]
-
-
-def test_only_consecutive_numbers_are_a_slice() -> None:
-    for numbers in ([], [0], [4], [2, 3, 4]):
-        found = scoring.as_index(numbers)
-        assert isinstance(found, slice)
-        assert list(range(9))[found] == numbers
-    for numbers in ([3, 2], [1, 3], [2, 2]):
-        assert scoring.as_index(numbers) == numbers
-
-
-def test_batches_are_full_and_may_span_jobs() -> None:
-    jobs = [scoring.CropJob([], crop, 3, (0, 0), 9, False) for crop in range(3)]
-    found = [
-        [(job.crop, ids) for job, ids in batch]
-        for batch in scoring.full_batches(jobs, [7, 8, 9], 4)
-    ]
-    assert found == [
-        [(0, [7, 8, 9]), (1, [7])],
-        [(1, [8, 9]), (2, [7, 8])],
-        [(2, [9])],
-    ]
-    whole = [[ids for _, ids in batch] for batch in scoring.full_batches(jobs[:2], [7, 8], 2)]
-    assert whole == [[[7, 8]], [[7, 8]]]
+def test_splits_with_the_same_ranges_are_scored_together(official: bool) -> None:
+    valid, test = list(range(40, 75)), [3, *range(75, 110)]
+    struct = [*test[:32], 110, 111]  # the same first 32 images
+    groups = scoring.range_groups([valid, test, struct], official)
+    assert [group.splits for group in groups] == ([[0], [1, 2]] if official else [[0, 1, 2]])
+    images_of_test = groups[-1].image_ids
+    assert set(images_of_test) == {*test, *struct, *(() if official else valid)}
+    assert len(images_of_test) == len(set(images_of_test))
+    scores = np.arange(len(images_of_test), dtype=float)
+    by_split = groups[-1].by_split(scores, [valid, test, struct])
+    for number in groups[-1].splits:
+        split = [valid, test, struct][number]
+        assert [images_of_test[int(score)] for score in by_split[number]] == split
 
 
 @pytest.fixture(scope="module")
@@ -112,32 +78,32 @@ def streams(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[bo
 
 
 @pytest.fixture(scope="module")
-def elements(data_dir: Path) -> list[dict[str, dict[int, torch.Tensor]]]:
+def elements(data_dir: Path) -> list[dict[str, dict[int, Tensor]]]:
     """Return, for each crop of four, split -> level -> the elements of pushpins_struct's images."""
-    backbone = backbones.build_backbone(
-        "resnet18", backbones.load_weights("resnet18", "random"), (7, 14)
-    )
-    extractor = backbones.FeatureExtractor(backbone, torch.device("cpu"))
-    images = matrices.load_matrices(data_dir, "pushpins_struct").images
-    source, found = images.nearest_source(loco.crop_side(IM_SIZE, 0.7), 224), []
-    for corner in loco.crop_corners(IM_SIZE, 0.7, 4):
-        of_crop = {}
-        for split, pixels in images.items():
-            crops = torch.from_numpy(
-                np.stack([matrices.crop_pixels(i, corner, source) for i in pixels])
+    weights = backbones.load_weights("resnet18", "random")
+    backbone = backbones.build_backbone("resnet18", weights, (7, 14))
+    extractor = backbones.FeatureExtractor(backbone, CPU)
+    grid = crops.CropGrid(IM_SIZE, 0.7, 4)
+    source = images.nearest_source(grid.side, 224)
+    by_crop = []
+    for corner in grid.corners:
+        by_split = {}
+        for split, array in matrices.load_matrices(data_dir, "pushpins_struct").images.items():
+            pixels = torch.from_numpy(
+                np.stack([image_pool.crop_pixels(image, corner, source) for image in array])
             )
             # Full batches of another order: a crop's features do not depend on its neighbours.
-            padded = torch.cat([crops, crops.new_zeros(-len(crops) % 5, *crops.shape[1:])])
+            padded = torch.cat([pixels, pixels.new_zeros(-len(pixels) % 5, *pixels.shape[1:])])
             parts = [
                 extractor.extract(batch) | {224: backbones.pixel_elements(batch)}
                 for batch in padded.split(5)
             ]
-            of_crop[split] = {
-                level: torch.cat([part[level] for part in parts])[: len(crops)]
+            by_split[split] = {
+                level: torch.cat([part[level] for part in parts])[: len(pixels)]
                 for level in (7, 14, 224)
             }
-        found.append(of_crop)
-    return found
+        by_crop.append(by_split)
+    return by_crop
 
 
 @pytest.mark.parametrize("official", [False, True], ids=["ours", "official"])
@@ -146,35 +112,98 @@ def test_the_stream_gives_the_bytes_of_score_crop(
     level: int,
     official: bool,
     streams: dict[bool, Path],
-    elements: list[dict[str, dict[int, torch.Tensor]]],
+    elements: list[dict[str, dict[int, Tensor]]],
 ) -> None:
     rep, name = 1, "44.00_lvl" if level == 224 else "4_crop"
     folder = streams[official] / f"ver1_pyramid_lvl_{level}/rep_num_{rep}/pushpins_struct"
-    found = score_files.read_scores(folder / f"{name}_anom_maps.npz")
-    for crop, own in enumerate(elements):
+    file = read(folder / f"{name}_anom_maps.npz")
+    for crop, by_split in enumerate(elements):
         key, shrinkage = (0, rep, level, 4, crop), 1.0 if level == 224 else 0.1
-        for split, scores in (("test", found.test), ("valid", found.valid)):
-            sets = own["train"][level], own[split][level]
-            expected = sinbad_utils.score_crop(*sets, key, N_DIRECTIONS, 5, shrinkage, official)
+        for split, scores in (("test", file.test), ("valid", file.valid)):
+            sets = by_split["train"][level], by_split[split][level]
+            expected = sinbad_utils.score_crop(*sets, key, N_PROJECTIONS, 5, shrinkage, official)
             np.testing.assert_array_equal(scores[crop], expected)
 
 
-def test_only_images_of_the_data_sets_asked_for_are_forwarded(
+@pytest.mark.parametrize("chunk", [1, 1000])
+@pytest.mark.parametrize("order", [range(7), range(6, -1, -1)])
+def test_scores_do_not_depend_on_batches_chunks_and_order(
+    order: Sequence[int], chunk: int, data_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool, ids = load_pool(data_dir, "pushpins_loco")
+    train, test = ids["pushpins_loco", "train"], ids["pushpins_loco", "test"]
+
+    def scores_of(batch_size: int, split: list[int]) -> np.ndarray:
+        scorer = scoring.CropScorer(pool, replace(VALUES, batch_size=batch_size), None)
+        ((_, (scores,)),) = scorer.score_grids([pixel_task(0.7)], train, [split])
+        return scores
+
+    expected = scores_of(4, test)
+    monkeypatch.setitem(sinbad_utils.VALUES_PER_CHUNK, "cpu", chunk)
+    order = [i for i in order if i < len(test)]
+    found = scores_of(3, [test[i] for i in order])
+    np.testing.assert_array_equal(found, expected[:, order])
+
+
+def test_each_image_is_forwarded_once_at_each_position_outside_the_padding(
     data_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sets = {
-        name: matrices.load_matrices(data_dir, name)
-        for name in ("pushpins_loco", "pushpins_struct")
-    }
-    argv = ["--mvtype", "pushpins", "--initial_res", str(IM_SIZE), "--batch_size", "1"]
-    task = score_plans.ScoreTask("pushpins_loco", 224, 0.7, 0, 0, "ver1")
-    score_plan = score_plans.ScorePlan.of(sinbad_single_layer.parse_args(argv), [task], data_dir)
-    batches, pixel_elements = [], backbones.pixel_elements
-    monkeypatch.setattr(
-        backbones,
-        "pixel_elements",
-        lambda crops: batches.append(crops) or pixel_elements(crops),
+    pool, ids = load_pool(data_dir, "pushpins_loco", "pushpins_struct")
+    sizes, pixel_elements = [], backbones.pixel_elements
+
+    def counted(batch: Tensor) -> Tensor:
+        sizes.append(len(batch))
+        return pixel_elements(batch)
+
+    monkeypatch.setattr(backbones, "pixel_elements", counted)
+    scorer = scoring.CropScorer(pool, replace(VALUES, batch_size=1), None)
+    splits = [ids[f"pushpins_{kind}", s] for kind in ("loco", "struct") for s in ("valid", "test")]
+    tasks = [pixel_task(0.25, rep) for rep in (0, 1)]
+    results = dict(scorer.score_grids(tasks, ids["pushpins_loco", "train"], splits))
+    assert sum(sizes) == 12 * len(pool)  # 16 positions, the last row is padding: 48 > 37 pixels
+    for task in tasks:
+        valid, _, valid_again, _ = results[task]
+        np.testing.assert_array_equal(valid, valid_again)
+        assert (valid[12:] == 0).all()
+        assert (valid[:12] > 0).any(1).all()
+
+
+def test_a_training_image_that_is_also_scored_is_scored(data_dir: Path) -> None:
+    pool, ids = load_pool(data_dir, "pushpins_loco")
+    train = ids["pushpins_loco", "train"]
+    ((_, (scores,)),) = scoring.CropScorer(pool, VALUES, None).score_grids(
+        [pixel_task(0.99)], train, [train]
     )
-    jobs = list(scoring.ClassScorer(score_plan, sets, None, torch.device("cpu")).crop_jobs([task]))
-    n_images = sum(map(len, sets["pushpins_loco"].images.values()))
-    assert len(batches) == n_images * sum(not job.is_empty for job in jobs)
+    assert np.abs(scores).max() < 1e-9
+
+
+def test_nan_features_name_image_and_level_before_anything_is_fitted(data_dir: Path) -> None:
+    pool, ids = load_pool(data_dir, "pushpins_loco")
+    backbone = backbones.build_backbone(
+        "resnet18", backbones.load_weights("resnet18", "random"), (14,)
+    )
+    extractor = backbones.FeatureExtractor(backbone, CPU)
+    extract, n_batches = extractor.extract, 0
+
+    def broken(batch: Tensor) -> dict[int, Tensor]:
+        nonlocal n_batches
+        n_batches += 1
+        elements = extract(batch)[14].clone()
+        elements[1, 0, 0] = torch.nan
+        return {14: elements}
+
+    extractor.extract = broken
+    scorer = scoring.CropScorer(pool, VALUES, extractor)
+    task = scoring.GridTask(0.99, scoring.Projection(14, 0, 0))
+    train, test = ids["pushpins_loco", "train"], ids["pushpins_loco", "test"]
+    with pytest.raises(errors.UserError, match=r"train/good/001\.png at level 14 \(1 of 5 images"):
+        list(scorer.score_grids([task], train, [test]))
+    assert n_batches == 2  # of 5 training images
+
+
+def test_one_training_image_is_not_enough(data_dir: Path) -> None:
+    pool, _ = load_pool(data_dir, "pushpins_loco")
+    scorer = scoring.CropScorer(pool, VALUES, None)
+    with pytest.raises(errors.UserError, match="training images must be at least 2, got 1"):
+        list(scorer.score_positions([pixel_task(0.7)], [0], [[1]]))
+    assert list(scorer.score_positions([pixel_task(0.7)], [0, 1], [[2]]))

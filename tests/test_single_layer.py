@@ -12,14 +12,14 @@ import torchvision
 from conftest import COUNTS, GOLDEN, IM_SIZE, SHARED, files_below
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
-from runs import N_DIRECTIONS, score, single
+from runs import N_PROJECTIONS, read, score, single
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 import data_to_matrices
 import sinbad_single_layer
 from data_to_matrices import make_matrices
-from sinbad import errors, score_files
+from sinbad import errors
 
 Array = NDArray[np.float64]
 N_TEST = COUNTS["test/good"] + COUNTS["test/logical_anomalies"]
@@ -52,14 +52,14 @@ def test_files_and_figures_of_a_run(together: Path, capsys: pytest.CaptureFixtur
         others = {p.name for p in (together / folder).iterdir() if p.suffix != ".npz"}
         assert others == {"lbl.npy"}
     path = together / "ver1_pyramid_lvl_7/rep_num_1/pushpins_loco/4_crop_anom_maps.npz"
-    scores = score_files.read_scores(path)
+    scores = read(path)
     assert scores.test.shape == (4, N_TEST)
     assert scores.valid.shape == (4, COUNTS["validation/good"])
     assert scores.test.dtype == scores.valid.dtype == np.float64
     assert (scores.test > 0).all()
     assert scores.labels.tolist() == [0.0] * 3 + [1.0] * 2
     assert scores.image_paths[2:4] == ["test/good/002.png", "test/logical_anomalies/000.png"]
-    settings = scores.run["settings"]
+    settings = scores.recorded
     assert settings["crop_size_ratio"] == 0.7
     assert (settings["pyramid_level"], settings["rep"], settings["seed"]) == (7, 1, 0)
     assert not list(together.rglob(".*.partial"))
@@ -89,7 +89,7 @@ def test_same_seed_same_bytes_and_other_seed_other_scores(data_dir: Path, tmp_pa
     for name, seed in (("a", "3"), ("b", "3"), ("c", "4")):
         score(data_dir, tmp_path / name, *asked, "--seed", seed)
     assert files_below(tmp_path / "a") == files_below(tmp_path / "b")
-    first, other = (score_files.read_scores(next((tmp_path / n).rglob("*.npz"))) for n in "ac")
+    first, other = (read(next((tmp_path / n).rglob("*.npz"))) for n in "ac")
     assert not np.allclose(first.test, other.test, rtol=1e-2)
 
 
@@ -99,7 +99,7 @@ def test_batch_size_changes_last_bits_at_most(
     asked = ["--mvtype", "pushpins_loco", "--pyramid_level", "14", "--crop_size_ratio", ".99"]
     found = single(data_dir, tmp_path, *asked, "--batch_size", "4")
     path = together / "ver1_pyramid_lvl_14/rep_num_0/pushpins_loco/1_crop_anom_maps.npz"
-    np.testing.assert_allclose(found.test, score_files.read_scores(path).test, rtol=1e-5)
+    np.testing.assert_allclose(found.test, read(path).test, rtol=1e-5)
 
 
 def test_number_of_workers_does_not_change_a_byte(data_dir: Path, tmp_path: Path) -> None:
@@ -131,7 +131,7 @@ def test_float32_matrices_of_the_authors_give_the_same_scores(
     asked = ["--mvtype", "pushpins_loco", "--pyramid_level", "224", "--crop_size_ratio", ".7"]
     found = single(tmp_path / "matrices", tmp_path / "results", *asked)
     path = together / "ver1_pyramid_lvl_224/rep_num_0/pushpins_loco/44.00_lvl_anom_maps.npz"
-    np.testing.assert_array_equal(found.test, score_files.read_scores(path).test)
+    np.testing.assert_array_equal(found.test, read(path).test)
 
 
 def test_groups_stand_for_what_is_there(
@@ -209,7 +209,7 @@ def test_finished_scores_are_skipped_and_other_settings_are_an_error(
     ):
         score(data_dir, tmp_path, *asked, "--n_quantiles", "6")
     other = single(data_dir, tmp_path, *asked, "--n_quantiles", "6", "--overwrite")
-    assert other.run["settings"]["n_quantiles"] == 6
+    assert other.recorded["n_quantiles"] == 6
     assert not np.array_equal(other.test, first.test)
 
 
@@ -219,8 +219,8 @@ def test_the_precision_asked_for_is_the_networks(
     asked = ["--mvtype", "pushpins_loco", "--pyramid_level", "14", "--crop_size_ratio", ".99"]
     found = single(data_dir, tmp_path, *asked, "--precision", "bf16")
     path = together / "ver1_pyramid_lvl_14/rep_num_0/pushpins_loco/1_crop_anom_maps.npz"
-    assert not np.allclose(found.test, score_files.read_scores(path).test, rtol=1e-3)
-    assert found.run["settings"]["precision"] == "bf16"
+    assert not np.allclose(found.test, read(path).test, rtol=1e-3)
+    assert found.recorded["precision"] == "bf16"
 
 
 @pytest.fixture(scope="module")
@@ -257,13 +257,13 @@ def slow_descriptors(
 ) -> tuple[dict[str, Array], float]:
     """Return descriptors of the crop, and how near any value comes to a threshold (share)."""
     k = int(np.random.SeedSequence([0, rep, level, 1, 0]).generate_state(1)[0])
-    shape = (N_DIRECTIONS, features["train"].shape[1])
+    shape = (N_PROJECTIONS, features["train"].shape[1])
     directions = torch.randn(*shape, generator=torch.Generator().manual_seed(k)).double()
     values = {s: torch.einsum("dc,nce->nde", directions, f).numpy() for s, f in features.items()}
     described, nearest = {}, np.inf
     for split, projected in values.items():
         fitted_on = (projected if official else values["train"])[:32]
-        pooled = fitted_on.transpose(1, 0, 2).reshape(N_DIRECTIONS, -1)
+        pooled = fitted_on.transpose(1, 0, 2).reshape(N_PROJECTIONS, -1)
         low, high = np.quantile(pooled, 0.01, axis=1), np.quantile(pooled, 0.99, axis=1)
         shares = []
         for q in range(5):
@@ -309,11 +309,11 @@ def test_scores_equal_a_textbook_pipeline(
     expected = slow_scores(described, shrinkage, official)
     name = "63.00_lvl" if level == 224 else "1_crop"
     path = f"ver1_pyramid_lvl_{level}/rep_num_{rep}/pushpins_loco/{name}_anom_maps.npz"
-    ours = found = score_files.read_scores(together / path)
+    ours = found = read(together / path)
     if official:
         asked = ["--mvtype", "pushpins_loco", "--pyramid_level", str(level), "--rep", str(rep)]
         score(data_dir, tmp_path, *asked, "--crop_size_ratio", ".99", "--official")
-        found = score_files.read_scores(tmp_path / path)
+        found = read(tmp_path / path)
         assert not np.allclose(found.test, ours.test, rtol=1e-2)
     np.testing.assert_allclose(found.test[0], expected["test"], rtol=1e-4)
     np.testing.assert_allclose(found.valid[0], expected["valid"], rtol=1e-4)
@@ -344,7 +344,7 @@ def test_real_images_give_the_authors_scores(tmp_path: Path) -> None:
         for key, where in folders.items():
             *folder, file = where.split("/")
             path = results / f"ver1_pyramid_lvl_{'/'.join(folder)}" / "juice_bottle_loco"
-            found = score_files.read_scores(path / f"{file}_anom_maps.npz")
+            found = read(path / f"{file}_anom_maps.npz")
             np.testing.assert_allclose(found.test, golden[f"{key}_test"], rtol=2e-3)
             np.testing.assert_allclose(found.valid, golden[f"{key}_valid"], rtol=2e-3)
             roc = roc_auc_score(golden["labels"], found.test.mean(0))
@@ -363,7 +363,5 @@ def test_run_record_holds_what_determines_the_numbers(together: Path) -> None:
     assert made_with["torch"] == torch.__version__
     assert (made_with["device"], made_with["cuda"], made_with["batch_size"]) == ("cpu", None, 5)
     pixels = "ver1_pyramid_lvl_224/rep_num_0/pushpins_struct/63.00_lvl_anom_maps.npz"
-    names = (
-        run["settings"].keys() - score_files.read_scores(together / pixels).run["settings"].keys()
-    )
+    names = run["settings"].keys() - read(together / pixels).recorded.keys()
     assert names == {"net", "weights_sha256", "precision"}

@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import files_below
+from runs import read
 
 import sinbad_single_layer
 import sinbad_utils
-from sinbad import detectors, score_files
+from sinbad import detectors
+from sinbad.settings import Settings
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
@@ -42,8 +44,13 @@ def score(data_dir: Path, out: Path, *flags: str) -> dict[str, np.ndarray]:
     words += ["--shrinkage_factor", "1", "--crop_size_ratio", ".999"]
     sinbad_single_layer.main([*words, "--pyramid_level", "224"])
     files = [out / name for name in files_below(out) if name.endswith(".npz")]
-    read = {str(path.relative_to(out)): score_files.read_scores(path) for path in files}
-    return {name: np.concatenate([own.test, own.valid], axis=1) for name, own in read.items()}
+    return {str(path.relative_to(out)): both_splits(path) for path in files}
+
+
+def both_splits(path: Path) -> np.ndarray:
+    """Return the crop scores of a file, test then validation."""
+    file = read(path)
+    return np.concatenate([file.test, file.valid], axis=1)
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +76,7 @@ def test_each_step_is_the_cpus() -> None:
     for squared in (False, True):
         expected = sinbad_utils.fit_whitening(described[:20], 0.1, squared).nearest(described[20:])
         whitening = sinbad_utils.fit_whitening(described[:20].cuda(), 0.1, squared)
-        found = whitening.nearest(described[20:].cuda())
+        found = whitening.nearest(described[20:].cuda()).cpu()
         np.testing.assert_allclose(found, expected, rtol=1e-10)
 
 
@@ -132,24 +139,23 @@ def test_a_gpu_with_little_memory_gets_smaller_batches(
     assert run.returncode == 0, run.stderr
     assert "GPU memory is too small for 256 crops at once, going on with 128" in run.stderr
     for path in run.stdout.split():
-        own, name = score_files.read_scores(Path(path)), str(Path(path).relative_to(tmp_path))
-        scores = np.concatenate([own.test, own.valid], axis=1)
-        np.testing.assert_allclose(scores, on_cpu[name], rtol=5e-2)
+        name = str(Path(path).relative_to(tmp_path))
+        np.testing.assert_allclose(both_splits(Path(path)), on_cpu[name], rtol=5e-2)
 
 
 def test_a_detector_fitted_on_a_gpu_is_the_cpus(dataset_dir: Path, tmp_path: Path) -> None:
-    options = detectors.DetectorOptions(
-        "resnet18", "random", initial_res=64, n_projections=50, rep_num_224=3
-    )
+    options = {"net": "resnet18", "weights": "random", "initial_res": 64, "n_projections": 50}
+    options["rep_num_224"] = 3
     train, test = (
         sorted((dataset_dir / "pushpins" / part).iterdir()) for part in ("train/good", "test/good")
     )
     scores = []
     for device in ("cpu", "cuda"):
         path = tmp_path / f"{device}.npz"
-        detectors.Detector.fit(train, options=options, device=device).save(path)
-        for asked_on in ("cpu", "cuda"):
-            verdicts = detectors.Detector.load(path, device=asked_on).score(test, 0.5)
-            scores.append([verdict.score for verdict in verdicts])
+        values = Settings(**options, device=device)
+        detectors.Detector.fit(train, values=values).save(path)
+        for scored_on in ("cpu", "cuda"):
+            predictions = detectors.Detector.load(path, device=scored_on).score(test, 0.5)
+            scores.append([prediction.score for prediction in predictions])
     for found in scores[1:]:
         np.testing.assert_allclose(found, scores[0], rtol=2e-2)

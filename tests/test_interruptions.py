@@ -16,12 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import uea_toy
 from conftest import IM_SIZE, files_below
-from torch import Tensor, nn
-
-from sinbad import backbones, errors
 
 ROOT = Path(__file__).parents[1]
 KILLED = -9
@@ -92,11 +88,7 @@ def test_a_run_killed_at_any_moment_and_started_again_gives_the_same_bytes(
         if run(script, killed, **kill)[0] == [KILLED]:
             n_killed += 1
             for name, data in contents(killed).items():
-                if name == "time_series.csv":  # grows seed by seed
-                    assert set(data.splitlines(True)) <= set(expected[name].splitlines(True))
-                elif name == "time_series.json":
-                    json.loads(data)
-                elif ".partial" not in name:  # what is under its name is complete
+                if ".partial" not in name:  # what is under its name is complete
                     assert data == expected[name]
             assert by_time or list(killed.rglob(".*.partial"))
         elif by_time:  # it was faster than the moment: kill earlier
@@ -113,44 +105,3 @@ def contents(folder: Path) -> dict[str, bytes]:
     """Return name -> bytes, without the folder's path in texts (a report names its scores')."""
     files = files_below(folder)
     return {name: data.replace(str(folder).encode(), b"FOLDER") for name, data in files.items()}
-
-
-# ---------------------------------------------------------------- out of GPU memory
-
-
-class SmallMemory(nn.Module):
-    """A stand-in backbone that holds at most `capacity` crops at once."""
-
-    def __init__(self, capacity: int) -> None:
-        super().__init__()
-        self.mean, self.std = torch.zeros(3, 1, 1), torch.ones(3, 1, 1)
-        self.capacity = capacity
-        self.sizes: list[int] = []
-
-    def forward(self, crops: Tensor) -> dict[int, Tensor]:
-        """Return the means over 32 x 32 pixels as elements, or run out of memory."""
-        self.sizes.append(len(crops))
-        if len(crops) > self.capacity:
-            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
-        return {7: nn.functional.avg_pool2d(crops, 32).flatten(2)}
-
-
-def test_out_of_memory_halves_the_batch_once_and_changes_no_number(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    generator = torch.Generator().manual_seed(0)
-    crops = torch.randint(0, 256, (7, 3, 224, 224), dtype=torch.uint8, generator=generator)
-    roomy, tight = SmallMemory(7), SmallMemory(4)
-    expected = backbones.FeatureExtractor(roomy, torch.device("cpu")).extract(crops)
-    extractor = backbones.FeatureExtractor(tight, torch.device("cpu"))
-    for _ in range(2):
-        found = extractor.extract(crops)
-        assert torch.equal(found[7], expected[7])
-    assert tight.sizes == [7, 4, 3, 4, 3]  # stays halved
-    assert capsys.readouterr().err.count("GPU memory is too small for 7 crops") == 1
-
-
-def test_memory_for_no_crop_at_all_is_an_error() -> None:
-    extractor = backbones.FeatureExtractor(SmallMemory(0), torch.device("cpu"))
-    with pytest.raises(errors.UserError, match="out of GPU memory for a single crop"):
-        extractor.extract(torch.zeros(3, 3, 224, 224, dtype=torch.uint8))

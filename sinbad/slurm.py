@@ -14,7 +14,6 @@ import logging
 import os
 import re
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -158,7 +157,7 @@ def sbatch_lines(pairs: Iterable[str], with_gpu: bool) -> str:
     lines = {}
     for pair in ("gres=gpu:1", *pairs):
         name, equals, value = pair.partition("=")
-        if not re.fullmatch("[a-z-]+", name) or name in FIXED_OPTIONS or pair.splitlines()[1:]:
+        if not re.fullmatch("[a-z][a-z-]*", name) or name in FIXED_OPTIONS or pair.splitlines()[1:]:
             raise errors.UserError(
                 "sbatch must be NAME=VALUE or NAME, one line, and none of "
                 f"{', '.join(FIXED_OPTIONS)}, which batch_master.sh sets; got {pair!r}"
@@ -258,7 +257,7 @@ def describe_failures(folder: Path, name: str, missing: list[int]) -> list[str]:
         lines = logs[-1].read_text("utf-8", "replace").split("\n") if logs else []
         reasons = [line for line in lines[1:] if line.strip()]  # the first is the command
         if logs:
-            failed.setdefault([*reasons, "no error message in the log"][-1], []).append(i)
+            failed.setdefault(["no error message in the log", *reasons][-1], []).append(i)
     return [f"{shorten_numbers(tasks)} failed: {reason}" for reason, tasks in failed.items()]
 
 
@@ -275,8 +274,15 @@ def run_array(args: argparse.Namespace, values: settings.Settings, script: str) 
     kind = "224" if values.pyramid_level == (settings.PIXEL_LEVEL,) else "levels"
     content = os.fsencode(folder.resolve()) + (folder / "tasks.tsv").read_bytes()
     name = f"sinbad_{kind}_{hashlib.sha256(content).hexdigest()[:8]}"
-    ask = not args.local and (not args.status or shutil.which("squeue"))
-    groups = group_tasks(outputs, find_active(name) if ask else {})  # those that end now are done
+    active: dict[int, str] = {}
+    try:
+        if not args.local:
+            active = find_active(name)
+    except errors.UserError as error:
+        if not args.status:
+            raise
+        log.warning(f"{error}; tasks that wait or run in Slurm count as missing")
+    groups = group_tasks(outputs, active)
     lines = [f"{len(i)} {state} {shorten_numbers(i)}".strip() for state, i in groups.items()]
     if args.status:
         print("\n".join([*lines, *describe_failures(folder, name, groups["missing"])]))

@@ -10,11 +10,14 @@ import pwd
 import shutil
 import socket
 import subprocess
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-DAEMONS = ("munged", "slurmctld", "slurmd")
+import pytest
+from slurm_stub import wait_until
+
+from sinbad import errors, slurm
+
 COMMANDS = ("sbatch", "scancel", "scontrol", "sinfo", "squeue")
 SECONDS_TO_START = 60.0
 SECONDS_TO_END = 10.0
@@ -22,8 +25,8 @@ SECONDS_TO_END = 10.0
 SLURM_CONF = """\
 ClusterName=sinbadtest
 SlurmctldHost={host}(127.0.0.1)
-SlurmctldPort={controller_port}
-SlurmdPort={node_port}
+SlurmctldPort={ports[0]}
+SlurmdPort={ports[1]}
 AuthType=auth/munge
 AuthInfo=socket={folder}/munge.socket
 SlurmUser={user}
@@ -40,21 +43,16 @@ SchedulerParameters=sched_interval=1,bf_interval=1,batch_sched_delay=0
 ReturnToService=0
 KillWait=1
 MaxArraySize=1001
-MaxJobCount=5000
 NodeName={host} NodeAddr=127.0.0.1 CPUs=2 State=UNKNOWN
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """
-
-
-class SlurmMissingError(Exception):
-    """Why there is no Slurm to test on."""
 
 
 def program_path(name: str) -> str:
     """Return where a program is installed; Debian keeps daemons off a user's PATH."""
     path = shutil.which(name, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
     if path is None:
-        raise SlurmMissingError(f"{name} is not installed (apt-get install slurm-wlm munge)")
+        pytest.skip(f"{name} is not installed (apt-get install slurm-wlm munge)")
     return path
 
 
@@ -62,35 +60,60 @@ def free_ports(n: int) -> list[int]:
     """Return TCP ports that nothing listens on."""
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(n)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
+        for unused in sockets:
+            unused.bind(("127.0.0.1", 0))
+        return [unused.getsockname()[1] for unused in sockets]
 
 
-def wait_until(condition: Callable[[], bool], seconds: float, what: str) -> None:
-    """Wait for a condition; a test that waits too long fails and names what it waited for."""
-    end = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > end:
-            raise TimeoutError(f"waited {seconds:g} s for {what}")
-        time.sleep(0.1)
-
-
-def answers(*command: str) -> bool:
-    """Say whether a command succeeds."""
-    return subprocess.run(command, capture_output=True, check=False).returncode == 0
-
-
-def node_is_up() -> bool:
-    """Say whether the node takes jobs."""
-    listing = subprocess.run(
-        ["sinfo", "--noheader", "--format=%T"], capture_output=True, text=True, check=False
+@contextlib.contextmanager
+def running_cluster(folder: Path) -> Iterator[None]:
+    """Start a Slurm of one node, or skip and say why; end it, and its jobs, at the end."""
+    programs = {name: program_path(name) for name in ("munged", "slurmctld", "slurmd", *COMMANDS)}
+    for name in ("state", "spool"):
+        (folder / name).mkdir()
+    key, conf = folder / "munge.key", folder / "slurm.conf"
+    key.write_bytes(os.urandom(1024))
+    key.chmod(0o600)
+    host, user = socket.gethostname().partition(".")[0], pwd.getpwuid(os.getuid()).pw_name
+    conf.write_text(SLURM_CONF.format(folder=folder, host=host, ports=free_ports(2), user=user))
+    files = [f"--{name}-file={folder}/munged.{name}" for name in ("pid", "log", "seed")]
+    munged = ["--foreground", "--force", f"--socket={folder}/munge.socket", f"--key-file={key}"]
+    slurm_flags = ["-D", "-f", str(conf)]
+    daemons = (
+        ("munged", [*munged, *files], lambda: (folder / "munge.socket").exists()),
+        ("slurmctld", slurm_flags, lambda: answer("scontrol", "ping") is not None),
+        ("slurmd", slurm_flags, lambda: answer("sinfo", "-ho%T") in ("idle\n", "mixed\n")),
     )
-    return listing.stdout.strip() in ("idle", "mixed", "allocated")
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(pytest.MonkeyPatch.context()).setenv("SLURM_CONF", str(conf))
+        for name, arguments, is_up in daemons:
+            output = folder / f"{name}.out"
+            log = stack.enter_context(output.open("wb"))
+            process = subprocess.Popen([programs[name], *arguments], stdout=log, stderr=log)
+            stack.callback(end, process)
+            wait_or_skip(is_up, name, output)
+        stack.callback(end_jobs)
+        yield
+
+
+def answer(*command: str) -> str | None:
+    """Return what one of Slurm's commands prints, None if it fails."""
+    with contextlib.suppress(errors.UserError):
+        return slurm.ask_slurm(*command)
+    return None
+
+
+def wait_or_skip(is_up: Callable[[], bool], daemon: str, output: Path) -> None:
+    """Wait for a daemon; if it does not come, skip with its last words."""
+    try:
+        wait_until(is_up, SECONDS_TO_START, daemon)
+    except TimeoutError:
+        words = output.read_text(errors="replace").strip().splitlines()
+        pytest.skip(f"{daemon} did not start: {(words or ['no output'])[-1]}")
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
-    """End a daemon that we started."""
+    """End a daemon."""
     process.terminate()
     try:
         process.wait(SECONDS_TO_END)
@@ -99,88 +122,31 @@ def end(process: subprocess.Popen[bytes]) -> None:
         process.wait()
 
 
-@contextlib.contextmanager
-def running_cluster(folder: Path) -> Iterator[Path]:
-    """Start the three daemons and yield their slurm.conf (for SLURM_CONF); end them afterwards.
-
-    Parameters
-    ----------
-    folder : Path
-        Takes configuration, state and logs; a short path (a socket's is limited to 107 bytes).
-
-    Raises
-    ------
-    SlurmMissingError
-        If a daemon is not installed or does not start; the message says which and why.
-    """
-    programs = {name: program_path(name) for name in (*DAEMONS, *COMMANDS)}
-    host = socket.gethostname().partition(".")[0]
-    controller_port, node_port = free_ports(2)
-    for name in ("state", "spool"):
-        (folder / name).mkdir()
-    key = folder / "munge.key"
-    key.write_bytes(os.urandom(1024))
-    key.chmod(0o600)
-    conf = folder / "slurm.conf"
-    conf.write_text(
-        SLURM_CONF.format(
-            folder=folder,
-            host=host,
-            controller_port=controller_port,
-            node_port=node_port,
-            user=pwd.getpwuid(os.getuid()).pw_name,
-        )
-    )
-    own = [f"--{name}-file={folder}/munged.{name}" for name in ("pid", "log", "seed")]
-    munged = ["--foreground", "--force", f"--socket={folder}/munge.socket", f"--key-file={key}"]
-    slurm = ["-D", "-f", str(conf)]
-    arguments = {"munged": munged + own, "slurmctld": slurm, "slurmd": slurm}
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(environment("SLURM_CONF", str(conf)))
-        for name in DAEMONS:
-            log = stack.enter_context((folder / f"{name}.out").open("wb"))
-            process = subprocess.Popen([programs[name], *arguments[name]], stdout=log, stderr=log)
-            stack.callback(end, process)
-            if name == "munged":
-                wait_or_give_up(lambda: (folder / "munge.socket").exists(), name, folder)
-            if name == "slurmctld":
-                wait_or_give_up(lambda: answers("scontrol", "ping"), name, folder)
-        wait_or_give_up(node_is_up, "slurmd", folder)
-        stack.callback(end_jobs)
-        yield conf
-
-
 def end_jobs() -> None:
     """Cancel what a failed test left, so that no task outlives the daemons."""
-    subprocess.run(["scancel", f"--user={os.getuid()}"], capture_output=True, check=False)
+    slurm.ask_slurm("scancel", f"--user={os.getuid()}")
     with contextlib.suppress(TimeoutError):
         wait_until(lambda: not job_listing(), SECONDS_TO_END, "the last jobs")
 
 
-def job_listing() -> str:
-    """Return squeue's listing of all jobs, array tasks one a line; empty if there are none."""
-    command = ["squeue", "--noheader", "--array", "--format=%F %K %T"]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+def job_listing() -> list[str]:
+    """Return squeue's listing of all jobs, a line per task."""
+    return slurm.ask_slurm("squeue", "--noheader", "--array", "--format=%F_%K %T").splitlines()
 
 
-def wait_or_give_up(condition: Callable[[], bool], daemon: str, folder: Path) -> None:
-    """Wait for a daemon; if it does not come, say why with its last words."""
-    try:
-        wait_until(condition, SECONDS_TO_START, daemon)
-    except TimeoutError:
-        words = (folder / f"{daemon}.out").read_text(errors="replace").strip().splitlines()
-        raise SlurmMissingError(f"{daemon} did not start: {(words or ['no output'])[-1]}") from None
+def set_node(state: str) -> None:
+    """Set the state of the only node."""
+    node = slurm.ask_slurm("sinfo", "--noheader", "--format=%n").strip()
+    slurm.ask_slurm("scontrol", "update", f"nodename={node}", f"state={state}", "reason=test")
 
 
 @contextlib.contextmanager
-def environment(name: str, value: str) -> Iterator[None]:
-    """Set an environment variable for a while."""
-    before = os.environ.get(name)
-    os.environ[name] = value
+def drained_node(*, cancel: bool) -> Iterator[None]:
+    """Let no job start; afterwards cancel those that wait, or let them start."""
+    set_node("drain")
     try:
         yield
     finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
+        if cancel:
+            slurm.ask_slurm("scancel", f"--user={os.getuid()}")
+        set_node("resume")

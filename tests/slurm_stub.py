@@ -8,6 +8,8 @@ import os
 import shlex
 import signal
 import subprocess
+import time
+from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
@@ -89,3 +91,12 @@ def kill_task(task: int, folder: Path) -> None:
     process = process_of(task, folder)
     assert process is not None
     os.kill(process, signal.SIGKILL)
+
+
+def wait_until(condition: Callable[[], bool], seconds: float, event: str) -> None:
+    """Wait for a condition; a test that waits too long fails and names the event."""
+    end = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > end:
+            raise TimeoutError(f"waited {seconds:g} s for {event}")
+        time.sleep(0.1)

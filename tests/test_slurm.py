@@ -15,7 +15,6 @@ from types import ModuleType
 
 import numpy as np
 import pytest
-from slurm_cluster import wait_until
 from slurm_stub import (
     assert_whole_results,
     batch_master,
@@ -23,6 +22,7 @@ from slurm_stub import (
     process_of,
     states,
     stub_batch,
+    wait_until,
 )
 
 import create_batch_array_sinbad as backbone

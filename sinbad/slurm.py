@@ -68,31 +68,23 @@ def array_parser(doc: str | None, defaults: settings.LevelDefaults, name: str) -
         default = " (default: gpu:1; none for no such line)" if option == "gres" else ""
         to_pair, meaning = f"{option}={{}}".format, f"#SBATCH --{option}{default}"
         add(f"--{option}", type=to_pair, action="append", dest="sbatch", metavar="X", help=meaning)
-    add("--sbatch", action="append", metavar="X", help="#SBATCH --X, as mem=16G; may be repeated")
     add(
-        "--setup", action="append", metavar="LINE", help="shell line before a task; may be repeated"
+        "--sbatch",
+        action="append",
+        metavar="X",
+        help="#SBATCH --X, as mem=16G or requeue; repeatable",
     )
+    add("--setup", action="append", metavar="LINE", help="shell line before a task; repeatable")
     python = "interpreter of the tasks, as shell words (default: that of this script)"
     add("--python", default=shlex.quote(sys.executable), metavar="COMMAND", help=python)
     add("--throttle", type=cli.int_at_least(0), default=0, help="tasks at a time (default: all)")
     reps = range(defaults.n_reps)
-    meaning = f"repetitions, as 3 or 0-99 (default: {shorten_numbers(reps)})"
+    meaning = f"repetitions, as 3 or 0-99 (default: {cli.shorten_numbers(reps)})"
     rep, mvtype = {"default": [[*reps]], "help": meaning}, {"default": ["all"]}
     paths = ("mvtype", "data_dir", "results_dir", "version_name", "rep")
     cli.add_paths(parser, *paths, mvtype=mvtype, rep=rep)
-    names = ("crop_size_ratio", *TASK_FLAGS)
-    cli.add_settings(parser, names, crop_size_ratio=defaults.crop_ratios)
+    cli.add_settings(parser, ("crop_size_ratio", *TASK_FLAGS), crop_size_ratio=defaults.crop_ratios)
     return parser
-
-
-def shorten_numbers(numbers: Iterable[int]) -> str:
-    """Write sorted numbers as sbatch --array has them: 0 1 2 7 -> "0-2,7"."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if not runs or number > runs[-1][-1] + 1:
-            runs.append([])
-        runs[-1].append(number)
-    return ",".join(f"{run[0]}-{run[-1]}" if run[1:] else str(run[0]) for run in runs)
 
 
 def plan_tasks(
@@ -105,9 +97,8 @@ def plan_tasks(
     columns = mvtypes, values.pyramid_level, values.crop_size_ratio
     groups = [[[value] for value in column] for column in columns]
     if args.group == "class":
-        category_of = {mvtype: loco.split_mvtype(mvtype)[0] for mvtype in mvtypes}
-        categories = dict.fromkeys(category_of.values())
-        groups = [[[m for m in mvtypes if category_of[m] == c] for c in categories]]
+        categories = dict.fromkeys(loco.split_mvtype(mvtype)[0] for mvtype in mvtypes)
+        groups = [[[m for m in mvtypes if loco.split_mvtype(m)[0] == c] for c in categories]]
         groups += [[values.pyramid_level], [values.crop_size_ratio]]
     groups.append([reps[i : i + step] for i in range(0, len(reps), step)])
     data_dir, results_dir = os.path.abspath(args.data_dir), os.path.abspath(args.results_dir)
@@ -116,20 +107,15 @@ def plan_tasks(
     for names, levels, ratios, reps in itertools.product(*groups):
         task_values = dataclasses.replace(values, pyramid_level=levels, crop_size_ratio=ratios)
         flags = cli.flags_of(task_values, ("pyramid_level", "crop_size_ratio", *TASK_FLAGS))
-        flags += ["--rep", *shorten_numbers(reps).split(","), *paths]
+        flags += ["--rep", *cli.shorten_numbers(reps).split(","), *paths]
         command = f"{args.python} {shlex.join([str(TASK_PROGRAM), '--mvtype', *names, *flags])}"
         parts = itertools.product(names, levels, ratios, [values.seed], reps, [version])
         score_files = itertools.starmap(score_tasks.ScoreTask, parts)
         yield command, {file.path(Path(results_dir), values): file for file in score_files}
 
 
-def check_existing(
-    outputs: dict[Path, score_tasks.ScoreTask], values: settings.Settings, weights: str
-) -> None:
-    """Stop if an output exists that was computed with other settings: it would count as done.
-
-    `weights` is random, imagenet (of unknown sha256) or the sha256 of a file.
-    """
+def check_existing(outputs: dict[Path, score_tasks.ScoreTask], values: settings.Settings) -> None:
+    """Stop if an existing output has other settings; `values` has the sha256 of a weights file."""
     for path in filter(Path.exists, outputs):
         try:
             with zipfile.ZipFile(path) as archive:  # of numpy, which is not imported here
@@ -141,9 +127,9 @@ def check_existing(
             raise errors.UserError(f"could not read {path}: {error}; remove it") from None
         expected = {"crop_size_ratio": outputs[path].ratio, **values.recorded(outputs[path].level)}
         if "net" in expected:
-            expected |= {"compile": values.compile, "weights_sha256": weights}
-            if weights == "imagenet" and record.get("weights_sha256") != "random":
-                del expected["weights_sha256"]
+            expected |= {"compile": values.compile, "weights_sha256": values.weights}
+            if values.weights == "imagenet" and record.get("weights_sha256") != "random":
+                del expected["weights_sha256"]  # unknown before it is downloaded
         for name, value in expected.items():
             if record.get(name, value) != value:
                 raise errors.UserError(
@@ -152,34 +138,35 @@ def check_existing(
                 )
 
 
-def sbatch_lines(pairs: Iterable[str], with_gpu: bool) -> str:
+def sbatch_lines(pairs: Iterable[str], device: str) -> str:
     """Return the #SBATCH lines of options NAME=VALUE or NAME; the last of a name counts."""
-    lines = {}
-    for pair in ("gres=gpu:1", *pairs):
+    gpus = any(pair.startswith("gpus") for pair in pairs)
+    lines: dict[str, str] = {}
+    for pair in ("gres=none" if gpus else "gres=gpu:1", *pairs):
         name, equals, value = pair.partition("=")
         if not re.fullmatch("[a-z][a-z-]*", name) or name in FIXED_OPTIONS or pair.splitlines()[1:]:
-            raise errors.UserError(
-                "sbatch must be NAME=VALUE or NAME, one line, and none of "
-                f"{', '.join(FIXED_OPTIONS)}, which batch_master.sh sets; got {pair!r}"
-            )
+            rule = f"NAME=VALUE or NAME, one line, not {', '.join(FIXED_OPTIONS)}"
+            raise errors.UserError(f"sbatch must be {rule}, got {pair!r}; see --help")
         lines[name] = f"#SBATCH --{name}{equals}{shlex.quote(value) if equals else ''}"
-    if not with_gpu or lines["gres"].endswith("=none"):
+    if device == "cpu" or lines["gres"].endswith("=none"):
         del lines["gres"]
     return "\n".join(lines.values())
 
 
 def generate(args: argparse.Namespace, values: settings.Settings, script: str) -> None:
     """Write the folder of an array; the list of tasks last."""
-    weights = values.weights
-    if weights not in ("imagenet", "random"):
-        path = os.path.abspath(os.path.expanduser(weights))
-        values, content = dataclasses.replace(values, weights=path), Path(path).read_bytes()
-        weights = hashlib.sha256(content).hexdigest()
+    expected = values
+    if values.weights not in ("imagenet", "random"):
+        path = Path(os.path.abspath(os.path.expanduser(values.weights)))
+        values = dataclasses.replace(values, weights=str(path))
+        expected = dataclasses.replace(
+            values, weights=hashlib.sha256(path.read_bytes()).hexdigest()
+        )
     for level in values.pyramid_level:
         score_tasks.check_ratios(level, values.crop_size_ratio, values)
     folder, rows = os.path.abspath(args.out_dir), []
     for command, outputs in plan_tasks(args, values):
-        check_existing(outputs, values, weights)
+        check_existing(outputs, expected)
         rows.append([str(len(rows)), command, *map(str, outputs)])
     unfit = set("\t\r\n") & set("".join(itertools.chain(*rows))) | set("%\\") & set(folder)
     unfit |= set("#") & set(f"{args.results_dir}{args.version_name}")  # stands for a level
@@ -188,28 +175,23 @@ def generate(args: argparse.Namespace, values: settings.Settings, script: str) -
             "names and paths must be without tabs and line ends, out_dir without % and \\, "
             f"results_dir and version_name without #, got {''.join(unfit)!r}; rename or move them"
         )
-    fields = {
-        "options": sbatch_lines(args.sbatch or (), with_gpu=values.device != "cpu"),
-        "working_dir": shlex.quote(os.getcwd()),
-        "setup": "\n".join(args.setup or ()),
-        "program": shlex.join([sys.executable, os.path.abspath(script)]),
-        "throttle": args.throttle,
-        "lines": "".join("\t".join(row) + "\n" for row in rows),
-    }
-    forms = {"array.sbatch": ARRAY, "batch_master.sh": BATCH_MASTER, "tasks.tsv": "{lines}"}
-    for name, form in forms.items():
-        atomic.atomic_write(Path(folder, name), os.fsencode(form.format(**fields)))
+    options, here = sbatch_lines(args.sbatch or (), values.device), shlex.quote(os.getcwd())
+    array = ARRAY.format(options=options, working_dir=here, setup="\n".join(args.setup or ()))
+    program = shlex.join([sys.executable, os.path.abspath(script)])
+    master = BATCH_MASTER.format(program=program, throttle=args.throttle)
+    lines = "".join("\t".join(row) + "\n" for row in rows)
+    for name, text in (("array.sbatch", array), ("batch_master.sh", master), ("tasks.tsv", lines)):
+        atomic.atomic_write(Path(folder, name), os.fsencode(text))
     log.info(f"{len(rows)} tasks; submit them: sh {shlex.quote(f'{folder}/batch_master.sh')}")
 
 
-def read_outputs(folder: Path) -> list[list[str]]:
+def read_outputs(path: Path) -> list[list[str]]:
     """Return the output files of each task of tasks.tsv; UserError if it is damaged."""
-    text = os.fsdecode((folder / "tasks.tsv").read_bytes())
-    *rows, rest = (line.split("\t") for line in text.split("\n"))
+    *rows, rest = (line.split("\t") for line in os.fsdecode(path.read_bytes()).split("\n"))
     if rest != [""] or not rows or any(row[:1] != [str(i)] for i, row in enumerate(rows)):
         raise errors.UserError(
-            f"{folder}/tasks.tsv must hold lines of index, command and outputs, got none or "
-            "damaged ones; run create_batch_array_sinbad.py or ..._224.py again"
+            f"{path} must hold lines of index, command and outputs, got none or damaged ones; run "
+            "create_batch_array_sinbad.py or create_batch_array_sinbad_224.py again"
         )
     return [outputs for _, _, *outputs in rows]
 
@@ -233,10 +215,9 @@ def find_active(name: str) -> dict[int, str]:
     listing = ask_slurm(*words, "--format=%K|%T|%r")
     active: dict[int, str] = {}
     for indices, state, reason in re.findall(r"^([\d:,-]+)[^|\n]*\|(\w+)\|(.*)$", listing, re.M):
-        description = f"waiting ({reason})" if state == "PENDING" else "running"
+        text = f"waiting ({reason})" if state == "PENDING" else "running"
         for low, high, step in re.findall(r"(\d+)(?:-(\d+))?(?::(\d+))?", indices):
-            numbers = range(int(low), int(high or low) + 1, int(step or 1))
-            active |= dict.fromkeys(numbers, description)
+            active |= dict.fromkeys(range(int(low), int(high or low) + 1, int(step or 1)), text)
     return active
 
 
@@ -258,21 +239,18 @@ def describe_failures(folder: Path, name: str, missing: list[int]) -> list[str]:
         reasons = [line for line in lines[1:] if line.strip()]  # the first is the command
         if logs:
             failed.setdefault(["no error message in the log", *reasons][-1], []).append(i)
-    return [f"{shorten_numbers(tasks)} failed: {reason}" for reason, tasks in failed.items()]
+    return [f"{cli.shorten_numbers(tasks)} failed: {reason}" for reason, tasks in failed.items()]
 
 
 def run_array(args: argparse.Namespace, values: settings.Settings, script: str) -> int:
-    """Do what the flags of `array_parser` ask for; return the exit status.
-
-    `script` is the file of the generator, which batch_master.sh calls.
-    """
+    """Do what the flags ask for; return the exit status. batch_master.sh will call `script`."""
     if not (args.status or args.local or args.submit):
         generate(args, values, script)
         return 0
     folder = Path(os.path.abspath(args.out_dir))
-    outputs = read_outputs(folder)
-    kind = "224" if values.pyramid_level == (settings.PIXEL_LEVEL,) else "levels"
+    outputs = read_outputs(folder / "tasks.tsv")
     content = os.fsencode(folder.resolve()) + (folder / "tasks.tsv").read_bytes()
+    kind = "224" if values.pyramid_level == (settings.PIXEL_LEVEL,) else "levels"
     name = f"sinbad_{kind}_{hashlib.sha256(content).hexdigest()[:8]}"
     active: dict[int, str] = {}
     try:
@@ -283,7 +261,7 @@ def run_array(args: argparse.Namespace, values: settings.Settings, script: str) 
             raise
         log.warning(f"{error}; tasks that wait or run in Slurm count as missing")
     groups = group_tasks(outputs, active)
-    lines = [f"{len(i)} {state} {shorten_numbers(i)}".strip() for state, i in groups.items()]
+    lines = [f"{len(i)} {state} {cli.shorten_numbers(i)}".strip() for state, i in groups.items()]
     if args.status:
         print("\n".join([*lines, *describe_failures(folder, name, groups["missing"])]))
         return int(bool(groups["missing"]))
@@ -305,11 +283,10 @@ def submit(folder: Path, name: str, missing: list[int], throttle: int) -> None:
     size = re.search(r"^MaxArraySize\s*=\s*(\d+)", ask_slurm("scontrol", "show", "config"), re.M)
     if size and missing[-1] >= int(size[1]):
         raise errors.UserError(
-            f"an array must have at most {size[1]} tasks (MaxArraySize of this cluster), got "
-            f"{missing[-1] + 1}; --group class and a larger --reps_per_task make fewer tasks, "
-            "--local runs all of them in one job"
+            f"an array must have at most {size[1]} tasks (MaxArraySize), got {missing[-1] + 1}; "
+            "--group class and a larger --reps_per_task make fewer, --local needs no array"
         )
-    array = f"--array={shorten_numbers(missing)}{f'%{throttle}' if throttle else ''}"
+    array = f"--array={cli.shorten_numbers(missing)}{f'%{throttle}' if throttle else ''}"
     words = (f"--job-name={name}", f"--output=logs/{name}_%A_%a.log", array, "array.sbatch")
     answer = ask_slurm("sbatch", "--parsable", *words, folder=folder)
     jobs = re.findall(r"^(\d+)(?:;.*)?$", answer, re.M)

@@ -58,7 +58,7 @@ def commands(folder: Path) -> list[str]:
 
 def assert_whole_results(folder: Path) -> None:
     """Compare what the tasks of a folder have written with what undisturbed tasks write."""
-    outputs = slurm.read_outputs(folder)
+    outputs = slurm.read_outputs(folder / "tasks.tsv")
     expected = [f"half and half of {rep}" for rep in range(len(outputs))]
     assert [Path(path).read_text() for (path,) in outputs] == expected
 

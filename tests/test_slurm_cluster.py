@@ -66,7 +66,7 @@ def test_killed_after_sbatch_nothing_is_submitted_twice(
 ) -> None:
     folder = stub_batch(tmp_path, 43, 0, "--throttle", "3")
     for task in set(range(43)) - set(range(0, 43, step)):
-        (path,) = map(Path, slurm.read_outputs(folder)[task])
+        (path,) = map(Path, slurm.read_outputs(folder / "tasks.tsv")[task])
         path.parent.mkdir(parents=True)
         path.touch()
     wrapper = tmp_path / "sbatch"

@@ -19,8 +19,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if settings.PIXEL_LEVEL in args.pyramid_level:
         raise errors.UserError(
-            "pyramid_level must be of the backbone, got 224; the raw pixels have their own "
-            "generator, create_batch_array_sinbad_224.py"
+            "pyramid_level must be of the backbone, got 224; see create_batch_array_sinbad_224.py"
         )
     return slurm.run_array(args, cli.settings_of(args), __file__)
 

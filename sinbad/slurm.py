@@ -55,29 +55,24 @@ exec {program} --submit --out_dir "$here" --throttle={throttle} "$@"
 
 def array_parser(doc: str | None, defaults: settings.LevelDefaults, name: str) -> cli.ScriptParser:
     """Return the parser of a generator, with its levels' defaults and the name of its folder."""
-    parser, positive = cli.ScriptParser(doc), cli.int_at_least(1)
+    parser, count = cli.ScriptParser(doc), cli.int_at_least
     add, out_dir = parser.group("array").add_argument, cli.RUNS_DIR / name
     add("--out_dir", type=cli.path, default=out_dir, metavar="DIR", help="folder of the array")
     add("--group", choices=("none", "class"), default="none", help="class: one task per category")
-    add("--reps_per_task", type=positive, metavar="N", help="repetitions per task (default: all)")
+    add("--reps_per_task", type=count(1), metavar="N", help="repetitions per task (default: all)")
     add("--status", action="store_true", help="print what is done, running, missing and why")
     add("--submit", action="store_true", help="submit what is missing, as batch_master.sh does")
-    add("--local", type=positive, metavar="N", help="run what is missing here, N tasks at a time")
-    add = parser.group("cluster").add_argument
+    add("--local", type=count(1), metavar="N", help="run what is missing here, N tasks at a time")
+    add, repeatable = parser.group("cluster").add_argument, {"action": "append", "metavar": "X"}
     for option in ("partition", "account", "time", "gres"):
-        default = " (default: gpu:1; none for no such line)" if option == "gres" else ""
-        to_pair, meaning = f"{option}={{}}".format, f"#SBATCH --{option}{default}"
-        add(f"--{option}", type=to_pair, action="append", dest="sbatch", metavar="X", help=meaning)
-    add(
-        "--sbatch",
-        action="append",
-        metavar="X",
-        help="#SBATCH --X, as mem=16G or requeue; repeatable",
-    )
-    add("--setup", action="append", metavar="LINE", help="shell line before a task; repeatable")
+        text = f"#SBATCH --{option}=X" + " (default: gpu:1; or none)" * (option == "gres")
+        add(f"--{option}", type=f"{option}={{}}".format, dest="sbatch", help=text, **repeatable)
+    add("--sbatch", help="#SBATCH --X, such as mem=16G or requeue; repeatable", **repeatable)
+    add("--setup", help="shell line X before each task; repeatable", **repeatable)
     python = "interpreter of the tasks, as shell words (default: that of this script)"
     add("--python", default=shlex.quote(sys.executable), metavar="COMMAND", help=python)
-    add("--throttle", type=cli.int_at_least(0), default=0, help="tasks at a time (default: all)")
+    throttle = "tasks of a submission that run at a time (default: all)"
+    add("--throttle", type=count(0), default=0, metavar="N", help=throttle)
     reps = range(defaults.n_reps)
     meaning = f"repetitions, as 3 or 0-99 (default: {cli.shorten_numbers(reps)})"
     rep, mvtype = {"default": [[*reps]], "help": meaning}, {"default": ["all"]}
@@ -140,9 +135,8 @@ def check_existing(outputs: dict[Path, score_tasks.ScoreTask], values: settings.
 
 def sbatch_lines(pairs: Iterable[str], device: str) -> str:
     """Return the #SBATCH lines of options NAME=VALUE or NAME; the last of a name counts."""
-    gpus = any(pair.startswith("gpus") for pair in pairs)
     lines: dict[str, str] = {}
-    for pair in ("gres=none" if gpus else "gres=gpu:1", *pairs):
+    for pair in ("gres=gpu:1", *pairs):
         name, equals, value = pair.partition("=")
         if not re.fullmatch("[a-z][a-z-]*", name) or name in FIXED_OPTIONS or pair.splitlines()[1:]:
             rule = f"NAME=VALUE or NAME, one line, not {', '.join(FIXED_OPTIONS)}"
@@ -159,11 +153,9 @@ def generate(args: argparse.Namespace, values: settings.Settings, script: str) -
     if values.weights not in ("imagenet", "random"):
         path = Path(os.path.abspath(os.path.expanduser(values.weights)))
         values = dataclasses.replace(values, weights=str(path))
-        expected = dataclasses.replace(
-            values, weights=hashlib.sha256(path.read_bytes()).hexdigest()
-        )
-    for level in values.pyramid_level:
-        score_tasks.check_ratios(level, values.crop_size_ratio, values)
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        expected = dataclasses.replace(values, weights=digest)
+    score_tasks.check_ratios(values.pyramid_level[0], values.crop_size_ratio, values)
     folder, rows = os.path.abspath(args.out_dir), []
     for command, outputs in plan_tasks(args, values):
         check_existing(outputs, expected)
@@ -190,8 +182,7 @@ def read_outputs(path: Path) -> list[list[str]]:
     *rows, rest = (line.split("\t") for line in os.fsdecode(path.read_bytes()).split("\n"))
     if rest != [""] or not rows or any(row[:1] != [str(i)] for i, row in enumerate(rows)):
         raise errors.UserError(
-            f"{path} must hold lines of index, command and outputs, got none or damaged ones; run "
-            "create_batch_array_sinbad.py or create_batch_array_sinbad_224.py again"
+            f"{path} must hold lines of index, command and outputs, got others; generate it again"
         )
     return [outputs for _, _, *outputs in rows]
 
@@ -200,8 +191,8 @@ def ask_slurm(*words: str, folder: Path | None = None) -> str:
     """Run one of Slurm's commands and return what it prints."""
     # Without the user's own format and filters; else squeue cuts indices at 64 characters.
     variables = {name: text for name, text in os.environ.items() if not name.startswith("SQUEUE_")}
-    variables["SLURM_BITSTR_LEN"] = "0"
-    run = subprocess.run(["env", *words], cwd=folder, env=variables, capture_output=True)
+    command = ["env", "SLURM_BITSTR_LEN=0", *words]
+    run = subprocess.run(command, cwd=folder, env=variables, capture_output=True)
     if run.returncode:
         reason = " ".join(os.fsdecode(run.stderr).split()) or f"exit status {run.returncode}"
         raise errors.UserError(f"could not run {words[0]} (is this a login node?): {reason}")
@@ -211,8 +202,7 @@ def ask_slurm(*words: str, folder: Path | None = None) -> str:
 def find_active(name: str) -> dict[int, str]:
     """Ask squeue for the tasks of jobs of a name that wait or run; return index -> state."""
     # Not with --array: it omits the last index of a waiting array like 0-20:4.
-    words = ("squeue", "--noheader", f"--user={os.getuid()}", f"--name={name}")
-    listing = ask_slurm(*words, "--format=%K|%T|%r")
+    listing = ask_slurm("squeue", "-h", f"-u{os.getuid()}", f"-n{name}", "-o%K|%T|%r")
     active: dict[int, str] = {}
     for indices, state, reason in re.findall(r"^([\d:,-]+)[^|\n]*\|(\w+)\|(.*)$", listing, re.M):
         text = f"waiting ({reason})" if state == "PENDING" else "running"
@@ -239,7 +229,10 @@ def describe_failures(folder: Path, name: str, missing: list[int]) -> list[str]:
         reasons = [line for line in lines[1:] if line.strip()]  # the first is the command
         if logs:
             failed.setdefault(["no error message in the log", *reasons][-1], []).append(i)
-    return [f"{cli.shorten_numbers(tasks)} failed: {reason}" for reason, tasks in failed.items()]
+    return [
+        f"{cli.shorten_numbers(tasks)} failed: {reason} (logs/{name}_*_{tasks[0]}.log)"
+        for reason, tasks in failed.items()
+    ]
 
 
 def run_array(args: argparse.Namespace, values: settings.Settings, script: str) -> int:
@@ -254,10 +247,9 @@ def run_array(args: argparse.Namespace, values: settings.Settings, script: str) 
     name = f"sinbad_{kind}_{hashlib.sha256(content).hexdigest()[:8]}"
     active: dict[int, str] = {}
     try:
-        if not args.local:
-            active = find_active(name)
+        active = find_active(name)
     except errors.UserError as error:
-        if not args.status:
+        if not (args.status or args.local):
             raise
         log.warning(f"{error}; tasks that wait or run in Slurm count as missing")
     groups = group_tasks(outputs, active)
@@ -269,7 +261,7 @@ def run_array(args: argparse.Namespace, values: settings.Settings, script: str) 
     (folder / "logs").mkdir(exist_ok=True)
     if args.local:
         run_locally(folder, name, groups["missing"], args.local)
-        missing = group_tasks(outputs, {})["missing"]
+        missing = group_tasks(outputs, active)["missing"]
         for line in describe_failures(folder, name, missing):
             log.info(f"{line}; the same command runs them again")
         return int(bool(missing))
@@ -292,8 +284,7 @@ def submit(folder: Path, name: str, missing: list[int], throttle: int) -> None:
     jobs = re.findall(r"^(\d+)(?:;.*)?$", answer, re.M)
     if not jobs:
         raise errors.UserError(
-            f"sbatch printed no job id, got {answer!r}; see squeue --me, tasks that wait or run "
-            "there are not submitted again"
+            f"sbatch printed no job id, got {answer!r}; what squeue shows is not submitted again"
         )
     log.info(f"submitted {array}")
     print(jobs[-1], flush=True)

@@ -308,7 +308,7 @@ def test_only_the_job_id_is_printed(slurm_commands: Path, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("name", "script", "message"),
     [
-        ("sbatch", "exit 0", "sbatch printed no job id, got ''; see squeue --me"),
+        ("sbatch", "exit 0", "sbatch printed no job id, got ''; what squeue shows"),
         ("sbatch", "echo no >&2; exit 1", "could not run sbatch (is this a login node?): no"),
         ("squeue", "echo Unable >&2; echo now >&2; exit 1", "could not run squeue .*: Unable now"),
         ("scontrol", "exit 3", "could not run scontrol .*: exit status 3"),
@@ -343,9 +343,10 @@ def test_local_runs_resume_and_say_why_a_task_failed(
     run = batch_master(folder, "--local", "2")
     assert run.returncode == 1
     reason = "3 failed: error: rep must be another, got it; this line is the reason"
-    assert f"{reason}; the same command runs them again" in run.stderr
+    assert re.search(f"{reason} .*; the same command runs them again", run.stderr)
     status = batch_master(folder, "--status")
-    assert (status.returncode, status.stdout) == (1, f"4 done 0-2,4\n1 missing 3\n{reason}\n")
+    assert status.returncode == 1
+    assert status.stdout.startswith(f"4 done 0-2,4\n1 missing 3\n{reason} (logs/sinbad_224_")
     monkeypatch.delenv("STUB_FAILS")
     assert "5 tasks of" in batch_master(folder, "--local", "2").stderr
     status = batch_master(folder, "--status")
@@ -368,14 +369,14 @@ def test_local_tasks_end_with_an_interrupt(tmp_path: Path, end: signal.Signals) 
     assert "interrupted; run the same command again" in run.communicate()[1]
     wait_until(lambda: not any(process_of(i, folder) for i in (0, 1, 2)), 5, "their end")
     status = batch_master(folder, "--status").stdout
-    assert status == "0 done\n3 missing 0-2\n0-1 failed: no error message in the log\n"
+    assert status.startswith("0 done\n3 missing 0-2\n0-1 failed: no error message in the log (")
 
 
 def test_a_task_that_writes_nothing_has_failed(tmp_path: Path) -> None:
     folder = stub_batch(tmp_path, 2, 0, "--setup", "exit 0")
     run = batch_master(folder, "--local", "2")
     assert run.returncode == 1
-    assert "0-1 failed: no error message in the log; the same command runs" in run.stderr
+    assert "0-1 failed: no error message in the log (" in run.stderr
 
 
 def test_a_moved_folder_runs_its_own_tasks(tmp_path: Path) -> None:

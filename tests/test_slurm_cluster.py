@@ -2,7 +2,6 @@
 
 import os
 import re
-import shlex
 import shutil
 import subprocess
 import sys
@@ -133,41 +132,43 @@ def contents(folder: Path) -> dict[Path, bytes]:
 
 
 def test_both_arrays_then_the_ensemble_equal_one_process_to_the_byte(
-    tmp_path: Path, data_dir: Path
+    tmp_path: Path, data_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    root = tmp_path / "it's mine"
+    root = tmp_path / "it's mine/repository"
+    root.mkdir(parents=True)
+    (root / "calc_anom_ensm.py").symlink_to(REPO / "calc_anom_ensm.py")
+    monkeypatch.chdir(root)
     # Threads are recorded once per process and batch size, so take a size of this test alone.
     common = ["--data_dir", str(data_dir), "--mvtype", "pushpins_loco", "--initial_res", "64"]
     common += ["--n_projections", "8", "--batch_size", "3", "--device", "cpu"]
     levels = [*common, "--net", "resnet18", "--weights", "random", "--crop_size_ratio", ".99"]
     raw = [*common, "--rep", "0-1", "--crop_size_ratio", ".999"]
-    site = ["--setup", "export OMP_NUM_THREADS=1", "--results_dir", str(root / "results")]
-    backbone.main(["--out_dir", str(root / "sbatches"), *levels, "--group", "class", *site])
-    pixels.main(["--out_dir", str(root / "sbatches_224"), *raw, *site])
+    threads = ["--setup", "export OMP_NUM_THREADS=1"]
+    backbone.main([*levels, "--group", "class", *threads])
+    pixels.main([*raw, *threads])
 
-    killed = batch_master(root / "sbatches").stdout.strip()
-    wait_for_tasks(root / "sbatches", 0)
-    kill_task(0, root / "sbatches")
-    wait_for_the_end(f"job {killed}")
-    version = shlex.quote(str(root / "results/ver1_pyramid_lvl_#"))
-    ensemble = shlex.join([sys.executable, str(REPO / "calc_anom_ensm.py")])
-    ensemble += f" --mvtype pushpins_loco --version {version} --version_224 {version}"
-    ensemble += f" --rep_num_224 2 --no-figures --out {shlex.quote(str(root / 'ensemble'))}"
-    line = (
-        "ids=$(sh sbatches/batch_master.sh && sh sbatches_224/batch_master.sh)\n"
-        'sbatch --dependency=afterok:$(echo $ids | tr " " ":") --output=ensemble.log '
-        f"--wrap {shlex.quote(ensemble)}"
-    )
-    subprocess.run(["sh", "-ec", line], cwd=root, check=True)
+    folder = Path("../sinbad_runs/sbatches").resolve()
+    batch_master(folder)
+    wait_for_tasks(folder, 0)
+    kill_task(0, folder)
+    wait_for_the_end("the killed task")
+    page = (REPO / "docs/slurm.md").read_text("utf-8")
+    (line,) = re.findall("```bash\n(levels=.*?)```", page, re.DOTALL)
+    line = line.replace("--mvtype all", "--mvtype all --rep_num_224 2 --no-figures")
+    monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=os.pathsep)
+    subprocess.run(["bash", "-c", line], check=True)
 
     n_threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    undisturbed = ["--results_dir", str(root / "undisturbed")]
+    undisturbed = ["--results_dir", str(tmp_path / "undisturbed")]
     try:
         sinbad_single_layer.main([*levels, *undisturbed, "--pyramid_level", "7", "14"])
         sinbad_single_layer.main([*raw, *undisturbed, "--pyramid_level", "224"])
     finally:
         torch.set_num_threads(n_threads)
     wait_for_the_end("all tasks and the ensemble")
-    assert (root / "ensemble/scores.csv").exists(), (root / "ensemble.log").read_text()
-    assert contents(root / "results") == contents(root / "undisturbed")
+    results = folder.parent / "results"
+    output = "".join(path.read_text() for path in root.glob("slurm-*.out"))
+    assert (results / "ensemble/scores.csv").exists(), output
+    shutil.rmtree(results / "ensemble")
+    assert contents(results) == contents(tmp_path / "undisturbed")

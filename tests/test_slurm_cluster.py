@@ -1,12 +1,18 @@
-"""The array generators on a real one-node Slurm; skipped, with the reason, where there is none."""
+"""The array generators on a real one-node Slurm; skipped, with the reason, where there is none.
 
+munged, slurmctld and slurmd (Debian's slurm-wlm and munge) run in the foreground as children of the
+test, with their own configuration, ports and state, and are ended by process id.
+"""
+
+import contextlib
 import os
+import pwd
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -14,7 +20,6 @@ import pytest
 import slurm_stub as stub
 import torch
 from conftest import files_below
-from slurm_cluster import drained_node, end_jobs, job_listing, running_cluster, set_node
 
 import create_batch_array_sinbad as backbone
 import create_batch_array_sinbad_224 as pixels
@@ -22,24 +27,106 @@ import sinbad_single_layer
 from sinbad import slurm
 
 REPO = Path(__file__).resolve().parent.parent
+PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scancel", "scontrol", "sinfo", "squeue")
+
+SLURM_CONF = """\
+ClusterName=sinbadtest
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={ports[0]}
+SlurmdPort={ports[1]}
+AuthType=auth/munge
+AuthInfo=socket={folder}/munge.socket
+SlurmUser={user}
+SlurmdUser={user}
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd.pid
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_CPU
+SchedulerParameters=sched_interval=1,bf_interval=1,batch_sched_delay=0
+ReturnToService=0
+KillWait=1
+MaxArraySize=1001
+NodeName={host} NodeAddr=127.0.0.1 CPUs=2 State=UNKNOWN
+PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+"""
 
 # The first four tasks hang, but not when they are submitted again.
 HANG_ONCE = '[ $SLURM_ARRAY_TASK_ID -ge 4 ] || [ -n "$STUB_AGAIN" ] || export STUB_SECONDS=300'
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[None]:
-    """Run a Slurm of one node."""
-    folder_context = tempfile.TemporaryDirectory(prefix="slurm", dir="/tmp")
-    with folder_context as folder, running_cluster(Path(folder)):
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Run a Slurm of one node, or skip and say why."""
+    folders = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"  # Debian's daemons are in the latter
+    programs = {name: shutil.which(name, path=folders) for name in PROGRAMS}
+    if None in programs.values():
+        pytest.skip(f"{programs} are not all installed (apt-get install slurm-wlm munge)")
+    folder = tmp_path_factory.mktemp("s")
+    (folder / "state").mkdir()
+    (folder / "spool").mkdir()
+    key, conf = folder / "munge.key", folder / "slurm.conf"
+    key.write_bytes(os.urandom(1024))
+    key.chmod(0o600)
+    with socket.socket() as first, socket.socket() as second:
+        first.bind(("127.0.0.1", 0))
+        second.bind(("127.0.0.1", 0))
+        ports = first.getsockname()[1], second.getsockname()[1]
+    host, user = socket.gethostname().partition(".")[0], pwd.getpwuid(os.getuid()).pw_name
+    conf.write_text(SLURM_CONF.format(folder=folder, host=host, ports=ports, user=user))
+    files = [f"--{name}-file={folder}/munged.{name}" for name in ("pid", "log", "seed")]
+    munged = ["--foreground", "--force", f"--socket={folder}/munge.socket", f"--key-file={key}"]
+    flags = ["-D", "-f", str(conf)]
+    daemons = [
+        ("munged", [*munged, *files], (folder / "munge.socket").exists),
+        ("slurmctld", flags, lambda: "is UP" in subprocess.getoutput("scontrol ping")),
+        ("slurmd", flags, lambda: subprocess.getoutput("sinfo -ho%T") == "idle"),
+    ]
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(pytest.MonkeyPatch.context()).setenv("SLURM_CONF", str(conf))
+        for name, arguments, is_up in daemons:
+            output = folder / f"{name}.out"
+            log = stack.enter_context(output.open("wb"))
+            process = subprocess.Popen([programs[name], *arguments], stdout=log, stderr=log)
+            stack.callback(process.wait)
+            stack.callback(process.terminate)
+            try:
+                stub.wait_until(is_up, name)
+            except AssertionError:
+                pytest.skip(f"{name} did not start: {output.read_text(errors='replace')[-500:]}")
         yield
 
 
 @pytest.fixture(autouse=True)
 def no_jobs_left(cluster: None) -> Iterator[None]:
-    """Cancel what a test leaves."""
+    """Cancel what a test leaves, so that no task outlives the daemons."""
     yield
-    end_jobs()
+    slurm.ask_slurm("scancel", f"--user={os.getuid()}")
+    wait_for_the_end("the last jobs")
+
+
+def job_listing() -> list[str]:
+    """Return squeue's listing of all jobs, a line per task."""
+    return slurm.ask_slurm("squeue", "--noheader", "--array", "--format=%F_%K %T").splitlines()
+
+
+def set_node(state: str) -> None:
+    """Set the state of the only node."""
+    node = slurm.ask_slurm("sinfo", "--noheader", "--format=%n").strip()
+    slurm.ask_slurm("scontrol", "update", f"nodename={node}", f"state={state}", "reason=test")
+
+
+@contextlib.contextmanager
+def drained_node() -> Iterator[None]:
+    """Let no job start for a while."""
+    set_node("drain")
+    try:
+        yield
+    finally:
+        set_node("resume")
 
 
 def wait_for_the_end(event: str) -> None:
@@ -61,7 +148,7 @@ def test_killed_after_sbatch_nothing_is_submitted_twice(
     wrapper.chmod(0o755)
     monkeypatch.setenv("SQUEUE_ARRAY", "1")
     monkeypatch.setenv("SQUEUE_STATES", "RUNNING")
-    with drained_node(cancel=True):
+    with drained_node():
         with monkeypatch.context() as patch:
             patch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
             assert stub.batch_master(folder).returncode == -9
@@ -71,15 +158,12 @@ def test_killed_after_sbatch_nothing_is_submitted_twice(
         job = job_listing()[0].partition("_")[0]
         slurm.ask_slurm("scancel", f"{job}_[4,12,16]")
         assert stub.states(folder)["missing"] == "4,12,16"
-        again = stub.batch_master(folder)
-        assert "submitted --array=4,12,16%3" in again.stderr
-        assert again.stdout.strip() not in ("", job)
-    wait_for_the_end("the cancelled jobs")
+        assert "submitted --array=4,12,16%3" in stub.batch_master(folder).stderr
 
 
 def test_two_submissions_at_the_same_moment_cost_work_alone(tmp_path: Path) -> None:
     folder = stub.generate(tmp_path / "it's mine", 3, 0)
-    with drained_node(cancel=False):
+    with drained_node():
         runs = [subprocess.Popen(["sh", "batch_master.sh"], cwd=folder) for _ in range(2)]
         assert [run.wait() for run in runs] == [0, 0]
         assert stub.batch_master(folder).stdout == ""
@@ -115,8 +199,8 @@ def test_cancelled_killed_and_lost_tasks_are_submitted_again_by_one_command(
 def test_both_arrays_then_the_ensemble_equal_one_process_to_the_byte(
     tmp_path: Path, data_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    root = tmp_path / "it's mine/repository"
-    root.mkdir(parents=True)
+    root = tmp_path / "it's mine"
+    root.mkdir()
     (root / "calc_anom_ensm.py").symlink_to(REPO / "calc_anom_ensm.py")
     monkeypatch.chdir(root)
     # Threads are recorded once per process and batch size, so take a size of this test alone.
@@ -134,10 +218,9 @@ def test_both_arrays_then_the_ensemble_equal_one_process_to_the_byte(
     os.kill(stub.process_of(0, folder), signal.SIGKILL)
     wait_for_the_end("the killed task")
     page = (REPO / "docs/slurm.md").read_text("utf-8")
-    (line,) = re.findall("```bash\n(levels=.*?)```", page, re.DOTALL)
-    line = line.replace("--mvtype all", "--mvtype all --rep_num_224 2 --no-figures")
+    line = re.search(r"```bash\n(levels=.*?)```", page, re.DOTALL)[1]
     monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=os.pathsep)
-    subprocess.run(["bash", "-c", line], check=True)
+    subprocess.run(["bash", "-c", line.replace("all", "all --rep_num_224 2")], check=True)
 
     undisturbed = ["--results_dir", str(tmp_path / "undisturbed"), "--pyramid_level"]
     n_threads = torch.get_num_threads()
@@ -149,7 +232,6 @@ def test_both_arrays_then_the_ensemble_equal_one_process_to_the_byte(
         torch.set_num_threads(n_threads)
     wait_for_the_end("all tasks and the ensemble")
     results = folder.parent / "results"
-    output = "".join(path.read_text() for path in root.glob("slurm-*.out"))
-    assert (results / "ensemble/scores.csv").exists(), output
+    assert (results / "ensemble/scores.csv").exists(), next(root.glob("slurm-*.out")).read_text()
     shutil.rmtree(results / "ensemble")
     assert files_below(results) == files_below(tmp_path / "undisturbed")

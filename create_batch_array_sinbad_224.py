@@ -1,4 +1,4 @@
-"""Write a Slurm array for the raw-pixel level 224: one task a data set, all repetitions in it.
+"""Write a Slurm array for the raw-pixel level 224: one task per test subset, all repetitions in it.
 
 Reads   nothing (the tasks read DATA_DIR, from data_to_matrices.py)
 Writes  OUT_DIR/{tasks.tsv,array.sbatch,batch_master.sh}
@@ -9,21 +9,14 @@ Writes  OUT_DIR/{tasks.tsv,array.sbatch,batch_master.sh}
 `--reps_per_task 10` makes ten tasks of the 100 repetitions.
 """
 
-import argparse
-
-from sinbad import errors, loco, slurm
-
-
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Parse the command line."""
-    return slurm.array_parser(__doc__, loco.PIXEL_SETTINGS, "sbatches_224", "sbatches").parse_args(
-        argv
-    )
+from sinbad import cli, errors, settings, slurm
 
 
 def main(argv: list[str] | None = None) -> int:
     """Write the folder, or submit, run or report its tasks."""
-    return slurm.run_array(parse_args(argv), [loco.PIXEL_LEVEL], __file__)
+    args = slurm.array_parser(__doc__, settings.PIXEL_DEFAULTS, "sbatches_224").parse_args(argv)
+    values = cli.settings_of(args, pyramid_level=(settings.PIXEL_LEVEL,))
+    return slurm.run_array(args, values, __file__)
 
 
 if __name__ == "__main__":

@@ -121,6 +121,16 @@ def integer_ranges(text: str) -> list[int]:
     return list(numbers)
 
 
+def shorten_numbers(numbers: Iterable[int]) -> str:
+    """Write sorted numbers as runs: 0 1 2 7 -> "0-2,7"."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if not runs or number > runs[-1][-1] + 1:
+            runs.append([])
+        runs[-1].append(number)
+    return ",".join(f"{run[0]}-{run[-1]}" if run[1:] else str(run[0]) for run in runs)
+
+
 def sorted_unique(lists: Iterable[Iterable[int]]) -> list[int]:
     """Merge lists of numbers into one, sorted, each number once."""
     return sorted({number for numbers in lists for number in numbers})
@@ -186,6 +196,7 @@ BACKBONE_FLAGS = ("net", "weights", "precision", "batch_size", "compile")
 MACHINE_FLAGS = ("device", "num_workers")
 DESCRIPTOR_FLAGS = ("n_projections", "n_quantiles", "shrinkage_factor")
 GRID_FLAGS = ("crop_num_edge", "initial_res")
+TASK_FLAGS = ("seed", "official", *DESCRIPTOR_FLAGS, *GRID_FLAGS, *BACKBONE_FLAGS, *MACHINE_FLAGS)
 ENSEMBLE_FLAGS = ("lambda_factor", "crop_norm", "crop_pool")
 
 # ---------------------------------------------------------------- flags of paths and names

@@ -1,284 +1,237 @@
-"""The array generators on a real one-node Slurm; skipped, with the reason, where there is none."""
+"""The array generators on a real one-node Slurm; skipped, with the reason, where there is none.
 
+munged, slurmctld and slurmd (Debian's slurm-wlm and munge) run in the foreground as children of the
+test, with their own configuration, ports and state, and are ended by process id.
+"""
+
+import contextlib
 import os
+import pwd
 import re
 import shutil
+import signal
+import socket
 import subprocess
-import tempfile
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
+import slurm_stub as stub
 import torch
-from slurm_cluster import SlurmMissingError, end_jobs, job_listing, running_cluster, wait_until
-from slurm_stub import (
-    batch_master,
-    expected_results,
-    kill_task,
-    process_of,
-    stub_batch,
-    stub_results,
-)
+from conftest import files_below
 
-import create_batch_array_sinbad as network
+import create_batch_array_sinbad as backbone
 import create_batch_array_sinbad_224 as pixels
 import sinbad_single_layer
 from sinbad import slurm
 
-SECONDS_TO_START = 60.0
-SECONDS_TO_FINISH = 300.0
+REPO = Path(__file__).resolve().parent.parent
+PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scancel", "scontrol", "sinfo", "squeue")
 
-# The first two tasks take long, but not when Slurm or we start them again.
-HANG_ONCE = (
-    "export STUB_SECONDS=$((SLURM_ARRAY_TASK_ID < 2 && !SLURM_RESTART_COUNT && !STUB_AGAIN"
-    f" ? {SECONDS_TO_FINISH:.0f} : 0))"
-)
+SLURM_CONF = """\
+ClusterName=sinbadtest
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={ports[0]}
+SlurmdPort={ports[1]}
+AuthType=auth/munge
+AuthInfo=socket={folder}/munge.socket
+SlurmUser={user}
+SlurmdUser={user}
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd.pid
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_CPU
+SchedulerParameters=sched_interval=1,bf_interval=1,batch_sched_delay=0
+ReturnToService=0
+KillWait=1
+MaxArraySize=1001
+NodeName={host} NodeAddr=127.0.0.1 CPUs=2 State=UNKNOWN
+PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+"""
+
+# The first four tasks hang, but not when they are submitted again.
+HANG_ONCE = '[ $SLURM_ARRAY_TASK_ID -ge 4 ] || [ -n "$STUB_AGAIN" ] || export STUB_SECONDS=300'
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[None]:
-    """Give a running one-node Slurm, or skip and say why."""
-    with tempfile.TemporaryDirectory(prefix="slurm", dir="/tmp") as folder:
-        daemons = running_cluster(Path(folder))
-        try:
-            daemons.__enter__()
-        except SlurmMissingError as error:
-            pytest.skip(str(error))
-        try:
-            yield
-        finally:
-            daemons.__exit__(None, None, None)
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Run a Slurm of one node, or skip and say why."""
+    folders = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"  # Debian's daemons are in the latter
+    programs = {name: shutil.which(name, path=folders) for name in PROGRAMS}
+    if None in programs.values():
+        pytest.skip(f"{programs} are not all installed (apt-get install slurm-wlm munge)")
+    folder = tmp_path_factory.mktemp("s")
+    (folder / "state").mkdir()
+    (folder / "spool").mkdir()
+    key, conf = folder / "munge.key", folder / "slurm.conf"
+    key.write_bytes(os.urandom(1024))
+    key.chmod(0o600)
+    with socket.socket() as first, socket.socket() as second:
+        first.bind(("127.0.0.1", 0))
+        second.bind(("127.0.0.1", 0))
+        ports = first.getsockname()[1], second.getsockname()[1]
+    host, user = socket.gethostname().partition(".")[0], pwd.getpwuid(os.getuid()).pw_name
+    conf.write_text(SLURM_CONF.format(folder=folder, host=host, ports=ports, user=user))
+    files = [f"--{name}-file={folder}/munged.{name}" for name in ("pid", "log", "seed")]
+    munged = ["--foreground", "--force", f"--socket={folder}/munge.socket", f"--key-file={key}"]
+    flags = ["-D", "-f", str(conf)]
+    daemons = [
+        ("munged", [*munged, *files], (folder / "munge.socket").exists),
+        ("slurmctld", flags, lambda: "is UP" in subprocess.getoutput("scontrol ping")),
+        ("slurmd", flags, lambda: subprocess.getoutput("sinfo -ho%T") == "idle"),
+    ]
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(pytest.MonkeyPatch.context()).setenv("SLURM_CONF", str(conf))
+        for name, arguments, is_up in daemons:
+            output = folder / f"{name}.out"
+            log = stack.enter_context(output.open("wb"))
+            process = subprocess.Popen([programs[name], *arguments], stdout=log, stderr=log)
+            stack.callback(process.wait)
+            stack.callback(process.terminate)
+            try:
+                stub.wait_until(is_up, name)
+            except AssertionError:
+                pytest.skip(f"{name} did not start: {output.read_text(errors='replace')[-500:]}")
+        yield
 
 
-@pytest.fixture
-def slurm_commands(cluster: None) -> Iterator[None]:
-    """Give the running Slurm to one test and cancel what it leaves."""
+@pytest.fixture(autouse=True)
+def no_jobs_left(cluster: None) -> Iterator[None]:
+    """Cancel what a test leaves, so that no task outlives the daemons."""
     yield
-    end_jobs()
+    slurm.ask_slurm("scancel", f"--user={os.getuid()}")
+    wait_for_the_end("the last jobs")
 
 
-def is_quiet() -> bool:
-    """Say whether Slurm has no jobs left."""
-    return not job_listing()
+def job_listing() -> list[str]:
+    """Return squeue's listing of all jobs, a line per task."""
+    return slurm.ask_slurm("squeue", "--noheader", "--array", "--format=%F_%K %T").splitlines()
 
 
 def set_node(state: str) -> None:
     """Set the state of the only node."""
-    node = slurm.ask_slurm(["sinfo", "--noheader", "--format=%n"]).strip()
-    slurm.ask_slurm(["scontrol", "update", f"nodename={node}", f"state={state}", "reason=test"])
+    node = slurm.ask_slurm("sinfo", "--noheader", "--format=%n").strip()
+    slurm.ask_slurm("scontrol", "update", f"nodename={node}", f"state={state}", "reason=test")
 
 
-def contents(folder: Path) -> dict[Path, bytes]:
-    """Return the bytes of all files below a folder, by relative path."""
-    files = [path for path in folder.rglob("*") if path.is_file()]
-    return {path.relative_to(folder): path.read_bytes() for path in files}
-
-
-def test_2500_tasks_are_split_and_submitted_once(slurm_commands: None, tmp_path: Path) -> None:
-    folder = stub_batch(tmp_path, 2500, 0)
+@contextlib.contextmanager
+def drained_node() -> Iterator[None]:
+    """Let no job start for a while."""
     set_node("drain")
     try:
-        jobs = batch_master(folder).stdout.split()
-        rows = [line.split() for line in job_listing().splitlines()]
-        arrays = [sorted(int(index) for job, index, _ in rows if job == one) for one in jobs]
-        assert arrays == [list(range(1001)), list(range(1001)), list(range(498))]
-        again = batch_master(folder)
-        assert again.stdout == ""
-        assert "2500 tasks: 0 done, 2500 running (2500 of them waiting), 0 missing" in again.stderr
-        slurm.ask_slurm(["scancel", f"{jobs[1]}_[4-6,8]"])
-        assert "submitted --array=4-6,8 as job" in batch_master(folder).stderr
+        yield
     finally:
-        slurm.ask_slurm(["scancel", f"--user={os.getuid()}"])
         set_node("resume")
-    wait_until(is_quiet, SECONDS_TO_FINISH, "the cancelled jobs")
 
 
-@pytest.mark.parametrize("step", [1, 4, 7])
-def test_evenly_spaced_tasks_are_submitted_once(
-    slurm_commands: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
+def wait_for_the_end(event: str) -> None:
+    """Wait until Slurm has no jobs left."""
+    stub.wait_until(lambda: not job_listing(), event)
+
+
+@pytest.mark.parametrize("missing", [range(0, 43, 4), [i for i in range(43) if i % 3 != 2]])
+def test_killed_after_sbatch_nothing_is_submitted_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missing: Sequence[int]
 ) -> None:
-    folder = stub_batch(tmp_path, 43, 0, "--throttle", "3")
-    for task in set(range(43)) - set(range(0, 43, step)):
-        path = Path(slurm.read_tasks(folder)[task][0])
+    folder = stub.generate(tmp_path, 43, 0, "--throttle", "3")
+    for task in set(range(43)) - set(missing):
+        (path,) = map(Path, slurm.read_outputs(folder / "tasks.tsv")[task])
         path.parent.mkdir(parents=True)
         path.touch()
+    wrapper = tmp_path / "sbatch"
+    wrapper.write_text(f'#!/bin/sh\n{shutil.which("sbatch")} "$@"\nkill -9 $PPID\n')
+    wrapper.chmod(0o755)
     monkeypatch.setenv("SQUEUE_ARRAY", "1")
     monkeypatch.setenv("SQUEUE_STATES", "RUNNING")
-    set_node("drain")
-    try:
-        assert len(batch_master(folder).stdout.split()) == 1
-        assert batch_master(folder).stdout == ""
-        alive, missing = slurm.look(folder, slurm.read_tasks(folder))
-        assert sorted(alive) == list(range(0, 43, step))
-        assert all(reason for _, reason in alive.values())
-        assert missing == []
-    finally:
-        slurm.ask_slurm(["scancel", f"--user={os.getuid()}"])
-        set_node("resume")
+    with drained_node():
+        with monkeypatch.context() as patch:
+            patch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+            assert stub.batch_master(folder).returncode == -9
+        assert stub.batch_master(folder).stdout == ""
+        assert "missing" not in stub.states(folder)
+        assert stub.states(stub.generate(tmp_path / "b", 43, 0)) == {"missing": "0-42"}
+        job = job_listing()[0].partition("_")[0]
+        slurm.ask_slurm("scancel", f"{job}_[4,12,16]")
+        assert stub.states(folder)["missing"] == "4,12,16"
+        assert "submitted --array=4,12,16%3" in stub.batch_master(folder).stderr
 
 
-def test_lines_of_later_arrays_are_counted_on(slurm_commands: None, tmp_path: Path) -> None:
-    limits = ["--max_array_size", "2", "--throttle", "1"]
-    folder = stub_batch(tmp_path, 3, 0, *limits, "--setup", "cd /")
-    assert len(batch_master(folder).stdout.split()) == 2
-    wait_until(is_quiet, SECONDS_TO_FINISH, "three tasks")
-    assert batch_master(folder, "--status").returncode == 0
-    assert stub_results(folder) == expected_results(3)
+def test_two_submissions_at_the_same_moment_cost_work_alone(tmp_path: Path) -> None:
+    folder = stub.generate(tmp_path / "it's mine", 3, 0)
+    with drained_node():
+        runs = [subprocess.Popen(["sh", "batch_master.sh"], cwd=folder) for _ in range(2)]
+        assert [run.wait() for run in runs] == [0, 0]
+        assert stub.batch_master(folder).stdout == ""
+    wait_for_the_end("three tasks, perhaps twice")
+    stub.check_results(folder)
 
 
-def test_a_throttle_holds_for_what_is_submitted_again(slurm_commands: None, tmp_path: Path) -> None:
-    folder = stub_batch(tmp_path, 4, 0, "--throttle", "1", "--max_array_size", "2")
-    set_node("drain")
-    try:
-        jobs = batch_master(folder).stdout.split()
-        slurm.ask_slurm(["scancel", f"{jobs[0]}_1"])
-        (again,) = batch_master(folder).stdout.split()
-        shown = slurm.ask_slurm(["scontrol", "show", "job", again])
-        assert all(f"afterany:{job}" in shown for job in jobs)
-    finally:
-        slurm.ask_slurm(["scancel", f"--user={os.getuid()}"])
-        set_node("resume")
-
-
-def wait_for_two_tasks(folder: Path) -> None:
-    """Wait until the first two tasks are at work."""
-    wait_until(lambda: all(process_of(t, folder) for t in (0, 1)), SECONDS_TO_START, "two tasks")
-
-
-def test_a_node_that_goes_down_loses_nothing(slurm_commands: None, tmp_path: Path) -> None:
-    folder = stub_batch(tmp_path, 3, 0, "--requeue", "--setup", HANG_ONCE)
-    batch_master(folder)
-    wait_for_two_tasks(folder)
-    set_node("down")
-    wait_until(lambda: not any(process_of(t, folder) for t in (0, 1)), SECONDS_TO_START, "an end")
-    assert len(slurm.look(folder, slurm.read_tasks(folder))[0]) == 3
-    set_node("resume")
-    # Slurm holds requeued jobs back for two minutes; a person would wait.
-    for job in {line.split()[0] for line in job_listing().splitlines()}:
-        slurm.ask_slurm(["scontrol", "update", f"jobid={job}", "starttime=now"])
-    wait_until(is_quiet, SECONDS_TO_FINISH, "three tasks")
-    assert batch_master(folder, "--status").returncode == 0
-    assert stub_results(folder) == expected_results(3)
-
-
-def test_only_killed_tasks_are_submitted_again(
-    slurm_commands: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_cancelled_killed_and_lost_tasks_are_submitted_again_by_one_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = stub_batch(tmp_path / "it's mine", 4, 0, "--setup", HANG_ONCE)
-    (job,) = batch_master(folder).stdout.split()
-    wait_for_two_tasks(folder)
-    slurm.ask_slurm(["scancel", f"{job}_0"])
-    kill_task(1, folder)
-    wait_until(is_quiet, SECONDS_TO_FINISH, "the other two")
-    status = batch_master(folder, "--status")
+    folder = stub.generate(tmp_path, 5, 0, "--sbatch", "no-requeue", "--setup", HANG_ONCE)
+    job = stub.batch_master(folder).stdout.strip()
+    stub.wait_for_tasks(folder, 0, 1)
+    slurm.ask_slurm("scancel", f"{job}_0")
+    os.kill(stub.process_of(1, folder), signal.SIGKILL)
+    stub.wait_for_tasks(folder, 2, 3)
+    set_node("down")
+    stub.wait_until(lambda: not stub.process_of(2, folder), "the end of task 2")
+    stub.wait_until(lambda: stub.states(folder).get("missing") == "0-3", "four missing tasks")
+    status = stub.batch_master(folder, "--status")
     assert status.returncode == 1
-    assert "missing        2  0-1" in status.stdout
-    assert re.search(r"^0 failed: .*CANCELLED", status.stdout, re.MULTILINE)
-    assert re.search(r"^1 failed: .*Killed", status.stdout, re.MULTILINE)
+    assert "1 waiting (" in status.stdout
+    for task, reason in enumerate(("CANCELLED", "Killed", "NODE FAILURE", "NODE FAILURE")):
+        assert re.search(f"^{task} failed: .*{reason}", status.stdout, re.M), status.stdout
+    set_node("resume")
     monkeypatch.setenv("STUB_AGAIN", "1")
-    again = batch_master(folder)
-    assert "4 tasks: 2 done, 0 running, 2 missing" in again.stderr
-    assert "submitted --array=0-1 as job" in again.stderr
-    wait_until(is_quiet, SECONDS_TO_FINISH, "two tasks")
-    assert stub_results(folder) == expected_results(4)
+    assert "submitted --array=0-3" in stub.batch_master(folder).stderr
+    wait_for_the_end("five tasks")
+    assert stub.states(folder) == {"done": "0-4"}
+    stub.check_results(folder)
 
 
-def generate_both(root: Path, data_dir: Path) -> list[list[str]]:
-    """Generate both folders, the ensemble after them; return the flags that fix the scores."""
+def test_both_arrays_then_the_ensemble_equal_one_process_to_the_byte(
+    tmp_path: Path, data_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "it's mine"
+    root.mkdir()
+    (root / "calc_anom_ensm.py").symlink_to(REPO / "calc_anom_ensm.py")
+    monkeypatch.chdir(root)
+    # Threads are recorded once per process and batch size, so take a size of this test alone.
     common = ["--data_dir", str(data_dir), "--mvtype", "pushpins_loco", "--initial_res", "64"]
-    # Threads are recorded once a process and batch size, so take one of our own.
     common += ["--n_projections", "8", "--batch_size", "3", "--device", "cpu"]
     levels = [*common, "--net", "resnet18", "--weights", "random", "--crop_size_ratio", ".99"]
     raw = [*common, "--rep", "0-1", "--crop_size_ratio", ".999"]
-    site = ["--setup", "export OMP_NUM_THREADS=1", "--requeue", "--results_dir", str(root / "r")]
-    site += ["--then_ensemble", "--ensemble_out", str(root / "ensemble")]
-    network.main(["--out_dir", str(root / "sbatches"), *levels, "--group", "class", *site])
-    pixels.main(["--out_dir", str(root / "sbatches_224"), *raw, *site])
-    return [[*levels, "--pyramid_level", "7", "14"], [*raw, "--pyramid_level", "224"]]
+    threads = ["--setup", "export OMP_NUM_THREADS=1"]
+    backbone.main([*levels, "--group", "class", *threads])
+    pixels.main([*raw, *threads])
 
+    folder = Path("../sinbad_runs/sbatches").resolve()
+    stub.batch_master(folder)
+    stub.wait_for_tasks(folder, 0)
+    os.kill(stub.process_of(0, folder), signal.SIGKILL)
+    wait_for_the_end("the killed task")
+    page = (REPO / "docs/slurm.md").read_text("utf-8")
+    line = re.search(r"```bash\n(levels=.*?)```", page, re.DOTALL)[1]
+    monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=os.pathsep)
+    subprocess.run(["bash", "-c", line.replace("all", "all --rep_num_224 2")], check=True)
 
-def test_two_submissions_at_once_and_one_killed_cost_work_alone(
-    slurm_commands: None, tmp_path: Path
-) -> None:
-    folder = stub_batch(tmp_path, 3, 0)
-    set_node("drain")
-    try:
-        runs = [subprocess.Popen(["sh", "batch_master.sh"], cwd=folder) for _ in range(2)]
-        assert [run.wait(SECONDS_TO_START) for run in runs] == [0, 0]
-        assert batch_master(folder).stdout == ""
-    finally:
-        set_node("resume")
-    wait_until(is_quiet, SECONDS_TO_FINISH, "three tasks, perhaps twice")
-    assert stub_results(folder) == expected_results(3)
-    left = {path.name for path in (tmp_path / "sbatches").iterdir()}
-    assert left == {"array.sbatch", "batch_master.sh", "tasks.tsv", "logs"}
-
-
-def test_killed_after_sbatch_nothing_is_submitted_twice(
-    slurm_commands: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = stub_batch(tmp_path, 3, 0)
-    real = shutil.which("sbatch")
-    (tmp_path / "sbatch").write_text(f'#!/bin/sh\n{real} "$@"\nkill -9 $PPID\n')
-    (tmp_path / "sbatch").chmod(0o755)
-    set_node("drain")
-    try:
-        with monkeypatch.context() as patch:
-            patch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-            assert batch_master(folder).returncode == -9
-        assert len(job_listing().splitlines()) == 3
-        assert batch_master(folder).stdout == ""
-    finally:
-        slurm.ask_slurm(["scancel", f"--user={os.getuid()}"])
-        set_node("resume")
-
-
-def run_in_one_process(flags: list[list[str]], results_dir: Path) -> dict[Path, bytes]:
-    """Compute what the arrays compute, all of it in this process; the threads are the tasks'."""
+    undisturbed = ["--results_dir", str(tmp_path / "undisturbed"), "--pyramid_level"]
     n_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        for levels in flags:
-            sinbad_single_layer.main([*levels, "--results_dir", str(results_dir)])
+        sinbad_single_layer.main([*levels, *undisturbed, "7", "14"])
+        sinbad_single_layer.main([*raw, *undisturbed, "224"])
     finally:
         torch.set_num_threads(n_threads)
-    return contents(results_dir)
-
-
-def test_both_arrays_and_the_ensemble_equal_one_process_to_the_byte(
-    slurm_commands: None, tmp_path: Path, data_dir: Path
-) -> None:
-    root = tmp_path / "it's mine"
-    first, second = root / "sbatches", root / "sbatches_224"
-    flags = generate_both(root, data_dir)
-
-    submitted = batch_master(first)
-    assert "ensemble waits for 1 missing tasks of" in submitted.stderr
-    (job,) = submitted.stdout.split()
-    job_224, ensemble = batch_master(second).stdout.split()
-    dependency = slurm.ask_slurm(["scontrol", "show", "job", ensemble])
-    assert f"afterany:{job}" in dependency
-    assert f"afterany:{job_224}" in dependency
-    again = batch_master(first)
-    assert again.stdout == ""
-    assert f"ensemble submitted as job {ensemble}" in again.stderr
-
-    wait_until(lambda: process_of(0, first) is not None, SECONDS_TO_START, "a task")
-    kill_task(0, first)
-    wait_until(lambda: job not in job_listing().split(), SECONDS_TO_FINISH, "its end")
-    assert len(batch_master(first).stdout.split()) == 2  # the array and another ensemble
-    assert batch_master(second).stdout == ""
-    undisturbed = run_in_one_process(flags, root / "undisturbed")
-    wait_until(is_quiet, SECONDS_TO_FINISH, "all tasks and the ensemble")
-    assert contents(root / "r") == undisturbed
-    for folder in (first, second):
-        status = batch_master(folder, "--status")
-        assert status.returncode == 0, status.stdout
-        assert "ensemble  done" in status.stdout
-        assert "ensemble done" in batch_master(folder).stderr
-
-    after_slurm = contents(root / "ensemble")
-    shutil.rmtree(root / "ensemble")
-    assert "ensemble  missing" in batch_master(first, "--status").stdout
-    assert batch_master(first, "--local", "1").returncode == 0
-    assert contents(root / "ensemble") == after_slurm
+    wait_for_the_end("all tasks and the ensemble")
+    results = folder.parent / "results"
+    assert (results / "ensemble/scores.csv").exists(), next(root.glob("slurm-*.out")).read_text()
+    shutil.rmtree(results / "ensemble")
+    assert files_below(results) == files_below(tmp_path / "undisturbed")

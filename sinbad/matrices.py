@@ -75,6 +75,7 @@ class MatrixSet:
         """Return what identifies each image of a split; the authors' by subset and position."""
         return [stamp[2] for stamp in self.files[split]] if self.files else self.paths[split]
 
+    @cached_property
     def digest(self) -> str:
         """Return one sha256 of all names, images and labels."""
         identities = {split: self.sha256(split) for split in SPLITS}

@@ -36,10 +36,6 @@ from sinbad.score_tasks import ScoreTask, check_tasks
 log = logging.getLogger("sinbad")
 
 SCORED = ("test", "valid")  # splits
-SETTINGS = (
-    *("pyramid_level", "crop_size_ratio", "seed", *cli.DESCRIPTOR_FLAGS, *cli.GRID_FLAGS),
-    *("official", *cli.BACKBONE_FLAGS, *cli.MACHINE_FLAGS),
-)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -47,9 +43,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = cli.ScriptParser(__doc__)
     names = "mvtype", "data_dir", "results_dir", "version_name", "overwrite"
     cli.add_paths(parser, *names, mvtype={"required": True})
-    cli.add_settings(parser, SETTINGS[:2], pyramid_level=(7,), crop_size_ratio=(0.999,))
+    levels = "pyramid_level", "crop_size_ratio"
+    cli.add_settings(parser, levels, pyramid_level=(7,), crop_size_ratio=(0.999,))
     cli.add_paths(parser, "rep")
-    cli.add_settings(parser, SETTINGS[2:])
+    cli.add_settings(parser, cli.TASK_FLAGS)
     return parser.parse_args(argv)
 
 

@@ -24,7 +24,6 @@ from sinbad import (
     backbones,
     cli,
     errors,
-    image_pool,
     loco,
     matrices,
     score_files,
@@ -35,20 +34,16 @@ from sinbad.score_tasks import ScoreTask, check_tasks
 
 log = logging.getLogger("sinbad")
 
-SETTINGS = (
-    *("pyramid_level", "crop_size_ratio", "seed", *cli.DESCRIPTOR_FLAGS, *cli.GRID_FLAGS),
-    *("official", *cli.BACKBONE_FLAGS, *cli.MACHINE_FLAGS),
-)
-
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
     parser = cli.ScriptParser(__doc__)
     names = "mvtype", "data_dir", "results_dir", "version_name", "overwrite"
     cli.add_paths(parser, *names, mvtype={"required": True})
-    cli.add_settings(parser, SETTINGS[:2], pyramid_level=(7,), crop_size_ratio=(0.999,))
+    levels = "pyramid_level", "crop_size_ratio"
+    cli.add_settings(parser, levels, pyramid_level=(7,), crop_size_ratio=(0.999,))
     cli.add_paths(parser, "rep")
-    cli.add_settings(parser, SETTINGS[2:])
+    cli.add_settings(parser, cli.TASK_FLAGS)
     return parser.parse_args(argv)
 
 
@@ -167,7 +162,7 @@ def score_subsets(
         categories[loco.split_mvtype(task.mvtype)[0]][task.mvtype] = None
     for category, mvtypes in categories.items():
         members = [subsets[mvtype] for mvtype in mvtypes]
-        pool, ids = image_pool.pool_subsets(members, device, values.n_workers)
+        pool, ids = matrices.pool_subsets(members, device, values.n_workers)
         scorer = scoring.CropScorer(pool, values, extractor, category)
         for train_ids in {tuple(ids[mvtype, "train"]): None for mvtype in mvtypes}:
             splits = {

@@ -24,12 +24,7 @@ class ScoreTask:
     def path(self, results_dir: Path, values: settings.Settings) -> Path:
         """Return the file that the scores are written to."""
         folder = scores_folder(results_dir, self.version, self.level, self.rep, self.mvtype)
-        return folder / scores_file_name(self.level, grid_of(self.ratio, values))
-
-
-def grid_of(ratio: float, values: settings.Settings) -> crops.CropGrid:
-    """Return the crop grid of a ratio."""
-    return crops.CropGrid(values.initial_res, ratio, values.crop_num_edge)
+        return folder / scores_file_name(self.level, values.grid(self.ratio))
 
 
 def scores_file_name(level: int, grid: crops.CropGrid) -> str:
@@ -46,28 +41,15 @@ def scores_folder(
     return results_dir / f"{version}_pyramid_lvl_{level}" / f"rep_num_{rep}" / mvtype
 
 
-def check_ratios(
-    level: int,
-    ratios: Iterable[float],
-    values: settings.Settings,
-    hint: str = "run them under two --version_name",
-) -> None:
-    """Stop if two crop ratios have the same number of crops, and so would write the same file."""
-    ratio_of: dict[str, float] = {}
-    for ratio in dict.fromkeys(ratios):
-        name = scores_file_name(level, grid_of(ratio, values))
-        other = ratio_of.setdefault(name, ratio)
-        if other != ratio:
-            raise errors.UserError(
-                f"crop_size_ratio must give files of different names, got {other} and {ratio}, "
-                f"which both write {name} at crop_num_edge {values.crop_num_edge}; {hint}"
-            )
-
-
 def check_tasks(tasks: Iterable[ScoreTask], values: settings.Settings) -> None:
-    """Stop if two tasks of different crop ratios would write the same file."""
-    ratios: dict[int, list[float]] = {}
+    """Stop if two crop ratios of a level would write the same file."""
+    ratio_of: dict[tuple[int, str], float] = {}
     for task in tasks:
-        ratios.setdefault(task.level, []).append(task.ratio)
-    for level, level_ratios in ratios.items():
-        check_ratios(level, level_ratios, values)
+        name = scores_file_name(task.level, values.grid(task.ratio))
+        other = ratio_of.setdefault((task.level, name), task.ratio)
+        if other != task.ratio:
+            raise errors.UserError(
+                f"crop_size_ratio must give files of different names, got {other} and {task.ratio},"
+                f" which both write {name} at crop_num_edge {values.crop_num_edge}; run them under "
+                "two --version_name"
+            )

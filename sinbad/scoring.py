@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 import sinbad_utils
-from sinbad import backbones, cli, crops, errors, images, score_tasks, settings
+from sinbad import backbones, cli, crops, errors, images, settings
 from sinbad.image_pool import ImagePool
 from sinbad_utils import CropModel, Histograms, Scores
 
@@ -271,7 +271,7 @@ class CropScorer:
         """Return the crop positions of all grids of some tasks."""
         positions = []
         for ratio in dict.fromkeys(task.ratio for task in tasks):
-            grid = score_tasks.grid_of(ratio, self.values)
+            grid = self.values.grid(ratio)
             projections = tuple(task.projection for task in tasks if task.ratio == ratio)
             corners = enumerate(grid.corners)
             positions += [CropPosition(grid, i, corner, projections) for i, corner in corners]

@@ -82,8 +82,8 @@ def array_parser(doc: str | None, defaults: settings.LevelDefaults, name: str) -
 
 def plan_tasks(
     args: argparse.Namespace, values: settings.Settings
-) -> Iterator[tuple[str, dict[Path, score_tasks.ScoreTask]]]:
-    """Split the work into tasks: a command that runs anywhere, and its outputs."""
+) -> Iterator[tuple[str, list[score_tasks.ScoreTask]]]:
+    """Split the work into tasks: a command that runs anywhere, and its files of scores."""
     present = [path.parent.name for path in args.data_dir.glob("*/train_data.npy")]
     mvtypes, reps = loco.choose_mvtypes(args.mvtype, present), cli.sorted_unique(args.rep)
     step = args.reps_per_task or len(reps)
@@ -103,22 +103,21 @@ def plan_tasks(
         flags += ["--rep", *cli.shorten_numbers(reps).split(","), *paths]
         command = f"{args.python} {shlex.join([str(TASK_PROGRAM), '--mvtype', *names, *flags])}"
         parts = itertools.product(names, levels, ratios, [values.seed], reps, [version])
-        score_files = itertools.starmap(score_tasks.ScoreTask, parts)
-        yield command, {file.path(Path(results_dir), values): file for file in score_files}
+        yield command, list(itertools.starmap(score_tasks.ScoreTask, parts))
 
 
-def check_existing(outputs: dict[Path, score_tasks.ScoreTask], values: settings.Settings) -> None:
+def check_existing(path: Path, level: int, ratio: float, values: settings.Settings) -> None:
     """Stop if an existing output has other settings; `values` has the sha256 of a weights file."""
-    for path in filter(Path.exists, outputs):
+    if path.exists():
         try:
             with zipfile.ZipFile(path) as archive:  # of numpy, which is not imported here
                 text = archive.read("run.npy").partition(b"\n")[2].decode("utf-32-le")
             record = {"compile": False} | json.loads(text).get("settings", {})
         except KeyError:  # the authors' files have no record
-            continue
+            return
         except (zipfile.BadZipFile, ValueError) as error:
             raise errors.UserError(f"could not read {path}: {error}; remove it") from None
-        expected = {"crop_size_ratio": outputs[path].ratio, **values.recorded(outputs[path].level)}
+        expected = {"crop_size_ratio": ratio, **values.recorded(level)}
         if "net" in expected:
             expected |= {"compile": values.compile, "weights_sha256": values.weights}
             if values.weights == "imagenet" and record.get("weights_sha256") != "random":
@@ -153,11 +152,15 @@ def generate(args: argparse.Namespace, values: settings.Settings, script: str) -
         values = dataclasses.replace(values, weights=str(path))
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
         expected = dataclasses.replace(values, weights=digest)
-    score_tasks.check_ratios(values.pyramid_level[0], values.crop_size_ratio, values)
-    folder, rows = os.path.abspath(args.out_dir), []
-    for command, outputs in plan_tasks(args, values):
-        check_existing(outputs, expected)
-        rows.append([str(len(rows)), command, *map(str, outputs)])
+    folder, results_dir = os.path.abspath(args.out_dir), Path(os.path.abspath(args.results_dir))
+    rows, files = [], []
+    for command, tasks in plan_tasks(args, values):
+        paths = [task.path(results_dir, values) for task in tasks]
+        for path, task in zip(paths, tasks, strict=True):
+            check_existing(path, task.level, task.ratio, expected)
+        rows.append([str(len(rows)), command, *map(str, paths)])
+        files += tasks
+    score_tasks.check_tasks(files, values)
     unfit = set("\t\r\n") & set("".join(itertools.chain(*rows))) | set("%\\") & set(folder)
     unfit |= set("#") & set(f"{args.results_dir}{args.version_name}")  # stands for a level
     if unfit:

@@ -1,5 +1,8 @@
 """Crops in full batches: equal to `score_crop` byte for byte; each image is forwarded once."""
 
+import gc
+import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -207,3 +210,22 @@ def test_one_training_image_is_not_enough(data_dir: Path) -> None:
     with pytest.raises(errors.UserError, match="training images must be at least 2, got 1"):
         list(scorer.score_positions([pixel_task(0.7)], [0], [[1]]))
     assert list(scorer.score_positions([pixel_task(0.7)], [0, 1], [[2]]))
+
+
+def test_the_core_knows_no_files_of_scores() -> None:
+    code = "import sys, sinbad.detectors; print(*(m for m in sys.modules if 'score_' in m))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True)
+    assert done.stdout == "\n"
+
+
+def test_nothing_of_a_batch_outlives_its_crop_position(data_dir: Path) -> None:
+    """Small tensors that are kept pin the heap between the large ones of each forward pass."""
+    pool, ids = load_pool(data_dir, "pushpins_loco")
+    scorer = scoring.CropScorer(pool, replace(VALUES, batch_size=1), None)
+    train, test = ids["pushpins_loco", "train"], ids["pushpins_loco", "test"]
+    n_tensors = []
+    for _ in scorer.score_positions([pixel_task(0.25)], train, [test]):
+        gc.collect()
+        n_tensors.append(sum(isinstance(o, Tensor) for o in gc.get_objects()))
+    assert len(n_tensors) == 16
+    assert max(n_tensors[2:12]) <= n_tensors[1]  # the last four are padding

@@ -3,6 +3,8 @@
 Standard library only: the array generators import this on login nodes.
 """
 
+import json
+import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,3 +73,27 @@ def check_tasks(tasks: Iterable[ScoreTask], values: settings.Settings) -> None:
         ratios.setdefault(task.level, []).append(task.ratio)
     for level, level_ratios in ratios.items():
         check_ratios(level, level_ratios, values)
+
+
+def check_existing(outputs: dict[Path, ScoreTask], values: settings.Settings) -> None:
+    """Stop if an existing output has other settings; `values` has the sha256 of a weights file."""
+    for path in filter(Path.exists, outputs):
+        try:
+            with zipfile.ZipFile(path) as archive:  # of numpy, which is not imported here
+                text = archive.read("run.npy").partition(b"\n")[2].decode("utf-32-le")
+            record = {"compile": False} | json.loads(text).get("settings", {})
+        except KeyError:  # the authors' files have no record
+            continue
+        except (zipfile.BadZipFile, ValueError) as error:
+            raise errors.UserError(f"could not read {path}: {error}; remove it") from None
+        expected = {"crop_size_ratio": outputs[path].ratio, **values.recorded(outputs[path].level)}
+        if "net" in expected:
+            expected |= {"compile": values.compile, "weights_sha256": values.weights}
+            if values.weights == "imagenet" and record.get("weights_sha256") != "random":
+                del expected["weights_sha256"]  # unknown before it is downloaded
+        for name, value in expected.items():
+            if record.get(name, value) != value:
+                raise errors.UserError(
+                    f"{path} was computed with {name} {record[name]}, now {name} is {value}; "
+                    "choose another --version_name or --results_dir, or remove it"
+                )

@@ -9,7 +9,6 @@ import argparse
 import dataclasses
 import hashlib
 import itertools
-import json
 import logging
 import os
 import re
@@ -17,7 +16,6 @@ import shlex
 import signal
 import subprocess
 import sys
-import zipfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -107,30 +105,6 @@ def plan_tasks(
         yield command, {file.path(Path(results_dir), values): file for file in score_files}
 
 
-def check_existing(outputs: dict[Path, score_tasks.ScoreTask], values: settings.Settings) -> None:
-    """Stop if an existing output has other settings; `values` has the sha256 of a weights file."""
-    for path in filter(Path.exists, outputs):
-        try:
-            with zipfile.ZipFile(path) as archive:  # of numpy, which is not imported here
-                text = archive.read("run.npy").partition(b"\n")[2].decode("utf-32-le")
-            record = {"compile": False} | json.loads(text).get("settings", {})
-        except KeyError:  # the authors' files have no record
-            continue
-        except (zipfile.BadZipFile, ValueError) as error:
-            raise errors.UserError(f"could not read {path}: {error}; remove it") from None
-        expected = {"crop_size_ratio": outputs[path].ratio, **values.recorded(outputs[path].level)}
-        if "net" in expected:
-            expected |= {"compile": values.compile, "weights_sha256": values.weights}
-            if values.weights == "imagenet" and record.get("weights_sha256") != "random":
-                del expected["weights_sha256"]  # unknown before it is downloaded
-        for name, value in expected.items():
-            if record.get(name, value) != value:
-                raise errors.UserError(
-                    f"{path} was computed with {name} {record[name]}, now {name} is {value}; "
-                    "choose another --version_name or --results_dir, or remove it"
-                )
-
-
 def sbatch_lines(pairs: Iterable[str], device: str) -> str:
     """Return the #SBATCH lines of options NAME=VALUE or NAME; the last of a name counts."""
     lines: dict[str, str] = {}
@@ -145,9 +119,9 @@ def sbatch_lines(pairs: Iterable[str], device: str) -> str:
     return "\n".join(lines.values())
 
 
-def generate(args: argparse.Namespace, values: settings.Settings, script: str) -> None:
+def generate(args: argparse.Namespace, script: str) -> None:
     """Write the folder of an array; the list of tasks last."""
-    expected = values
+    expected = values = cli.settings_of(args)
     if values.weights not in ("imagenet", "random"):
         path = Path(os.path.abspath(os.path.expanduser(values.weights)))
         values = dataclasses.replace(values, weights=str(path))
@@ -156,7 +130,7 @@ def generate(args: argparse.Namespace, values: settings.Settings, script: str) -
     score_tasks.check_ratios(values.pyramid_level[0], values.crop_size_ratio, values)
     folder, rows = os.path.abspath(args.out_dir), []
     for command, outputs in plan_tasks(args, values):
-        check_existing(outputs, expected)
+        score_tasks.check_existing(outputs, expected)
         rows.append([str(len(rows)), command, *map(str, outputs)])
     unfit = set("\t\r\n") & set("".join(itertools.chain(*rows))) | set("%\\") & set(folder)
     unfit |= set("#") & set(f"{args.results_dir}{args.version_name}")  # stands for a level
@@ -223,25 +197,25 @@ def describe_failures(folder: Path, name: str, missing: list[int]) -> list[str]:
     failed: dict[str, list[int]] = {}
     for i in missing:
         logs = sorted(folder.glob(f"logs/{name}_*_{i}.log"), key=os.path.getmtime)
-        lines = logs[-1].read_text("utf-8", "replace").split("\n") if logs else []
-        reasons = [line for line in lines[1:] if line.strip()]  # the first is the command
         if logs:
-            failed.setdefault(["no error message in the log", *reasons][-1], []).append(i)
+            lines = logs[-1].read_text("utf-8", "replace").split("\n")[1:]  # after the command
+            reasons = ["no error message in the log", *filter(str.strip, lines)]
+            failed.setdefault(reasons[-1], []).append(i)
     return [
         f"{cli.shorten_numbers(tasks)} failed: {reason} (logs/{name}_*_{tasks[0]}.log)"
         for reason, tasks in failed.items()
     ]
 
 
-def run_array(args: argparse.Namespace, values: settings.Settings, script: str) -> int:
+def run_array(args: argparse.Namespace, script: str) -> int:
     """Do what the flags ask for; return the exit status. batch_master.sh will call `script`."""
     if not (args.status or args.local or args.submit):
-        generate(args, values, script)
+        generate(args, script)
         return 0
     folder = Path(os.path.abspath(args.out_dir))
     outputs = read_outputs(folder / "tasks.tsv")
     content = os.fsencode(folder.resolve()) + (folder / "tasks.tsv").read_bytes()
-    kind = "224" if values.pyramid_level == (settings.PIXEL_LEVEL,) else "levels"
+    kind = "224" if settings.PIXEL_LEVEL in args.pyramid_level else "levels"
     name = f"sinbad_{kind}_{hashlib.sha256(content).hexdigest()[:8]}"
     active: dict[int, str] = {}
     try:

@@ -14,8 +14,8 @@ command.
 
 import argparse
 import logging
-from collections import defaultdict
-from collections.abc import Sequence
+from collections import defaultdict, deque
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,6 @@ from sinbad import (
     backbones,
     cli,
     errors,
-    image_pool,
     loco,
     matrices,
     score_files,
@@ -34,8 +33,6 @@ from sinbad import (
 from sinbad.score_tasks import ScoreTask, check_tasks
 
 log = logging.getLogger("sinbad")
-
-SCORED = ("test", "valid")  # splits
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -83,26 +80,27 @@ def load_subsets(
     return subsets
 
 
-def record_settings(
+def record(
     task: ScoreTask,
-    subset: matrices.MatrixSet,
+    subsets: dict[str, matrices.MatrixSet],
     values: settings.Settings,
     weights: backbones.Weights | None,
 ) -> dict[str, Any]:
     """Return what determines a task's scores."""
-    record = values.recorded(task.level) | {
+    subset = subsets[task.mvtype]
+    recorded = values.recorded(task.level) | {
         "mvtype": task.mvtype,
         "pyramid_level": task.level,
         "crop_size_ratio": task.ratio,
         "rep": task.rep,
         "seed": task.seed,
         "matrices": subset.settings,
-        "images_sha256": subset.digest(),
+        "images_sha256": subset.digest,
         "n_images": {split: len(array) for split, array in subset.images.items()},
     }
-    if weights is not None and task.level != settings.PIXEL_LEVEL:
-        record["weights_sha256"] = weights.sha256
-    return record
+    if task.level != settings.PIXEL_LEVEL:
+        recorded["weights_sha256"] = weights.sha256
+    return recorded
 
 
 def score_and_save(
@@ -123,72 +121,74 @@ def score_and_save(
     subsets = load_subsets(tasks, data_dir, values)
     needs_network = settings.backbone_levels(task.level for task in tasks)
     weights = backbones.load_weights(values.net, values.weights) if needs_network else None
-    todo: dict[str, dict[ScoreTask, score_files.Record]] = defaultdict(dict)
+    info = score_files.environment_info(scoring.batch_size_on(device, values), device)
+    records: dict[ScoreTask, score_files.Record] = {}
     for task in tasks:
-        path = task.path(results_dir, values)
-        record = record_settings(task, subsets[task.mvtype], values, weights)
-        if not overwrite and score_files.is_finished(path, record):
+        path, recorded = task.path(results_dir, values), record(task, subsets, values, weights)
+        if not overwrite and score_files.is_finished(path, recorded):
             log.info(f"finished already: {path}")
-            continue
-        batch_size = scoring.batch_size_on(device, values)
-        made_with = score_files.environment_info(batch_size, device)
-        category = loco.split_mvtype(task.mvtype)[0]
-        todo[category][task] = {"settings": record, "made_with": made_with}
-    levels = settings.backbone_levels(sorted(t.level for records in todo.values() for t in records))
-    extractor = None
-    if weights is not None and levels:
-        backbone = backbones.build_backbone(values.net, weights, levels)
-        extractor = backbones.FeatureExtractor(backbone, device, values.precision, values.compile)
-    for category, records in todo.items():
-        names = dict.fromkeys(task.mvtype for task in records)
-        pool, ids = image_pool.pool_subsets(
-            [subsets[name] for name in names], device, values.n_workers
-        )
-        scorer = scoring.CropScorer(pool, values, extractor, category)
-        score_category(scorer, ids, records, subsets, results_dir)
+        else:
+            records[task] = {"settings": recorded, "made_with": info}
+    files = score_subsets(records, subsets, values, weights, results_dir)
+    with ThreadPoolExecutor(1) as writer:  # writing stays off the critical path
+        writes: deque[Future[None]] = deque()
+        for file in files:
+            writes.append(writer.submit(score_files.write_scores, file))
+            while writes and writes[0].done():
+                writes.popleft().result()  # a full disk stops the run at once
+        for write in writes:
+            write.result()
     return [task.path(results_dir, values) for task in tasks]
 
 
-def score_category(
-    scorer: scoring.CropScorer,
-    ids: dict[tuple[str, str], list[int]],
+def score_subsets(
     records: dict[ScoreTask, score_files.Record],
     subsets: dict[str, matrices.MatrixSet],
+    values: settings.Settings,
+    weights: backbones.Weights | None,
     results_dir: Path,
-) -> None:
-    """Score the test subsets of a category; those with the same training images in one pass."""
-    by_train: dict[tuple[int, ...], list[str]] = defaultdict(list)
-    for mvtype in dict.fromkeys(task.mvtype for task in records):
-        by_train[tuple(ids[mvtype, "train"])].append(mvtype)
-    for train_ids, mvtypes in by_train.items():
-        files: dict[scoring.GridTask, list[ScoreTask]] = defaultdict(list)
-        for task in records:
-            if task.mvtype in mvtypes:
-                projection = scoring.Projection(task.level, task.seed, task.rep)
-                files[scoring.GridTask(task.ratio, projection)].append(task)
-        splits = {(mvtype, split): ids[mvtype, split] for mvtype in mvtypes for split in SCORED}
-        with ThreadPoolExecutor(1) as writer:  # writing stays off the critical path
-            writes: list[Future[None]] = []
-            for grid_task, scores in scorer.score_grids(
-                list(files), train_ids, list(splits.values())
-            ):
-                by_split = dict(zip(splits, scores, strict=True))
+) -> Iterator[score_files.ScoreFile]:
+    """Yield the scores of every task as soon as its last crop is scored.
+
+    The test subsets of a category that have the same training images are scored in one pass.
+    """
+    device, extractor = backbones.choose_device(values.device), None
+    levels = settings.backbone_levels(sorted(task.level for task in records))
+    if levels:
+        backbone = backbones.build_backbone(values.net, weights, levels)
+        extractor = backbones.FeatureExtractor(backbone, device, values.precision, values.compile)
+    categories: dict[str, dict[str, None]] = defaultdict(dict)
+    for task in records:
+        categories[loco.split_mvtype(task.mvtype)[0]][task.mvtype] = None
+    for category, mvtypes in categories.items():
+        members = [subsets[mvtype] for mvtype in mvtypes]
+        pool, ids = matrices.pool_subsets(members, device, values.n_workers)
+        scorer = scoring.CropScorer(pool, values, extractor, category)
+        for train_ids in {tuple(ids[mvtype, "train"]): None for mvtype in mvtypes}:
+            splits = {
+                key: split_ids
+                for key, split_ids in ids.items()
+                if tuple(ids[key[0], "train"]) == train_ids and key[1] != "train"
+            }
+            files: dict[scoring.GridTask, list[ScoreTask]] = defaultdict(list)
+            for task in records:
+                if (task.mvtype, "test") in splits:
+                    projection = scoring.Projection(task.level, task.seed, task.rep)
+                    files[scoring.GridTask(task.ratio, projection)].append(task)
+            grids = scorer.score_grids(list(files), train_ids, list(splits.values()))
+            for grid_task, split_scores in grids:
+                scores = dict(zip(splits, split_scores, strict=True))
                 for task in files[grid_task]:
                     subset = subsets[task.mvtype]
-                    file = score_files.ScoreFile(
-                        task.path(results_dir, scorer.values),
+                    yield score_files.ScoreFile(
+                        task.path(results_dir, values),
                         task.level,
-                        by_split[task.mvtype, "test"],
-                        by_split[task.mvtype, "valid"],
+                        scores[task.mvtype, "test"],
+                        scores[task.mvtype, "valid"],
                         subset.labels,
                         subset.paths["test"] if subset.settings else [],
                         records[task],
                     )
-                    writes.append(writer.submit(score_files.write_scores, file))
-                for write in filter(Future.done, writes):
-                    write.result()  # a full disk stops the run at once
-            for write in writes:
-                write.result()
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -31,7 +31,6 @@ from sinbad import (
     errors,
     image_pool,
     images,
-    score_tasks,
     scoring,
     settings,
 )
@@ -347,7 +346,7 @@ class Detector:
         extent = _extent(self.metadata["matrices"])
         parts = []
         for ratio, (level, _, rep) in sorted(_tasks(self.values)):  # most crops first
-            grid = score_tasks.grid_of(ratio, self.values)
+            grid = self.values.grid(ratio)
             key = level, len(grid)
             arrays = crop_scores[key][rep], self.calibration_crops[key][rep]
             parts.append(ensembles.CropScores(level, *arrays, crops.Geometry(grid, extent)))
@@ -398,9 +397,15 @@ def _tasks(values: Settings) -> list[GridTask]:
         )
     if not values.pyramid_level or not values.crop_size_ratio:
         raise errors.UserError("pyramid_level and crop_size_ratio must hold a value, got none")
-    tasks = []
+    tasks, ratio_of = [], {}
+    for ratio in values.crop_size_ratio:
+        n_crops = len(values.grid(ratio))
+        if ratio_of.setdefault(n_crops, ratio) != ratio:
+            raise errors.UserError(
+                f"crop_size_ratio must give grids of different sizes, got {ratio_of[n_crops]} and "
+                f"{ratio}, both of {n_crops} crops; leave one out"
+            )
     for level in settings.backbone_levels(values.pyramid_level):
-        score_tasks.check_ratios(level, values.crop_size_ratio, values, "leave one out")
         projection = Projection(level, values.seed, 0)
         tasks += [GridTask(ratio, projection) for ratio in values.crop_size_ratio]
     if settings.PIXEL_LEVEL in values.pyramid_level:
@@ -415,7 +420,7 @@ def _empty_scores(tasks: Sequence[GridTask], values: Settings, n: int) -> dict[G
     """Return zeros for the crop scores of `n` images, (n_reps, n_crops, n) of each grid."""
     shapes = {}
     for ratio, (level, _, rep) in tasks:
-        n_crops = len(score_tasks.grid_of(ratio, values))
+        n_crops = len(values.grid(ratio))
         shapes[level, n_crops] = rep + 1, n_crops, n
     return {grid: np.zeros(shape) for grid, shape in shapes.items()}
 
@@ -489,7 +494,7 @@ def _parse_arrays(
     stored, calibration = {}, {}
     width, height = _extent(metadata["matrices"])
     for ratio, (level, _, _) in _tasks(values):
-        grid = score_tasks.grid_of(ratio, values)
+        grid = values.grid(ratio)
         calibration[level, len(grid)] = arrays[f"crops_{level}_{len(grid)}"]
         for crop, (y, x) in enumerate(grid.corners):
             if x < width and y < height:

@@ -2,7 +2,7 @@
 
 import math
 import mmap
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sinbad import atomic, errors, matrices
+from sinbad import errors
 
 Row = tuple[NDArray[Any], int]  # an array (n, 3, im_size, im_size) and a row of it
 
@@ -119,33 +119,3 @@ class ImagePool:
         images_at = torch.tensor(ids, device=self.device)[:, None, None, None]
         channels = torch.arange(3, device=self.device)[:, None, None]
         return self.resident[images_at, channels, rows[:, None], columns]
-
-
-def pool_subsets(
-    subsets: Iterable[matrices.MatrixSet], device: torch.device, num_workers: int
-) -> tuple[ImagePool, dict[tuple[str, str], list[int]]]:
-    """Pool the images of a category's test subsets; equal files once.
-
-    Returns
-    -------
-    The pool, and (mvtype, split) -> numbers of its images
-    """
-    subsets = list(subsets)
-    rows: list[Row] = []
-    names: list[str] = []
-    ids: dict[tuple[str, str], list[int]] = {}
-    numbers: dict[tuple[str, str], int] = {}
-    for subset in subsets:
-        preprocessing = atomic.to_json(subset.settings)
-        for split, array in subset.images.items():
-            ids[subset.mvtype, split] = []
-            for row, sha256 in enumerate(subset.sha256(split)):
-                number = numbers.setdefault((sha256, preprocessing), len(numbers))
-                if number == len(rows):
-                    rows.append((array, row))
-                    names.append(subset.paths[split][row])
-                ids[subset.mvtype, split].append(number)
-    width, height = (
-        max(lengths) for lengths in zip(*(s.image_extent for s in subsets), strict=True)
-    )
-    return ImagePool(rows, names, (width, height), device, num_workers), ids

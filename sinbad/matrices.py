@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from sinbad import atomic, cli, errors, images, layouts, loco, settings
+from sinbad import atomic, cli, errors, image_pool, images, layouts, loco, settings
 
 log = logging.getLogger(__name__)
 
@@ -75,6 +76,7 @@ class MatrixSet:
         """Return what identifies each image of a split; the authors' by subset and position."""
         return [stamp[2] for stamp in self.files[split]] if self.files else self.paths[split]
 
+    @cached_property
     def digest(self) -> str:
         """Return one sha256 of all names, images and labels."""
         identities = {split: self.sha256(split) for split in SPLITS}
@@ -317,3 +319,33 @@ def _read_record(path: Path, redo: str) -> dict[str, Any]:
             f"{path} must be JSON with train, valid, test, files and settings, got another "
             f"({type(error).__name__}: {error}); {redo}"
         ) from error
+
+
+def pool_subsets(
+    subsets: Iterable[MatrixSet], device: torch.device, num_workers: int
+) -> tuple[image_pool.ImagePool, dict[tuple[str, str], list[int]]]:
+    """Pool the images of a category's test subsets; equal files once.
+
+    Returns
+    -------
+    The pool, and (mvtype, split) -> numbers of its images
+    """
+    subsets = list(subsets)
+    rows: list[image_pool.Row] = []
+    names: list[str] = []
+    ids: dict[tuple[str, str], list[int]] = {}
+    numbers: dict[tuple[str, str], int] = {}
+    for subset in subsets:
+        preprocessing = atomic.to_json(subset.settings)
+        for split, array in subset.images.items():
+            ids[subset.mvtype, split] = []
+            for row, sha256 in enumerate(subset.sha256(split)):
+                number = numbers.setdefault((sha256, preprocessing), len(numbers))
+                if number == len(rows):
+                    rows.append((array, row))
+                    names.append(subset.paths[split][row])
+                ids[subset.mvtype, split].append(number)
+    width, height = (
+        max(lengths) for lengths in zip(*(s.image_extent for s in subsets), strict=True)
+    )
+    return image_pool.ImagePool(rows, names, (width, height), device, num_workers), ids

@@ -26,12 +26,7 @@ class ScoreTask:
     def path(self, results_dir: Path, values: settings.Settings) -> Path:
         """Return the file that the scores are written to."""
         folder = scores_folder(results_dir, self.version, self.level, self.rep, self.mvtype)
-        return folder / scores_file_name(self.level, grid_of(self.ratio, values))
-
-
-def grid_of(ratio: float, values: settings.Settings) -> crops.CropGrid:
-    """Return the crop grid of a ratio."""
-    return crops.CropGrid(values.initial_res, ratio, values.crop_num_edge)
+        return folder / scores_file_name(self.level, values.grid(self.ratio))
 
 
 def scores_file_name(level: int, grid: crops.CropGrid) -> str:
@@ -48,52 +43,41 @@ def scores_folder(
     return results_dir / f"{version}_pyramid_lvl_{level}" / f"rep_num_{rep}" / mvtype
 
 
-def check_ratios(
-    level: int,
-    ratios: Iterable[float],
-    values: settings.Settings,
-    hint: str = "run them under two --version_name",
-) -> None:
-    """Stop if two crop ratios have the same number of crops, and so would write the same file."""
-    ratio_of: dict[str, float] = {}
-    for ratio in dict.fromkeys(ratios):
-        name = scores_file_name(level, grid_of(ratio, values))
-        other = ratio_of.setdefault(name, ratio)
-        if other != ratio:
+def check_tasks(tasks: Iterable[ScoreTask], values: settings.Settings) -> None:
+    """Stop if two crop ratios of a level would write the same file."""
+    ratio_of: dict[tuple[int, str], float] = {}
+    for task in tasks:
+        name = scores_file_name(task.level, values.grid(task.ratio))
+        other = ratio_of.setdefault((task.level, name), task.ratio)
+        if other != task.ratio:
             raise errors.UserError(
-                f"crop_size_ratio must give files of different names, got {other} and {ratio}, "
-                f"which both write {name} at crop_num_edge {values.crop_num_edge}; {hint}"
+                f"crop_size_ratio must give files of different names, got {other} and {task.ratio},"
+                f" which both write {name} at crop_num_edge {values.crop_num_edge}; run them under "
+                "two --version_name"
             )
 
 
-def check_tasks(tasks: Iterable[ScoreTask], values: settings.Settings) -> None:
-    """Stop if two tasks of different crop ratios would write the same file."""
-    ratios: dict[int, list[float]] = {}
-    for task in tasks:
-        ratios.setdefault(task.level, []).append(task.ratio)
-    for level, level_ratios in ratios.items():
-        check_ratios(level, level_ratios, values)
-
-
-def check_existing(outputs: dict[Path, ScoreTask], values: settings.Settings) -> None:
-    """Stop if an existing output has other settings; `values` has the sha256 of a weights file."""
-    for path in filter(Path.exists, outputs):
-        try:
-            with zipfile.ZipFile(path) as archive:  # of numpy, which is not imported here
-                text = archive.read("run.npy").partition(b"\n")[2].decode("utf-32-le")
-            record = {"compile": False} | json.loads(text).get("settings", {})
-        except KeyError:  # the authors' files have no record
-            continue
-        except (zipfile.BadZipFile, ValueError) as error:
-            raise errors.UserError(f"could not read {path}: {error}; remove it") from None
-        expected = {"crop_size_ratio": outputs[path].ratio, **values.recorded(outputs[path].level)}
-        if "net" in expected:
-            expected |= {"compile": values.compile, "weights_sha256": values.weights}
-            if values.weights == "imagenet" and record.get("weights_sha256") != "random":
-                del expected["weights_sha256"]  # unknown before it is downloaded
-        for name, value in expected.items():
-            if record.get(name, value) != value:
-                raise errors.UserError(
-                    f"{path} was computed with {name} {record[name]}, now {name} is {value}; "
-                    "choose another --version_name or --results_dir, or remove it"
-                )
+def check_existing(task: ScoreTask, results_dir: Path, values: settings.Settings) -> None:
+    """Stop if a task's output exists with other settings; `values.weights` may be a sha256."""
+    path = task.path(results_dir, values)
+    if not path.exists():
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:  # of numpy, which is not imported here
+            text = archive.read("run.npy").partition(b"\n")[2].decode("utf-32-le")
+        record = {"compile": False} | json.loads(text).get("settings", {})
+    except KeyError:  # the authors' files have no record
+        return
+    except (zipfile.BadZipFile, ValueError) as error:
+        raise errors.UserError(f"could not read {path}: {error}; remove it") from None
+    expected = {"crop_size_ratio": task.ratio, **values.recorded(task.level)}
+    if "net" in expected:
+        expected |= {"compile": values.compile, "weights_sha256": values.weights}
+        if values.weights == "imagenet" and record.get("weights_sha256") != "random":
+            del expected["weights_sha256"]  # unknown before it is downloaded
+    for name, value in expected.items():
+        if record.get(name, value) != value:
+            raise errors.UserError(
+                f"{path} was computed with {name} {record[name]}, now {name} is {value}; "
+                "choose another --version_name or --results_dir, or remove it"
+            )

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 import sinbad_utils
-from sinbad import backbones, cli, crops, errors, images, score_tasks, settings
+from sinbad import backbones, cli, crops, errors, images, settings
 from sinbad.image_pool import ImagePool
 from sinbad_utils import CropModel, Histograms, Scores
 
@@ -148,16 +148,12 @@ def score_images(
 
 def _with_first_sets(batches: Iterator[Elements]) -> tuple[Elements, Iterator[Elements]]:
     """Merge the first batches until ranges can be fitted on them; return them, and all batches."""
-    parts = [next(batches)]
-    while _n_images(parts) < sinbad_utils.N_RANGE_SETS and (part := next(batches, None)):
+    parts, n_images = [], 0
+    while n_images < sinbad_utils.N_RANGE_SETS and (part := next(batches, None)):
         parts.append(part)
+        n_images += len(next(iter(part.values())))
     first = {level: torch.cat([part[level] for part in parts]) for level in parts[0]}
     return first, chain([first], batches)
-
-
-def _n_images(parts: Iterable[Elements]) -> int:
-    """Return how many images some batches hold."""
-    return sum(len(next(iter(part.values()))) for part in parts)
 
 
 # ---------------------------------------------------------------- all crop positions
@@ -262,21 +258,20 @@ class CropScorer:
             raise errors.UserError(
                 f"training images must be at least 2, got {len(train_ids)}; add some"
             )
-        is_pixels = [task.projection.level == settings.PIXEL_LEVEL for task in tasks]
-        for pixels in (False, True):
-            wanted = [
-                task for task, is_pixel in zip(tasks, is_pixels, strict=True) if is_pixel == pixels
-            ]
-            if wanted:
-                extract = _pixel_elements if pixels else self.extractor.extract
-                positions = self._positions(wanted)
-                yield from self._run(positions, extract, train_ids, splits, known_models)
+        pixels = [task for task in tasks if task.projection.level == settings.PIXEL_LEVEL]
+        network = [task for task in tasks if task.projection.level != settings.PIXEL_LEVEL]
+        if network:
+            extract, positions = self.extractor.extract, self._positions(network)
+            yield from self._run(positions, extract, train_ids, splits, known_models)
+        if pixels:
+            positions = self._positions(pixels)
+            yield from self._run(positions, _pixel_elements, train_ids, splits, known_models)
 
     def _positions(self, tasks: Sequence[GridTask]) -> list[CropPosition]:
         """Return the crop positions of all grids of some tasks."""
         positions = []
         for ratio in dict.fromkeys(task.ratio for task in tasks):
-            grid = score_tasks.grid_of(ratio, self.values)
+            grid = self.values.grid(ratio)
             projections = tuple(task.projection for task in tasks if task.ratio == ratio)
             corners = enumerate(grid.corners)
             positions += [CropPosition(grid, i, corner, projections) for i, corner in corners]

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from sinbad import errors
+from sinbad import crops, errors
 
 PIXEL_LEVEL = 224  # the raw pixels; any other level is the side of a feature map
 PAPER_LEVELS = (7, 14)  # of the backbone
@@ -251,6 +251,10 @@ class Settings:
         """Threads that read images: `num_workers`, else one per processor of this process."""
         affinity = getattr(os, "sched_getaffinity", None)  # not on every system
         return self.num_workers or (len(affinity(0)) if affinity else os.cpu_count() or 1)
+
+    def grid(self, ratio: float) -> crops.CropGrid:
+        """Return the crop grid of a ratio."""
+        return crops.CropGrid(self.initial_res, ratio, self.crop_num_edge)
 
     def at_level(self, level: int) -> "Settings":
         """Return the settings with the defaults of a level filled in."""

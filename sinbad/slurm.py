@@ -80,8 +80,8 @@ def array_parser(doc: str | None, defaults: settings.LevelDefaults, name: str) -
 
 def plan_tasks(
     args: argparse.Namespace, values: settings.Settings
-) -> Iterator[tuple[str, dict[Path, score_tasks.ScoreTask]]]:
-    """Split the work into tasks: a command that runs anywhere, and its outputs."""
+) -> Iterator[tuple[str, list[score_tasks.ScoreTask]]]:
+    """Split the work into tasks: a command that runs anywhere, and its files of scores."""
     present = [path.parent.name for path in args.data_dir.glob("*/train_data.npy")]
     mvtypes, reps = loco.choose_mvtypes(args.mvtype, present), cli.sorted_unique(args.rep)
     step = args.reps_per_task or len(reps)
@@ -101,8 +101,7 @@ def plan_tasks(
         flags += ["--rep", *cli.shorten_numbers(reps).split(","), *paths]
         command = f"{args.python} {shlex.join([str(TASK_PROGRAM), '--mvtype', *names, *flags])}"
         parts = itertools.product(names, levels, ratios, [values.seed], reps, [version])
-        score_files = itertools.starmap(score_tasks.ScoreTask, parts)
-        yield command, {file.path(Path(results_dir), values): file for file in score_files}
+        yield command, list(itertools.starmap(score_tasks.ScoreTask, parts))
 
 
 def sbatch_lines(pairs: Iterable[str], device: str) -> str:
@@ -127,11 +126,13 @@ def generate(args: argparse.Namespace, script: str) -> None:
         values = dataclasses.replace(values, weights=str(path))
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
         expected = dataclasses.replace(values, weights=digest)
-    score_tasks.check_ratios(values.pyramid_level[0], values.crop_size_ratio, values)
-    folder, rows = os.path.abspath(args.out_dir), []
-    for command, outputs in plan_tasks(args, values):
-        score_tasks.check_existing(outputs, expected)
-        rows.append([str(len(rows)), command, *map(str, outputs)])
+    folder, results_dir = os.path.abspath(args.out_dir), Path(os.path.abspath(args.results_dir))
+    tasks, rows = list(plan_tasks(args, values)), []
+    score_tasks.check_tasks([file for _, files in tasks for file in files], values)
+    for command, files in tasks:
+        for file in files:
+            score_tasks.check_existing(file, results_dir, expected)
+        rows.append([str(len(rows)), command, *(str(f.path(results_dir, values)) for f in files)])
     unfit = set("\t\r\n") & set("".join(itertools.chain(*rows))) | set("%\\") & set(folder)
     unfit |= set("#") & set(f"{args.results_dir}{args.version_name}")  # stands for a level
     if unfit:

@@ -119,7 +119,7 @@ def slow_crops(data_dir: Path, ids: list[int], corner: tuple[int, int], side: in
 def load_pool(data_dir: Path, device: torch.device, *mvtypes: str) -> tuple[Any, dict]:
     """Return the pool of some test subsets, and the numbers of each split's images."""
     subsets = [matrices.load_matrices(data_dir, name) for name in mvtypes]
-    return image_pool.pool_subsets(subsets, device, 1)
+    return matrices.pool_subsets(subsets, device, 1)
 
 
 @pytest.mark.parametrize("resident", [False, True], ids=["images stay", "images on the GPU"])

@@ -23,7 +23,7 @@ VALUES = settings.Settings(
 def load_pool(data_dir: Path, *mvtypes: str) -> tuple[image_pool.ImagePool, dict]:
     """Return the pool of some test subsets, and the numbers of each split's images."""
     subsets = [matrices.load_matrices(data_dir, name) for name in mvtypes]
-    return image_pool.pool_subsets(subsets, CPU, 1)
+    return matrices.pool_subsets(subsets, CPU, 1)
 
 
 def pixel_task(ratio: float, rep: int = 0) -> scoring.GridTask:

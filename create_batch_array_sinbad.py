@@ -7,11 +7,13 @@ Writes  OUT_DIR/{tasks.tsv,array.sbatch,batch_master.sh}
     sh ../sinbad_runs/sbatches/batch_master.sh    # run again, it submits what is missing
 """
 
+import argparse
+
 from sinbad import cli, errors, settings, slurm
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Write the folder, or submit, run or report its tasks."""
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
     parser = slurm.array_parser(__doc__, settings.BACKBONE_DEFAULTS, "sbatches")
     cli.add_settings(parser, ["pyramid_level"], pyramid_level=settings.PAPER_LEVELS)
     args = parser.parse_args(argv)
@@ -19,7 +21,12 @@ def main(argv: list[str] | None = None) -> int:
         raise errors.UserError(
             "pyramid_level must be of the backbone, got 224; see create_batch_array_sinbad_224.py"
         )
-    return slurm.run_array(args, cli.settings_of(args), __file__)
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Write the folder, or submit, run or report its tasks."""
+    return slurm.run_array(parse_args(argv), __file__)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,8 @@
 Standard library only: the array generators import this on login nodes.
 """
 
+import json
+import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,4 +54,30 @@ def check_tasks(tasks: Iterable[ScoreTask], values: settings.Settings) -> None:
                 f"crop_size_ratio must give files of different names, got {other} and {task.ratio},"
                 f" which both write {name} at crop_num_edge {values.crop_num_edge}; run them under "
                 "two --version_name"
+            )
+
+
+def check_existing(task: ScoreTask, results_dir: Path, values: settings.Settings) -> None:
+    """Stop if a task's output exists with other settings; `values.weights` may be a sha256."""
+    path = task.path(results_dir, values)
+    if not path.exists():
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:  # of numpy, which is not imported here
+            text = archive.read("run.npy").partition(b"\n")[2].decode("utf-32-le")
+        record = {"compile": False} | json.loads(text).get("settings", {})
+    except KeyError:  # the authors' files have no record
+        return
+    except (zipfile.BadZipFile, ValueError) as error:
+        raise errors.UserError(f"could not read {path}: {error}; remove it") from None
+    expected = {"crop_size_ratio": task.ratio, **values.recorded(task.level)}
+    if "net" in expected:
+        expected |= {"compile": values.compile, "weights_sha256": values.weights}
+        if values.weights == "imagenet" and record.get("weights_sha256") != "random":
+            del expected["weights_sha256"]  # unknown before it is downloaded
+    for name, value in expected.items():
+        if record.get(name, value) != value:
+            raise errors.UserError(
+                f"{path} was computed with {name} {record[name]}, now {name} is {value}; "
+                "choose another --version_name or --results_dir, or remove it"
             )

@@ -9,7 +9,6 @@ import argparse
 import dataclasses
 import hashlib
 import itertools
-import json
 import logging
 import os
 import re
@@ -17,7 +16,6 @@ import shlex
 import signal
 import subprocess
 import sys
-import zipfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -106,30 +104,6 @@ def plan_tasks(
         yield command, list(itertools.starmap(score_tasks.ScoreTask, parts))
 
 
-def check_existing(path: Path, level: int, ratio: float, values: settings.Settings) -> None:
-    """Stop if an existing output has other settings; `values` has the sha256 of a weights file."""
-    if path.exists():
-        try:
-            with zipfile.ZipFile(path) as archive:  # of numpy, which is not imported here
-                text = archive.read("run.npy").partition(b"\n")[2].decode("utf-32-le")
-            record = {"compile": False} | json.loads(text).get("settings", {})
-        except KeyError:  # the authors' files have no record
-            return
-        except (zipfile.BadZipFile, ValueError) as error:
-            raise errors.UserError(f"could not read {path}: {error}; remove it") from None
-        expected = {"crop_size_ratio": ratio, **values.recorded(level)}
-        if "net" in expected:
-            expected |= {"compile": values.compile, "weights_sha256": values.weights}
-            if values.weights == "imagenet" and record.get("weights_sha256") != "random":
-                del expected["weights_sha256"]  # unknown before it is downloaded
-        for name, value in expected.items():
-            if record.get(name, value) != value:
-                raise errors.UserError(
-                    f"{path} was computed with {name} {record[name]}, now {name} is {value}; "
-                    "choose another --version_name or --results_dir, or remove it"
-                )
-
-
 def sbatch_lines(pairs: Iterable[str], device: str) -> str:
     """Return the #SBATCH lines of options NAME=VALUE or NAME; the last of a name counts."""
     lines: dict[str, str] = {}
@@ -144,23 +118,21 @@ def sbatch_lines(pairs: Iterable[str], device: str) -> str:
     return "\n".join(lines.values())
 
 
-def generate(args: argparse.Namespace, values: settings.Settings, script: str) -> None:
+def generate(args: argparse.Namespace, script: str) -> None:
     """Write the folder of an array; the list of tasks last."""
-    expected = values
+    expected = values = cli.settings_of(args)
     if values.weights not in ("imagenet", "random"):
         path = Path(os.path.abspath(os.path.expanduser(values.weights)))
         values = dataclasses.replace(values, weights=str(path))
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
         expected = dataclasses.replace(values, weights=digest)
     folder, results_dir = os.path.abspath(args.out_dir), Path(os.path.abspath(args.results_dir))
-    rows, files = [], []
-    for command, tasks in plan_tasks(args, values):
-        paths = [task.path(results_dir, values) for task in tasks]
-        for path, task in zip(paths, tasks, strict=True):
-            check_existing(path, task.level, task.ratio, expected)
-        rows.append([str(len(rows)), command, *map(str, paths)])
-        files += tasks
-    score_tasks.check_tasks(files, values)
+    tasks, rows = list(plan_tasks(args, values)), []
+    score_tasks.check_tasks([file for _, files in tasks for file in files], values)
+    for command, files in tasks:
+        for file in files:
+            score_tasks.check_existing(file, results_dir, expected)
+        rows.append([str(len(rows)), command, *(str(f.path(results_dir, values)) for f in files)])
     unfit = set("\t\r\n") & set("".join(itertools.chain(*rows))) | set("%\\") & set(folder)
     unfit |= set("#") & set(f"{args.results_dir}{args.version_name}")  # stands for a level
     if unfit:
@@ -226,25 +198,25 @@ def describe_failures(folder: Path, name: str, missing: list[int]) -> list[str]:
     failed: dict[str, list[int]] = {}
     for i in missing:
         logs = sorted(folder.glob(f"logs/{name}_*_{i}.log"), key=os.path.getmtime)
-        lines = logs[-1].read_text("utf-8", "replace").split("\n") if logs else []
-        reasons = [line for line in lines[1:] if line.strip()]  # the first is the command
         if logs:
-            failed.setdefault(["no error message in the log", *reasons][-1], []).append(i)
+            lines = logs[-1].read_text("utf-8", "replace").split("\n")[1:]  # after the command
+            reasons = ["no error message in the log", *filter(str.strip, lines)]
+            failed.setdefault(reasons[-1], []).append(i)
     return [
         f"{cli.shorten_numbers(tasks)} failed: {reason} (logs/{name}_*_{tasks[0]}.log)"
         for reason, tasks in failed.items()
     ]
 
 
-def run_array(args: argparse.Namespace, values: settings.Settings, script: str) -> int:
+def run_array(args: argparse.Namespace, script: str) -> int:
     """Do what the flags ask for; return the exit status. batch_master.sh will call `script`."""
     if not (args.status or args.local or args.submit):
-        generate(args, values, script)
+        generate(args, script)
         return 0
     folder = Path(os.path.abspath(args.out_dir))
     outputs = read_outputs(folder / "tasks.tsv")
     content = os.fsencode(folder.resolve()) + (folder / "tasks.tsv").read_bytes()
-    kind = "224" if values.pyramid_level == (settings.PIXEL_LEVEL,) else "levels"
+    kind = "224" if settings.PIXEL_LEVEL in args.pyramid_level else "levels"
     name = f"sinbad_{kind}_{hashlib.sha256(content).hexdigest()[:8]}"
     active: dict[int, str] = {}
     try:

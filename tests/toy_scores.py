@@ -62,15 +62,20 @@ def make_file(
     return score_files.ScoreFile(task.path(root, VALUES), level, test, valid, labels, paths, record)
 
 
+def make_files(
+    root: Path, mvtype: str = "pushpins_loco", rep: int = 0, **changes: object
+) -> list[score_files.ScoreFile]:
+    """Return the scores of levels 7, 14 and two repetitions of raw pixels."""
+    parts = [(level, ratio, rep) for level in (7, 14) for ratio in RATIOS]
+    parts += [(settings.PIXEL_LEVEL, 0.999, pixel_rep) for pixel_rep in (0, 1)]
+    return [make_file(root, mvtype, *part, **changes) for part in parts]
+
+
 def write_subset(
     root: Path, mvtype: str = "pushpins_loco", rep: int = 0, **changes: object
 ) -> None:
-    """Write the scores of levels 7, 14 and two repetitions of raw pixels."""
-    for level in (7, 14):
-        for ratio in RATIOS:
-            score_files.write_scores(make_file(root, mvtype, level, ratio, rep, **changes))
-    for pixel_rep in (0, 1):
-        file = make_file(root, mvtype, settings.PIXEL_LEVEL, 0.999, pixel_rep, **changes)
+    """Write the files of `make_files`."""
+    for file in make_files(root, mvtype, rep, **changes):
         score_files.write_scores(file)
 
 
@@ -85,18 +90,18 @@ def load(
     root: Path,
     mvtype: str = "pushpins_loco",
     values: settings.Settings = VALUES,
-    **changes: object,
+    **selected: object,
 ) -> score_files.SubsetScores:
-    """Read and ensemble what `write_subset` wrote; `changes` are of the selection."""
-    return score_files.load_subset(select(root, **changes), mvtype, values)
+    """Read and ensemble what `write_subset` wrote."""
+    return score_files.load_subset(select(root, **selected), mvtype, values)
 
 
 def load_toy(
-    root: Path, mvtype: str = "pushpins_loco", **changes: object
+    root: Path, mvtype: str = "pushpins_loco", **selected: object
 ) -> score_files.SubsetScores:
     """Write a toy test subset and ensemble it."""
     write_subset(root, mvtype)
-    return load(root, mvtype, **changes)  # type: ignore[arg-type]
+    return load(root, mvtype, **selected)  # type: ignore[arg-type]
 
 
 def ensemble(version: str, out: Path, *flags: str) -> list[dict[str, str]]:

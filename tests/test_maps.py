@@ -10,7 +10,7 @@ import toy_scores
 from numpy.typing import NDArray
 from PIL import Image
 
-from sinbad import crops, ensembles
+from sinbad import crops, ensembles, errors
 from sinbad.report import maps
 
 Array = NDArray[np.float64]
@@ -196,5 +196,5 @@ def test_an_unknown_size(tmp_path: Path) -> None:
     image = tmp_path / "images/cable/test/good/000.png"
     image.parent.mkdir(parents=True)
     image.write_text("no image", encoding="utf-8")
-    with toy_scores.refused(r"000\.png must be an image"):
+    with pytest.raises(errors.UserError, match=r"000\.png must be an image"):
         maps.write_maps(tmp_path / "maps", [scores], tmp_path / "images")

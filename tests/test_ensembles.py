@@ -249,13 +249,11 @@ def test_all_that_is_recorded_is_compared() -> None:
 
 def test_inconsistent_grids_repetitions_subsets_and_runs(tmp_path: Path) -> None:
     """Through files: what `load_subset` and `check_runs` hand to the comparison."""
-    for number, (level, ratio, rep) in enumerate(
-        [(14, toy_scores.RATIOS[1], 0), (PIXEL, 0.999, 1)]
-    ):
-        root = tmp_path / str(number)
+    for level, ratio, rep in ((14, toy_scores.RATIOS[1], 0), (PIXEL, 0.999, 1)):
+        root = tmp_path / str(level)
         toy_scores.write_subset(root)
-        path = toy_scores.make_file(root, "pushpins_loco", level, ratio, rep, n_quantiles=4)
-        score_files.write_scores(path)
+        file = toy_scores.make_file(root, "pushpins_loco", level, ratio, rep, n_quantiles=4)
+        score_files.write_scores(file)
         with toy_scores.refused("consistent in n_quantiles, got 5 in .* and 4 in"):
             toy_scores.load(root)
     runs = {}
@@ -270,31 +268,36 @@ def test_inconsistent_grids_repetitions_subsets_and_runs(tmp_path: Path) -> None
 # ---------------------------------------------------------------- folders of scores
 
 
-@pytest.mark.parametrize("how", ["no #", "link", "copy", "copied repetition"])
-def test_scores_that_are_read_twice(how: str, tmp_path: Path) -> None:
+SAME_FILE = r"\(level 7\) and .* \(level 14\) are the same file; put # in --version"
+
+
+@pytest.mark.parametrize(
+    ("how", "match"),
+    [
+        ("no #", SAME_FILE),
+        ("link", SAME_FILE),
+        ("copy", "must hold scores of pyramid_level 14, got 7"),
+        ("copied repetition", "must hold scores of rep rep_num_1, got rep_num_0"),
+    ],
+)
+def test_scores_that_are_read_twice(how: str, match: str, tmp_path: Path) -> None:
     toy_scores.write_subset(tmp_path)
     source, target = (tmp_path / f"ver1_pyramid_lvl_{level}" for level in (7, 14))
     changes = {"version": str(source)} if how == "no #" else {}
-    match = "must hold scores of pyramid_level 14, got 7"
     if how == "copied repetition":
         source, target = (tmp_path / f"ver1_pyramid_lvl_224/rep_num_{rep}" for rep in (0, 1))
-        match = "must hold scores of rep rep_num_1, got rep_num_0"
-    if how != "no #":
-        shutil.rmtree(target)
+    shutil.rmtree(target)
     if how == "link":
         target.symlink_to(source)
-    elif how != "no #":
+    else:
         shutil.copytree(source, target)
-    if how in ("no #", "link"):
-        match = r"\(level 7\) and .* \(level 14\) are the same file; put # in --version|" + match
     with toy_scores.refused(match):
         toy_scores.load(tmp_path, **changes)
 
 
 def test_an_authors_level_that_is_read_twice(version: str) -> None:
-    seven = version.replace("#", "7")
-    with toy_scores.refused("are the same file"):
-        toy_scores.load(Path(), version=seven, rep_num_224=0)
+    with toy_scores.refused(SAME_FILE):
+        toy_scores.load(Path(), version=version.replace("#", "7"), rep_num_224=0)
 
 
 def test_a_repetition_that_one_subset_lacks_is_named(tmp_path: Path) -> None:
@@ -332,9 +335,9 @@ def test_an_error_of_the_system_is_no_damage(tmp_path: Path) -> None:
     score_files.write_scores(file)
     score_files.read_scores(file.path, 14)
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    n_open = os.open(os.devnull, os.O_RDONLY)
-    os.close(n_open)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (n_open, limits[1]))
+    lowest_free = os.open(os.devnull, os.O_RDONLY)
+    os.close(lowest_free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free, limits[1]))
     try:
         with pytest.raises(OSError, match="Too many open files"):
             score_files.read_scores(file.path, 14)

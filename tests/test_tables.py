@@ -30,9 +30,9 @@ def report_in(tmp_path: Path) -> report.ReportOptions:
 def test_published_figures_need_splits_of_locos_size() -> None:
     assert tables.is_whole("pushpins_loco", WHOLE)
     assert tables.is_whole("pushpins_struct", {**WHOLE, "n_anomalous": 81})
-    for name in WHOLE:
-        assert not tables.is_whole("pushpins_loco", {**WHOLE, name: WHOLE[name] - 1})
-        assert not tables.is_whole("pushpins_loco", {**WHOLE, name: None})  # no record
+    for name, size in WHOLE.items():
+        for other in (size - 1, None):  # None: no record
+            assert not tables.is_whole("pushpins_loco", {**WHOLE, name: other})
     assert not tables.is_whole("cables_loco", WHOLE)
     connectors = {"n_good": 119, "n_anomalous": 108}
     for train, validation, whole in ((354, 59, 1), (360, 60, 1), (354, 60, 0), (360, 59, 0)):
@@ -70,9 +70,7 @@ def test_each_paper_has_its_column(whole_loco: metrics.Metrics) -> None:
     assert rows["mean logical"] == ["90.0", "-", "88.9", "-"]
     assert rows["mean structural"] == ["80.0", "-", "84.7", "-"]
     assert rows["mean"] == ["85.0", "-", "86.8", "88.3"]
-
-
-def test_means_of_an_incomplete_loco_have_no_published_figure(whole_loco: metrics.Metrics) -> None:
+    # Means of an incomplete LOCO have no published figure.
     whole_loco["data_sets"]["pushpins_loco"]["n_train"] = 371
     rows = {row[0]: row[-2:] for row in tables.score_table([whole_loco])}
     assert rows["pushpins_loco"] == rows["mean logical"] == rows["mean"] == ["-", "-"]

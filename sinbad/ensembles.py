@@ -49,17 +49,28 @@ def combine(crop_scores: Sequence[CropScores], values: settings.Settings) -> Ens
 
     Parameters
     ----------
-    crop_scores : at least one; of level 224 one for each repetition
+    crop_scores : at least one; of level 224 one for each repetition, else one for each grid
     values : lambda_factor, crop_norm and crop_pool count
+
+    Raises
+    ------
+    ValueError
+        If there are none, or two of one grid of a backbone's level.
     """
+    if not crop_scores:
+        raise ValueError("crop_scores must be at least one, got none")
     network_grids: dict[tuple[int, int], GridScores] = {}
     pixels = []
     for scores in crop_scores:
-        grid = _pool_grid(scores, values)
+        key, grid = (scores.level, len(scores.test)), _pool_grid(scores, values)
         if scores.level == settings.PIXEL_LEVEL:
             pixels.append(sinbad_utils.combine_grids([grid.test], [grid.valid]))
+        elif key in network_grids:
+            raise ValueError(
+                f"crop_scores must be one of each grid, got two of (level, crops) {key}"
+            )
         else:
-            network_grids[scores.level, len(scores.test)] = grid
+            network_grids[key] = grid
     levels = {}
     for level in dict.fromkeys(level for level, _ in network_grids):
         grids = [grid for (other, _), grid in network_grids.items() if other == level]
@@ -76,7 +87,10 @@ def combine(crop_scores: Sequence[CropScores], values: settings.Settings) -> Ens
 def _pool_grid(scores: CropScores, values: settings.Settings) -> GridScores:
     """Pool and normalise the crops of a grid."""
     test, valid = scores.test, scores.valid
-    means = valid.mean(1, keepdims=True) + sinbad_utils.SCORE_EPSILON
+    means = valid.mean(1, keepdims=True)
+    # A position where training and validation images do not vary takes the grid's mean.
+    means = np.where(means > sinbad_utils.SCORE_EPSILON, means, means.mean())
+    means = means + sinbad_utils.SCORE_EPSILON
     relative = test / means
     if values.crop_norm == "crop":
         test, valid = relative, valid / means

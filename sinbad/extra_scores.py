@@ -1,6 +1,7 @@
 """Another method's scores, read from CSV and added to the ensemble."""
 
 import csv
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,7 +70,7 @@ def read_extra_scores(path: Path, weight: float, norm: str) -> ExtraScores:
     for number, row in rows:
         is_whole = len(row) == len(columns) and PLAIN_DECIMAL.fullmatch(row[value])
         parts = Path(row[image]).parts if is_whole else ()
-        if len(parts) < 2:
+        if len(parts) < 2 or not math.isfinite(float(row[value])):
             raise errors.UserError(
                 f"{path} line {number} must be <category>/<path of an image>,<plain decimal "
                 f"number>, got {','.join(row)}; the first line may be {IMAGE_COLUMN},{SCORE_COLUMN}"

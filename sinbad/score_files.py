@@ -149,9 +149,10 @@ def write_scores(file: ScoreFile) -> None:
 
 def _read_labels(path: Path) -> NDArray[np.float64]:
     """Read a .npy file; a damaged one is an error that names it."""
+    content = io.BytesIO(path.read_bytes())
     try:
-        return np.load(path, allow_pickle=False)
-    except OSError:
+        return np.load(content, allow_pickle=False)
+    except MemoryError:
         raise
     except Exception as error:  # a damaged header raises whatever Python's own parser does
         raise errors.UserError(
@@ -162,18 +163,20 @@ def _read_labels(path: Path) -> NDArray[np.float64]:
 
 def read_scores(path: Path, level: int) -> ScoreFile:
     """Read a file of a level's scores, ours or the authors', with the labels beside it."""
+    content = io.BytesIO(path.read_bytes())  # here errors of the system show: none is damage
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with np.load(content, allow_pickle=False) as archive:
             test, valid = archive["anom_map_test"], archive["anom_map_valid"]
             image_paths = archive["image_paths"].tolist() if "image_paths" in archive else []
             record = json.loads(str(archive["run"])) if "run" in archive else {}
         _check_scores(path, test, valid, record)
-    except OSError as error:
-        if error.errno is not None:  # of the system, not of the file's content
-            raise
-        raise _damaged(path, error) from error
+    except MemoryError:
+        raise
     except Exception as error:  # a cut zip raises BadZipFile, zlib.error, KeyError, ValueError, ...
-        raise _damaged(path, error) from error
+        raise errors.UserError(
+            f"{path} must be a whole file of scores, got a damaged one ({error}); delete it and "
+            "run sinbad_single_layer.py again"
+        ) from error
     places = (path.with_name(name) for name in (LABELS_FILE, UPSTREAM_LABELS_FILE))
     labels_path = next((place for place in places if place.exists()), None)
     if labels_path is None:
@@ -188,14 +191,6 @@ def read_scores(path: Path, level: int) -> ScoreFile:
             f"{labels.size}; run sinbad_single_layer.py with --overwrite"
         )
     return ScoreFile(path, level, test, valid, labels, image_paths, record)
-
-
-def _damaged(path: Path, error: Exception) -> errors.UserError:
-    """Return the error of a file that is no file of scores."""
-    return errors.UserError(
-        f"{path} must be a whole file of scores, got a damaged one ({error}); delete it and run "
-        "sinbad_single_layer.py again"
-    )
 
 
 def _check_scores(path: Path, test: NDArray[Any], valid: NDArray[Any], record: object) -> None:

@@ -1,143 +1,161 @@
-"""Another method's scores: normalised, weighted, added; never turned round."""
+"""Another method's scores: read from CSV, normalised, weighted, added; their order stays."""
 
 import json
 import re
-from dataclasses import replace
+from collections.abc import Iterable
 from pathlib import Path
 
+import conftest
 import numpy as np
 import pytest
+import toy_scores
 from numpy.typing import NDArray
-from toy_scores import ensemble, load_toy, write_data_set
 
-from sinbad import ensembles, errors
+from sinbad import extra_scores
 
-Array = NDArray[np.float64]
+VALID, TEST = [1.0, 2.0, 4.5], [1.0, 2.0, 3.0, 4.0, 9.0, 8.0, 7.0]
+TEST_PATHS = toy_scores.image_paths("pushpins_loco")
+VALID_PATHS = [f"validation/good/{i:03d}.png" for i in range(3)]
+CASES = conftest.SHARED / "cases"
 
 
-def extra_csv(path: Path, valid: list[float], test: list[float]) -> Path:
-    """Write another method's scores of the toy pushpins_loco, below some folder."""
-    lines = [f"pushpins/validation/good/{i:03d}.png,{v}" for i, v in enumerate(valid)]
-    kinds = ["good"] * 4 + ["logical_anomalies"] * 3
-    numbers = [*range(4), *range(3)]
-    lines += [
-        f"/else/where/pushpins/test/{kind}/{i:03d}.png,{value}"
-        for kind, i, value in zip(kinds, numbers, test, strict=True)
-    ]
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+def write_csv(
+    path: Path,
+    valid: Iterable[float] = VALID,
+    test: Iterable[float] = TEST,
+    paths: Iterable[str] = (*VALID_PATHS, *TEST_PATHS),
+    before: str = "/else/where/",
+) -> Path:
+    """Write scores of another method for images of pushpins, below some folder."""
+    rows = zip(paths, (*valid, *test), strict=True)
+    path.write_text("".join(f"{before}pushpins/{name},{value}\n" for name, value in rows))
     return path
 
 
-VALID, TEST = [1.0, 2.0, 4.5], [1.0, 2.0, 3.0, 4.0, 9.0, 8.0, 7.0]
+def normalise(
+    path: Path, norm: str = "mean", category: str = "pushpins", paths: Iterable[str] = TEST_PATHS
+) -> NDArray[np.float64]:
+    """Read a CSV file and return the normalised scores of test images."""
+    extra = extra_scores.read_extra_scores(path, 1.0, norm)
+    return extra_scores.normalise(extra, category, list(paths))
 
 
-def test_extra_scores_are_normalised_weighted_and_added(tmp_path: Path) -> None:
-    scores = load_toy(tmp_path, "pushpins_loco")
-    path = extra_csv(tmp_path / "other.csv", VALID, TEST)
-    by_mean = ensembles.add_extra_scores(scores, ensembles.read_extra_scores(path, 0.5, "mean"))
-    expected = np.array(TEST) / (2.5 + 1e-5) + 1e-5
-    np.testing.assert_allclose(by_mean.extra["other"], expected, rtol=1e-12)
-    np.testing.assert_allclose(by_mean.final, scores.ensemble + 0.5 * expected, rtol=1e-12)
-    by_std = ensembles.add_extra_scores(scores, ensembles.read_extra_scores(path, 0.5, "std"))
-    expected = (np.array(TEST) - 2.5) / np.std(VALID)
-    np.testing.assert_allclose(by_std.extra["other"], expected, rtol=1e-12)
-
-
-@pytest.mark.parametrize(
-    ("valid", "test"),
-    [
-        ([-v for v in VALID], TEST),
-        (VALID, [-0.1, *TEST[1:]]),
-        ([0.0] * 3, TEST),
-        ([-1.0, 2.0, 3.0], TEST),
-    ],
-)
-def test_extra_scores_that_the_mean_would_turn_round(
-    valid: list[float], test: list[float], tmp_path: Path
-) -> None:
-    scores = load_toy(tmp_path, "pushpins_loco")
-    path = extra_csv(tmp_path / "other.csv", valid, test)
-    with pytest.raises(errors.UserError, match="pass --extra_norm std"):
-        ensembles.add_extra_scores(scores, ensembles.read_extra_scores(path, 1.0, "mean"))
-    if len(set(valid)) > 1:
-        extra = ensembles.add_extra_scores(
-            scores, ensembles.read_extra_scores(path, 1.0, "std")
-        ).extra["other"]
-        assert np.argsort(extra).tolist() == np.argsort(test).tolist()
+@pytest.mark.parametrize("lowest", [-1.0, 0.0, 0.001, 1.0])
+def test_scores_are_normalised_and_never_reversed(lowest: float, tmp_path: Path) -> None:
+    valid, test = np.array([lowest, *VALID[1:]]), np.array([lowest, *TEST[1:]])
+    path = write_csv(tmp_path / "other.csv", valid, test)
+    np.testing.assert_allclose(
+        normalise(path, "std"), (test - valid.mean()) / valid.std(), rtol=1e-12
+    )
+    if lowest < 0:
+        with toy_scores.refused("got a lowest of -1 and a mean of .*; pass --extra_norm std"):
+            normalise(path)
     else:
-        with pytest.raises(errors.UserError, match="must vary over the validation images"):
-            ensembles.add_extra_scores(scores, ensembles.read_extra_scores(path, 1.0, "std"))
+        expected = test / (valid.mean() + 1e-5) + 1e-5
+        np.testing.assert_allclose(normalise(path), expected, rtol=1e-12)
 
 
-@pytest.mark.parametrize("lowest", [0.0, 0.001])
-def test_extra_scores_below_one_are_divided_by_their_mean(lowest: float, tmp_path: Path) -> None:
-    scores = load_toy(tmp_path, "pushpins_loco")
-    test = [lowest, 0.1, 0.2, 0.3, 0.9, 0.8, 0.7]
-    path = extra_csv(tmp_path / "other.csv", [lowest, 0.2, 0.4], test)
-    extra = ensembles.add_extra_scores(
-        scores, ensembles.read_extra_scores(path, 1.0, "mean")
-    ).extra["other"]
-    expected = np.array(test) / ((lowest + 0.6) / 3 + 1e-5) + 1e-5
-    np.testing.assert_allclose(extra, expected, rtol=1e-12)
+def test_scores_that_cannot_be_normalised(tmp_path: Path) -> None:
+    path = tmp_path / "other.csv"
+    for valid in ([0.0] * 3, [-1.0] * 3, [-2.0, 0.5, 0.5]):
+        write_csv(path, valid)
+        with toy_scores.refused("pass --extra_norm std"):
+            normalise(path)
+        if len(set(valid)) == 1:
+            with toy_scores.refused("must vary over the validation images .* 3 equal ones"):
+                normalise(path, "std")
 
 
-def test_negative_extra_scores_at_a_great_weight_through_the_script(tmp_path: Path) -> None:
-    write_data_set(tmp_path, "pushpins_loco")
+def test_negative_scores_at_a_great_weight_through_the_script(tmp_path: Path) -> None:
+    toy_scores.write_subset(tmp_path)
     test = [-10.2, -10.3, -10.4, -10.5, -5.0, -4.9, -4.8]
-    path = extra_csv(tmp_path / "other.csv", [-10.0, -10.1, -10.4], test)
+    path = write_csv(tmp_path / "other.csv", [-10.0, -10.1, -10.4], test)
     version = str(tmp_path / "ver1_pyramid_lvl_#")
     flags = ["--rep_num_224", "2", "--extra_scores", str(path), "--extra_weight", "1000"]
-    with pytest.raises(errors.UserError, match="--extra_norm std"):
-        ensemble(version, tmp_path / "out", *flags)
-    ensemble(version, tmp_path / "out", *flags, "--extra_norm", "std")
+    with toy_scores.refused("--extra_norm std"):
+        toy_scores.ensemble(version, tmp_path / "out", *flags)
+    rows = toy_scores.ensemble(version, tmp_path / "out", *flags, "--extra_norm", "std")
+    final = toy_scores.load(tmp_path).ensemble.final + 1000 * normalise(path, "std")
+    np.testing.assert_allclose([float(row["score"]) for row in rows], final, rtol=1e-12)
     values = json.loads((tmp_path / "out" / "metrics.json").read_text(encoding="utf-8"))
     assert values["data_sets"]["pushpins_loco"]["auroc"]["ensemble + other"] == 1.0
     assert values["made_from"]["extra scores"]["norm"] == ["std"]
 
 
-@pytest.mark.parametrize("folder", ["validation", "validation/good"])
+@pytest.mark.parametrize("folder", ["validation", "valid/good", "val"])
 @pytest.mark.parametrize("before", ["", "/else/where/", "pushpins/"])
-def test_extra_scores_of_other_layouts(before: str, folder: str, tmp_path: Path) -> None:
+def test_scores_of_other_layouts(before: str, folder: str, tmp_path: Path) -> None:
     """Paths of VisA's depth and of validation images without a folder of their own."""
-    paths = [f"Data/Images/{'Normal' if i < 4 else 'Anomaly'}/{i:04d}.JPG" for i in range(7)]
-    scores = replace(load_toy(tmp_path, "pushpins_loco"), image_paths=paths)
-    lines = [f"{before}pushpins/{name},{v}" for name, v in zip(paths, TEST, strict=True)]
-    lines += [f"{before}cable/{folder}/0.png,77", "other/Data/Images/Normal/0000.JPG,88"]
+    test_paths = [f"Data/Images/{'Normal' if i < 4 else 'Anomaly'}/{i:04d}.JPG" for i in range(7)]
     path = tmp_path / "other.csv"
-    path.write_text("\n".join(lines), encoding="utf-8")
-    with pytest.raises(
-        errors.UserError, match="so a class without that folder takes none"
-    ) as caught:
-        ensembles.add_extra_scores(scores, ensembles.read_extra_scores(path, 1.0, "mean"))
-    assert "\n" not in str(caught.value)
-    lines += [f"{before}pushpins/{folder}/{i}.png,{v}" for i, v in enumerate(VALID)]
-    path.write_text("\n".join(lines), encoding="utf-8")
-    extra = ensembles.add_extra_scores(
-        scores, ensembles.read_extra_scores(path, 1.0, "mean")
-    ).extra["other"]
-    np.testing.assert_allclose(extra, np.array(TEST) / (2.5 + 1e-5) + 1e-5, rtol=1e-12)
+    others = f"{before}cable/{folder}/0.png,77\nother/Data/Images/Normal/0000.JPG,88\n"
+    write_csv(path, [], TEST, test_paths, before)
+    path.write_text(path.read_text() + others)
+    with toy_scores.refused("got none of pushpins/validation/.* without that folder takes none"):
+        normalise(path, paths=test_paths)
+    valid_paths = [f"{folder}/{i}.png" for i in range(3)]
+    write_csv(path, VALID, TEST, [*valid_paths, *test_paths], before)
+    path.write_text(path.read_text() + others)
+    expected = np.array(TEST) / (2.5 + 1e-5) + 1e-5
+    np.testing.assert_allclose(normalise(path, paths=test_paths), expected, rtol=1e-12)
+
+
+def test_a_file_with_a_header_as_our_own(tmp_path: Path) -> None:
+    plain = normalise(write_csv(tmp_path / "plain.csv"))
+    rows = [line.split(",") for line in (tmp_path / "plain.csv").read_text().splitlines()]
+    text = "score,label,image_path\n\n" + "".join(f"{v},0,{name}\n" for name, v in rows)
+    (tmp_path / "ours.csv").write_text(text, encoding="utf-8-sig")
+    np.testing.assert_array_equal(normalise(tmp_path / "ours.csv"), plain)
 
 
 @pytest.mark.parametrize(
-    ("text", "line"),
+    ("text", "match"),
     [
         ("", "must hold lines"),
-        ("pushpins/test/good/9.png,high\n", "line 1 must be"),
+        ("a/b.png,high\n", "line 1 must be"),
         ("9.png,1\n", "line 1 must be"),
-        ("pushpins/test/good/000.png,1\n", "must hold every test image of pushpins_loco"),
-        ("score,image_path\n1,a/b/c/d.png\nnan,a/b/c/e.png\n", "line 3 must be"),
+        ("a/b.png,1\na/c.png,3,69\n", "line 2 must be .* got a/c.png,3,69"),
+        ('a/b.png,1\na/c.png,"3,69"\n', "line 2 must be"),
+        ('a/b.png,1\n\na/c.png,"3,690.0"\n', "line 3 must be"),
+        ("a/b.png,1_000\n", "line 1 must be .* got a/b.png,1_000"),
+        ("a/b.png,1e999\n", "line 1 must be"),
+        ("a/b.png,0x10\n", "line 1 must be"),
+        ("score,image_path\n1,a/b.png\nnan,a/c.png\n", "line 3 must be"),
+        ("a/b.png\xff,1\n", "must be CSV in UTF-8"),
     ],
 )
-def test_bad_extra_scores(text: str, line: str, tmp_path: Path) -> None:
+def test_bad_files(text: str, match: str, tmp_path: Path) -> None:
     path = tmp_path / "other.csv"
-    path.write_text(text, encoding="utf-8")
-    with pytest.raises(errors.UserError, match=line):
-        ensembles.add_extra_scores(
-            load_toy(tmp_path, "pushpins_loco"), ensembles.read_extra_scores(path, 1.0, "mean")
-        )
-    lines = extra_csv(path, VALID, TEST).read_text(encoding="utf-8").splitlines()
-    path.write_text("\n".join(line for line in lines if "/val" not in line), encoding="utf-8")
-    with pytest.raises(errors.UserError, match=re.escape("got none of pushpins/validation/")):
-        ensembles.add_extra_scores(
-            load_toy(tmp_path, "pushpins_loco"), ensembles.read_extra_scores(path, 1.0, "mean")
-        )
+    path.write_bytes(text.encode("latin-1"))
+    with toy_scores.refused(f"{re.escape(str(path))} {match}"):
+        extra_scores.read_extra_scores(path, 1.0, "mean")
+
+
+@pytest.mark.parametrize("twice", [VALID_PATHS[1], TEST_PATHS[5]])
+def test_an_image_with_two_scores(twice: str, tmp_path: Path) -> None:
+    """As where the scores of two models lie in one file."""
+    path = write_csv(tmp_path / "other.csv")
+    first = 1 + [*VALID_PATHS, *TEST_PATHS].index(twice)
+    path.write_text(path.read_text() + f"elsewhere/pushpins/{twice},5\n")
+    match = f"other.csv must hold one score of pushpins/{twice}, got lines {first} and 11"
+    with toy_scores.refused(match):
+        normalise(path)
+
+
+def test_missing_test_images(tmp_path: Path) -> None:
+    path = write_csv(tmp_path / "other.csv", VALID, TEST[1:], [*VALID_PATHS, *TEST_PATHS[1:]])
+    with toy_scores.refused(r"no pushpins/test/good/000.png \(1 of 7 are missing\)"):
+        normalise(path)
+
+
+@pytest.mark.skipif(not CASES.is_dir(), reason="needs the small inputs beside this checkout")
+def test_files_from_practice() -> None:
+    paths = [f"test/{kind}/{i:03d}.png" for kind in ("good", "bad") for i in range(6)]
+    scores = normalise(CASES / "extra_scores_plain.csv", "std", "obj", paths)
+    assert scores[6:].min() > scores[:6].max()
+    for name, match in (
+        ("twice", "twice.csv must hold one score of obj/validation/000.png, got lines 2 and 20"),
+        ("decimal_comma", "comma.csv line 2 must be .* got obj/validation/000.png,3,69"),
+    ):
+        with toy_scores.refused(match):
+            normalise(CASES / f"extra_scores_{name}.csv", "mean", "obj", paths)

@@ -7,10 +7,10 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import pytest
+import toy_scores
 from PIL import Image
-from toy_scores import image_paths, load_toy
 
-from sinbad import ensembles
+from sinbad import loco, score_files
 from sinbad.report import figures
 
 DPI = 40
@@ -46,7 +46,7 @@ def check_figures(pngs: dict[str, bytes], names: list[str]) -> None:
 
 
 def test_equal_scores_give_equal_bytes(tmp_path: Path) -> None:
-    sets = [load_toy(tmp_path, f"pushpins_{kind}") for kind in ("loco", "struct")]
+    sets = [toy_scores.load_toy(tmp_path, f"pushpins_{kind}") for kind in loco.KINDS]
     names = [name for scores in sets for name in scores.image_paths]
     dataset = write_images(tmp_path, names)
     pngs = figures.report_figures(sets, dataset)
@@ -58,33 +58,24 @@ def test_equal_scores_give_equal_bytes(tmp_path: Path) -> None:
 
 
 def test_many_data_sets_without_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    first = load_toy(tmp_path, "pushpins_loco")
-    bare = {key: replace(grid, settings={}) for key, grid in first.grids.items()}
-    names = [f"class_with_a_long_name_{i}_{kind}" for i in range(10) for kind in ("loco", "struct")]
-    sets = [replace(first, mvtype=name, grids=bare) for name in names]
+    first = toy_scores.load_toy(tmp_path)
+    grids = {k: replace(grid, geometry=None) for k, grid in first.ensemble.grids.items()}
+    first = replace(first, ensemble=replace(first.ensemble, grids=grids))  # as the authors'
+    names = [f"class_with_a_long_name_{i}_{kind}" for i in range(10) for kind in loco.KINDS]
+    sets = [replace(first, mvtype=name) for name in names]
     check_figures(figures.report_figures(sets, tmp_path), SCORE_FIGURES)
     (message,) = capsys.readouterr().err.splitlines()
     assert "no figures of images for class_with_a_long_name_0_loco, " in message
 
 
-def select(scores: ensembles.DataSetScores, images: list[int]) -> ensembles.DataSetScores:
-    """Return the scores of some of the images."""
-    grids = {
-        key: replace(g, test=g.test[images], crops=g.crops[:, images], own=g.own[:, images])
-        for key, g in scores.grids.items()
-    }
-    arrays = {n: getattr(scores, n)[images] for n in ("labels", "network", "ensemble", "final")}
-    levels = {level: values[images] for level, values in scores.levels.items()}
-    paths = [scores.image_paths[i] for i in images]
-    return replace(scores, image_paths=paths, grids=grids, levels=levels, **arrays)
-
-
 def test_one_test_image_and_raw_pixels_alone(tmp_path: Path) -> None:
-    dataset = write_images(tmp_path, image_paths("pushpins_loco"))
+    dataset = write_images(tmp_path, toy_scores.image_paths("pushpins_loco"))
     names = [*SCORE_FIGURES, "images_pushpins_loco.png"]
-    single = select(load_toy(tmp_path, "pushpins_loco"), [4])
-    check_figures(figures.report_figures([single], dataset), names)
-    pixels = load_toy(tmp_path, "pushpins_loco", levels=())
+    for file in toy_scores.make_files(tmp_path):
+        test, labels, paths = file.test[:, 4:5], file.labels[4:5], file.image_paths[4:5]
+        score_files.write_scores(replace(file, test=test, labels=labels, image_paths=paths))
+    check_figures(figures.report_figures([toy_scores.load(tmp_path)], dataset), names)
+    pixels = toy_scores.load_toy(tmp_path, levels=())
     check_figures(figures.report_figures([pixels], dataset), names)
 
 
@@ -94,7 +85,7 @@ def test_names_are_shown_as_they_are(
     """$ is no formula, and where no font has the characters one line says so."""
     stems = ["a$1_$2", "a|b", "漢字", "n\udcff", "$x^{", "\\f", "7"]
     names = [f"test/good/{stem}.png" for stem in stems]
-    scores = replace(load_toy(tmp_path, "pushpins_loco"), image_paths=names)
+    scores = replace(toy_scores.load_toy(tmp_path), image_paths=names)
     dataset = write_images(tmp_path, names)
     pngs = figures.report_figures([scores], dataset)
     check_figures(pngs, [*SCORE_FIGURES, "images_pushpins_loco.png"])
@@ -118,10 +109,10 @@ def test_names_are_shown_as_they_are(
 
 
 def test_a_heatmap_needs_grids_alone(tmp_path: Path) -> None:
-    scores = load_toy(tmp_path, "pushpins_loco")
+    scores = toy_scores.load_toy(tmp_path)
     path = write_images(tmp_path, ["0.png"]) / "pushpins" / "0.png"
     pngs = {
-        str(label): figures.heatmap(path, scores.grids, index, "score 1", label)
+        str(label): figures.heatmap(path, scores.ensemble.grids, index, "score 1", label)
         for index, label in ((0, False), (5, True))
     }
     check_figures(pngs, ["False", "True"])

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import toy_scores
 from sklearn.metrics import average_precision_score
-from toy_scores import load_toy
 
+from sinbad import loco
 from sinbad.report import metrics
 
 LABELS = np.array([0.0, 0.0, 0.0, 0.0, 1.0, 1.0, 1.0])
@@ -45,7 +46,7 @@ def test_the_interval_is_of_the_2_5_and_the_97_5_percentile() -> None:
 
 
 def test_the_pooled_auroc_is_of_both_anomaly_types_and_not_their_mean(tmp_path: Path) -> None:
-    sets = [load_toy(tmp_path, f"pushpins_{kind}") for kind in ("loco", "struct")]
+    sets = [toy_scores.load_toy(tmp_path, f"pushpins_{kind}") for kind in loco.KINDS]
     final = [np.array([0.0, 1, 2, 3, 2.5, 9, 9]), np.array([0.0, 1, 2, 3, 0.5, 0.6, 1.5])]
     sets = [replace(s, final=values) for s, values in zip(sets, final, strict=True)]
     anomalous = [*final[0][4:], *final[1][4:]]
@@ -61,7 +62,7 @@ def test_the_pooled_auroc_is_of_both_anomaly_types_and_not_their_mean(tmp_path: 
 
 def test_means_are_of_categories_first_and_then_of_anomaly_types(tmp_path: Path) -> None:
     names = ["pushpins_loco", "pushpins_struct", "boxes_loco"]
-    values = metrics.all_metrics([load_toy(tmp_path, name) for name in names], {})
+    values = metrics.all_metrics([toy_scores.load_toy(tmp_path, name) for name in names], {})
     aurocs = {name: values["data_sets"][name]["auroc"]["level 7"] for name in names}
     means = values["mean"]["auc_roc_by_column"]["level 7"]
     logical = (aurocs["pushpins_loco"] + aurocs["boxes_loco"]) / 2
@@ -72,7 +73,7 @@ def test_means_are_of_categories_first_and_then_of_anomaly_types(tmp_path: Path)
 
 
 def test_metrics_of_a_data_set(tmp_path: Path) -> None:
-    scores = load_toy(tmp_path, "pushpins_loco")
+    scores = toy_scores.load_toy(tmp_path)
     values = metrics.all_metrics([scores], {"pushpins_loco": {"bent": [4, 6]}})
     entry = values["data_sets"]["pushpins_loco"]
     normal, bent = scores.final[:4], scores.final[[4, 6]]
@@ -83,32 +84,28 @@ def test_metrics_of_a_data_set(tmp_path: Path) -> None:
     counts = {"n_train": 9, "n_validation": 3, "n_good": 4, "n_anomalous": 3}
     assert counts.items() <= entry.items()
     assert [*entry["auroc"]][2:] == ["level 224", "network levels", "ensemble"]
-    grid = scores.grids[14, 9].test
+    grid = scores.ensemble.grids[14, 9].test
     assert entry["auroc_by_grid"]["level 14, 9 crops"] == metrics.auroc(scores.labels, grid)
 
 
 def test_network_levels_have_a_column_where_there_are_several(tmp_path: Path) -> None:
-    single = load_toy(tmp_path, "pushpins_loco", levels=(7,))
-    extra = replace(single, extra={"other": np.arange(7.0)}, final=-single.ensemble)
+    single = toy_scores.load_toy(tmp_path, levels=(7,))
+    extra = replace(single, extra={"other": np.arange(7.0)}, final=-single.final)
     columns = metrics.score_columns(extra)
     names = ["level 7", "level 224", "ensemble", "extra other", "ensemble + other"]
     assert list(columns) == names
-    levels = single.levels[7], single.levels[224]
-    expected = [*levels, single.ensemble, np.arange(7.0), -single.ensemble]
+    levels = single.ensemble.levels[7], single.ensemble.levels[224]
+    expected = [*levels, single.final, np.arange(7.0), -single.final]
     np.testing.assert_array_equal(list(columns.values()), expected)
-    both = load_toy(tmp_path, "pushpins_loco", rep_num_224=0)
-    assert list(metrics.score_columns(both)) == [
-        "level 7",
-        "level 14",
-        "network levels",
-        "ensemble",
-    ]
-    np.testing.assert_array_equal(metrics.score_columns(both)["network levels"], both.network)
+    both = toy_scores.load_toy(tmp_path, rep_num_224=0)
+    columns = metrics.score_columns(both)
+    assert list(columns) == ["level 7", "level 14", "network levels", "ensemble"]
+    np.testing.assert_array_equal(columns["network levels"], both.ensemble.network)
 
 
 def test_a_category_without_anomaly_types(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Its mean is the data set's AUROC, nothing is pooled."""
-    scores = load_toy(tmp_path, "pushpins_loco")
+    scores = toy_scores.load_toy(tmp_path)
     monkeypatch.setattr("sinbad.loco.split_mvtype", lambda name: ("pushpins", "all"))
     entry = metrics.all_metrics([scores], {})["classes"]["pushpins"]
     means = entry["classification"]["auc_roc"]

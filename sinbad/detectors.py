@@ -395,8 +395,6 @@ def _tasks(values: Settings) -> list[GridTask]:
             "official numerics are not supported by a detector: their ranges are those of a whole "
             "test split"
         )
-    if not values.pyramid_level or not values.crop_size_ratio:
-        raise errors.UserError("pyramid_level and crop_size_ratio must hold a value, got none")
     tasks, ratio_of = [], {}
     for ratio in values.crop_size_ratio:
         n_crops = len(values.grid(ratio))

@@ -102,7 +102,7 @@ LAYOUTS = {
 def test_names_of_subsets() -> None:
     assert loco.split_mvtype("metal_nut_all") == ("metal_nut", "all")
     types = {"pushpins": ("loco", "struct"), "bottle": ("all",)}
-    expand = partial(loco.expand_mvtypes, kinds_of=types)
+    expand = partial(loco.expand_mvtypes, types_of=types)
     assert expand(["all"]) == ["pushpins_loco", "pushpins_struct", "bottle_all"]
     assert expand(["loco"]) == ["pushpins_loco"]
     assert expand(["bottle", "cup_all"]) == ["bottle_all", "cup_all"]
@@ -159,7 +159,7 @@ def test_classes_without_anomalies_are_said(
     draw_mvtec(tmp_path)
     for name in DEFECTS:
         shutil.rmtree(tmp_path / "bottle/test" / name)
-    with pytest.raises(errors.UserError, match="must hold anomalous images .*, got none"):
+    with pytest.raises(errors.UserError, match=r"must hold anomalous images .*, got none"):
         layouts.choose_subsets(tmp_path, None)
     assert "bottle_all skipped, no folder" in capsys.readouterr().err
     with pytest.raises(errors.UserError, match=r"bottle must hold test/<any>, got .*test/good"):

@@ -52,7 +52,7 @@ def make_file(
     }
     if level != settings.PIXEL_LEVEL:
         recorded["weights_sha256"] = "abc"
-    n_crops = len(score_tasks.grid_of(ratio, VALUES))
+    n_crops = len(VALUES.grid(ratio))
     rng = np.random.default_rng([level, n_crops, rep, len(mvtype)])
     paths = image_paths(mvtype)
     labels = np.array([float("good" not in path) for path in paths])

@@ -207,8 +207,8 @@ def grid_figure(sets: Sequence[score_files.SubsetScores]) -> Figure:
     for (row, column), value in np.ndenumerate(values):
         text, colour = metrics.percent([aurocs[row][column]]), "w" if value <= 75 else "k"
         axes.text(column, row, text, ha="center", va="center", c=colour)
-    if sets[0].grids:
-        axes.axvline(len(sets[0].grids) - 0.5, color="white", linewidth=5)
+    if sets[0].ensemble.grids:
+        axes.axvline(len(sets[0].ensemble.grids) - 0.5, color="white", linewidth=5)
     axes.set_xticks(range(n_columns), columns[0], fontsize=7)
     axes.set_yticks(range(n_rows), [tables.legible(scores.mvtype) for scores in sets])
     axes.tick_params(length=0)

@@ -103,7 +103,7 @@ def _by_type(entry: metrics.Metrics) -> dict[str, float | None]:
 
 def image_rows(sets: Sequence[score_files.SubsetScores]) -> list[list[object]]:
     """Return per-image scores: data set, image, label, final score, each level's normalised."""
-    names = [f"level_{level}" for level in sets[0].levels]
+    names = [f"level_{level}" for level in sets[0].ensemble.levels]
     names += [f"extra_{name}" for name in sets[0].extra]
     rows: list[list[object]] = [["data_set", "image_path", "label", "score", *names]]
     for scores in sets:

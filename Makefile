@@ -43,7 +43,7 @@ paper: .venv/installed
 	$(PY) reproduce_paper.py --dataset_dir "$(DATASET)" $(PAPER_FLAGS)
 
 bench: .venv/installed
-	$(PY) benchmarks/bench_pipeline.py $(BENCH_FLAGS)
+	$(PY) benchmarks/bench.py $(BENCH_FLAGS)
 
 results: .venv/installed-demo
 	$(PY) benchmarks/make_results.py

@@ -1,14 +1,17 @@
-"""Plot the README's two figures from the demo: what the method sees, and what it finds.
+"""Plot the figures of the README (from the demo) and of docs/ablation.md (from its rows).
 
 Reads   DEMO_DIR/{dataset,matrices,results}, DEMO_DIR/tf_efficientnet_lite0.pth   (from make demo)
-Writes  OUT/histograms_fig.png, OUT/LOCO_demo_fig.png
+        RESULTS_DIR/ablation.csv   (from benchmarks/make_results.py)
+Writes  OUT/histograms_fig.png, OUT/LOCO_demo_fig.png, RESULTS_DIR/ablation.png
 
     python imgs/make_figures.py --out demo/out/tables
 """
 
 import argparse
+import csv
 import math
 import sys
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -20,11 +23,24 @@ from numpy.typing import NDArray
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import sinbad_utils
-from sinbad import atomic, backbones, cli, ensembles, errors, loco, matrices
+from sinbad import (
+    atomic,
+    backbones,
+    cli,
+    errors,
+    image_pool,
+    images,
+    loco,
+    matrices,
+    score_files,
+    score_tasks,
+    scoring,
+    settings,
+)
 from sinbad.report import figures
 
 CATEGORIES = ("juice_bottle", "pushpins")  # of the demo
-SHOWN = "juice_bottle_loco"  # the data set of histograms_fig.png
+SHOWN = "juice_bottle_loco"  # the test subset of histograms_fig.png
 LEVEL, RATIO = 14, 0.99  # its feature level, and the crop that covers the whole image
 TITLE = (
     "Synthetic images: what SINBAD sees. An image is a set of elements.\nEach element is a spatial "
@@ -57,41 +73,37 @@ def most_telling_direction(train: Numbers, anomalous: Numbers) -> int:
 
 def histograms_figure(scores: score_files.SubsetScores, data_dir: Path, weights: str) -> Figure:
     """Plot a normal and an anomalous image, each of median score, as sets."""
-    arrays = matrices.load_matrices(data_dir, scores.mvtype)
-    side = loco.crop_side(arrays.im_size, RATIO)
-    corner = loco.crop_corners(arrays.im_size, RATIO, loco.CROP_NUM_EDGE)[0]
-    net = scores.ensemble.grids[LEVEL, 1].settings["net"]
+    subset = matrices.load_matrices(data_dir, scores.mvtype)
+    net = next(file.recorded["net"] for file in scores.files if file.level == LEVEL)
+    values = settings.Settings((LEVEL,), (RATIO,), initial_res=subset.im_size, net=net)
     backbone = backbones.build_backbone(net, backbones.load_weights(net, weights), (LEVEL,))
     extractor = backbones.FeatureExtractor(backbone, torch.device("cpu"))
-    pool = matrices.ImagePool([arrays], extractor.device)
-    train_ids, test_ids = (pool.ids[scores.mvtype, split] for split in ("train", "test"))
+    pool, numbers = image_pool.pool_subsets([subset], extractor.device, values.n_workers)
+    train_ids, test_ids = (numbers[scores.mvtype, split] for split in ("train", "test"))
     shown = [image_at(scores, label) for label in (0, 1)]
-    ids = train_ids + [test_ids[index] for index in shown]
-    elements = extractor.extract(
-        pool.gather(ids, corner, images.nearest_source(side, backbones.INPUT_SIDE))
-    )[LEVEL]
-    key = (0, 0, LEVEL, 1, 0)  # as when scoring
-    directions = sinbad_utils.random_directions(
-        loco.NETWORK_SETTINGS.n_projections, elements.shape[1], key
-    )
-    values = sinbad_utils.project(directions, elements)
-    low, high = sinbad_utils.fit_ranges(values[: min(sinbad_utils.N_RANGE_SETS, len(train_ids))])
-    described = sinbad_utils.cumulative_histogram(values, low, high, loco.N_QUANTILES)
-    shares = described.unflatten(1, (-1, loco.N_QUANTILES)).numpy()  # (images, directions, bins)
-    chosen = most_telling_direction(shares[: len(train_ids)], shares[-1])
-    steps = np.arange(1, loco.N_QUANTILES + 1) / (loco.N_QUANTILES + 1)
-    thresholds = low[chosen].item() + (high - low)[chosen].item() * steps
-    height, width = (min(side, arrays.settings[name]) for name in ("height", "width"))
-    images = {
-        scores.image_paths[index]: arrays.images["test"][index][:, :height, :width]
+    grid, projection = score_tasks.grid_of(RATIO, values), scoring.Projection(LEVEL, 0, 0)
+    position = scoring.CropPosition(grid, 0, grid.corners[0], (projection,))
+    source = images.nearest_source(grid.side, backbones.INPUT_SIDE)
+    ids = [*train_ids, *(test_ids[index] for index in shown)]
+    elements = extractor.extract(pool.gather(ids, position.corner, source))[LEVEL]
+    directions = scoring.directions_at(position, projection, elements.shape[1], values)
+    n_fitted = min(sinbad_utils.N_RANGE_SETS, len(train_ids))
+    histograms = sinbad_utils.fit_histograms(directions, elements[:n_fitted], values.n_quantiles)
+    fractions = histograms.describe(elements).unflatten(1, (-1, values.n_quantiles)).numpy()
+    chosen = most_telling_direction(fractions[: len(train_ids)], fractions[-1])
+    low, high = histograms.low[chosen].item(), histograms.high[chosen].item()
+    thresholds = np.linspace(low, high, values.n_quantiles + 2)[1:-1]
+    height, width = (min(grid.side, subset.settings[name]) for name in ("height", "width"))
+    pixels = {
+        scores.image_paths[index]: subset.images["test"][index][:, :height, :width]
         for index in shown
     }
-    shown_values = values[len(train_ids) :, chosen].numpy()  # (images shown, elements)
-    return _plot_sets(images, side, shown_values, thresholds, shares[:, chosen])
+    projected = sinbad_utils.project(directions[[chosen]], elements[len(train_ids) :])[:, 0]
+    return _plot_sets(pixels, grid.side, projected.numpy(), thresholds, fractions[:, chosen])
 
 
 def _plot_sets(
-    images: dict[str, Pixels], side: int, values: Numbers, thresholds: Numbers, shares: Numbers
+    images: dict[str, Pixels], side: int, values: Numbers, thresholds: Numbers, fractions: Numbers
 ) -> Figure:
     """Plot one row per image: pixels, elements coloured by value, histogram, cumulative one."""
     height, width = next(iter(images.values())).shape[1:]
@@ -100,7 +112,7 @@ def _plot_sets(
     figure.suptitle(TITLE, x=0.01, ha="left")
     scale = Normalize(values.min(), values.max())
     bars = np.linspace(values.min(), values.max(), N_BARS + 1)
-    train, edge = shares[: -len(images)], math.isqrt(values.shape[1])
+    train, edge = fractions[: -len(images)], math.isqrt(values.shape[1])
     rows = figure.subplots(len(images), 4, width_ratios=widths)
     for number, (path, pixels) in enumerate(images.items()):
         (plain, cells, histogram, cumulative), name = rows[number], ("normal", "logical")[number]
@@ -121,7 +133,7 @@ def _plot_sets(
         spread = (train.min(0), train.max(0))
         cumulative.fill_between(thresholds, *spread, color="0.8", label="training images")
         line = {"color": colour, "marker": marker, "label": f"this image, {name}"}
-        cumulative.plot(thresholds, shares[len(train) + number], **line)
+        cumulative.plot(thresholds, fractions[len(train) + number], **line)
         cumulative.set(ylim=(-0.03, 1.03), xlabel="bin edge", ylabel="fraction of elements below")
         cumulative.legend(frameon=False, loc="lower right")
     return figure
@@ -139,6 +151,27 @@ def demo_figure(sets: dict[str, score_files.SubsetScores], dataset_dir: Path) ->
     return figures.image_rows_figure(f"Synthetic images: {title}", rows)
 
 
+def ablation_figure(path: Path) -> Figure:
+    """Plot one panel per setting changed: a point per repetition, a line through the medians."""
+    settings_changed: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    lines = path.read_text(encoding="utf-8").splitlines()[1:]  # the first says how it was made
+    for name, value, _, auroc, seconds in list(csv.reader(lines))[1:]:
+        label = f"{'all' if ' ' in value else value}\n{seconds} s"
+        settings_changed[name][label].append(float(auroc))
+    figure = Figure((11.0, 3.2))
+    panels = figure.subplots(1, len(settings_changed), sharey=True)
+    for panel, (name, aurocs) in zip(panels, settings_changed.items(), strict=True):
+        panel.plot([np.median(values) for values in aurocs.values()], color="#0072B2")
+        panel.plot(list(aurocs.values()), "o", color="#0072B2", markersize=4, alpha=0.6)
+        panel.set_xticks(range(len(aurocs)), aurocs, fontsize=7)
+        panel.set_title(name, fontsize=9)
+        panel.grid(axis="y", alpha=0.3)
+    panels[0].set_ylabel("ROC-AUC (%)")
+    title = "juice_bottle (a part), logical; ResNet-18, level 14. Point: one repetition of the "
+    figure.suptitle(f"{title}random projections, line: median, s: CPU time", x=0.01, ha="left")
+    return figure
+
+
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
     parser = cli.ScriptParser(__doc__)
@@ -148,29 +181,29 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--weights",
         help="weights of the scores' network; default: DEMO_DIR/tf_efficientnet_lite0.pth",
     )
-    add("--rep_num_224", type=cli.integer_from(0), default=20, help="raw-pixel repetitions")
-    add("--out", type=Path, default=Path("imgs"), help="folder of the figures")
+    add("--rep_num_224", type=cli.int_at_least(0), default=20, help="raw-pixel repetitions")
+    add("--results_dir", type=Path, default=Path("results"), help="folder of measured rows")
+    add("--out", type=Path, default=Path("imgs"), help="folder of the README's figures")
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Read the scores, plot both figures."""
+    """Read scores and rows, plot the figures."""
     args = parse_args(argv)
-    version = str(args.demo_dir / "results/demo_pyramid_lvl_#")
-    options = ensembles.EnsembleOptions(
-        version, version, loco.PAPER_LEVELS, 0, args.rep_num_224, loco.LAMBDA_FACTOR
-    )
+    folder = str(args.demo_dir / "results/demo_pyramid_lvl_#")
+    selection = score_files.Selection(folder, folder, settings.PAPER_LEVELS, 0, args.rep_num_224)
     mvtypes = [f"{category}_{kind}" for category in CATEGORIES for kind in loco.KINDS]
-    sets = {mvtype: ensembles.load_data_set(options, mvtype) for mvtype in mvtypes}
+    sets = {name: score_files.load_subset(selection, name, settings.Settings()) for name in mvtypes}
     weights = args.weights or str(args.demo_dir / "tf_efficientnet_lite0.pth")
-    data_dir = args.demo_dir / "matrices"
+    data_dir, rows = args.demo_dir / "matrices", args.results_dir / "ablation.csv"
     plots = {
-        "histograms_fig": lambda: histograms_figure(sets[SHOWN], data_dir, weights),
-        "LOCO_demo_fig": lambda: demo_figure(sets, args.demo_dir / "dataset"),
+        args.out / "histograms_fig.png": lambda: histograms_figure(sets[SHOWN], data_dir, weights),
+        args.out / "LOCO_demo_fig.png": lambda: demo_figure(sets, args.demo_dir / "dataset"),
+        rows.with_suffix(".png"): lambda: ablation_figure(rows),
     }
-    for name, plot in plots.items():
-        atomic.atomic_write(args.out / f"{name}.png", figures.png_of(plot))
-        print(args.out / f"{name}.png")
+    for path, plot in plots.items():
+        atomic.atomic_write(path, figures.png_of(plot))
+        print(path)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,248 @@
+"""Time scoring beside the forward pass alone, on synthetic images.
+
+Writes  tables on stdout; OUT: the same as CSV, and how they were measured
+
+    python benchmarks/bench.py --what pipeline --net resnet18 --n_images 200
+
+pipeline: from preprocessed images of a category, or of LOCO, to files of scores; scaling: the
+same, and time series; detector: fit, load, score. The forward pass alone: the same network over as
+many crops of noise in full batches, interleaved with scoring.
+"""
+
+import argparse
+import multiprocessing
+import resource
+import shlex
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import data_to_matrices
+import reproduce_paper
+import sinbad_single_layer
+import sinbad_time_series
+from sinbad import atomic, backbones, cli, detectors, errors, loco, score_files, scoring, settings
+from sinbad.report import tables
+from sinbad.settings import Settings
+from sinbad.uea import TimeSeriesDataset
+
+PARTS = {"train/good": "train", "validation/good": "validation", "test/good": "good"}
+PARTS |= {f"test/{loco.KINDS[kind]}": name for kind, name in loco.KIND_NAMES.items()}
+SERIES_SIZES = (500, 1000, 2000, 4000)  # training series, and as many test series
+SERIES_SHAPE = (13, 50)  # channels and steps, as SpokenArabicDigits
+COLUMNS = {  # of the tables; detector and scaling as in their files in results/
+    "pipeline": "network;precision;images;crop forwards;seconds;seconds, forward pass alone;"
+    "peak memory, GB;GPU memory, GB;relative speed, %",
+    "scaling": "what;number;crop forwards;seconds;seconds, bare network;peak memory, GB",
+    "detector": "net;what;pictures;seconds;of the bare network's time;peak GB",
+}
+
+Counts = dict[str, loco.LocoClass]  # category -> sizes and numbers of its images
+
+
+def category_counts(n_images: int) -> Counts:
+    """Return a category of pushpins' size with `n_images`, about half of them for training."""
+    n_part = max(1, n_images // 8)
+    numbers = dict.fromkeys(PARTS.values(), n_part) | {"train": max(2, n_images - 4 * n_part)}
+    return {"synthetic": replace(loco.LOCO_CLASSES["pushpins"], **numbers)}
+
+
+def write_images(folder: Path, counts: Counts) -> None:
+    """Write smooth random images in LOCO's layout."""
+    for category, facts in counts.items():
+        for part, name in PARTS.items():
+            (folder / category / part).mkdir(parents=True)
+            for number in range(getattr(facts, name)):
+                rng = np.random.default_rng([number, *f"{category}/{part}".encode()])
+                coarse = Image.fromarray(rng.integers(0, 256, (12, 12, 3), dtype=np.uint8))
+                image = coarse.resize((facts.width, facts.height), Image.Resampling.BILINEAR)
+                image.save(folder / category / part / f"{number:03d}.jpg")
+
+
+@contextmanager
+def scorer(counts: Counts, values: Settings) -> Iterator[Callable[[Settings], list[Path]]]:
+    """Write and preprocess synthetic images; yield a function that scores them by some settings."""
+    mvtypes = [f"{category}_{kind}" for category in counts for kind in loco.KINDS]
+    tasks = reproduce_paper.paper_tasks(mvtypes, values, [0], "bench")
+    with tempfile.TemporaryDirectory() as name:
+        dataset, *where = (Path(name, folder) for folder in ("dataset", "matrices", "results"))
+        write_images(dataset, counts)
+        size = values.initial_res, values.n_workers
+        data_to_matrices.make_matrices(dataset, where[0], mvtypes, *size)
+        yield lambda values: sinbad_single_layer.score_and_save(tasks, values, *where, True)
+
+
+def timed(function: Callable[..., Any], *args: object) -> tuple[float, Any]:
+    """Call a function; return the wall time in seconds, and the result."""
+    started = time.perf_counter()
+    result = function(*args)
+    return time.perf_counter() - started, result
+
+
+def time_forward(values: Settings, n_crops: int) -> float:
+    """Return the seconds of the forward pass alone, over `n_crops` crops of noise."""
+    levels = settings.backbone_levels(values.pyramid_level)
+    device = backbones.choose_device(values.device)
+    weights = backbones.load_weights(values.net, values.weights)
+    backbone = backbones.build_backbone(values.net, weights, levels).to(device)
+    batch_size = scoring.batch_size_on(device, values)
+    shape = batch_size, 3, backbones.INPUT_SIDE, backbones.INPUT_SIDE
+    crops = torch.randn(shape, device=device).contiguous(memory_format=torch.channels_last)
+    torch.backends.cudnn.allow_tf32 = values.precision == "tf32"
+    cast = torch.autocast(device.type, torch.bfloat16, enabled=values.precision == "bf16")
+
+    def run(n_batches: int) -> None:
+        for _ in range(n_batches):
+            with torch.inference_mode(), cast:
+                backbone(crops)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    run(1)  # warm up
+    return timed(run, -(-n_crops // batch_size))[0]
+
+
+def peak_memory() -> str:
+    """Return the peak memory of this process so far, in GB."""
+    return f"{1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9:.2f}"
+
+
+def time_scoring(values: Settings, counts: Counts, n_turns: int) -> list[str]:
+    """Return a row: medians of seconds; crop forwards with the padding of the last batch."""
+    device = backbones.choose_device(values.device)
+    extract = backbones.FeatureExtractor.extract
+    n_crops: list[int] = []
+
+    def count(extractor: backbones.FeatureExtractor, crops: torch.Tensor) -> scoring.Elements:
+        n_crops.append(len(crops))
+        return extract(extractor, crops)
+
+    turns = []
+    with scorer(counts, values) as score:
+        for _ in range(n_turns):
+            n_crops.clear()
+            with mock.patch.object(backbones.FeatureExtractor, "extract", count):
+                seconds, _ = timed(score, values)
+            turns.append((seconds, time_forward(values, sum(n_crops))))
+    seconds, forward = np.median(turns, axis=0)
+    gpu = torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else 0.0
+    n_images = sum(getattr(facts, part) for facts in counts.values() for part in PARTS.values())
+    row = [values.net, values.precision, str(n_images), str(sum(n_crops)), f"{seconds:.1f}"]
+    return [*row, f"{forward:.1f}", peak_memory(), f"{gpu:.2f}", f"{100 * forward / seconds:.0f}"]
+
+
+def pipeline_rows(args: argparse.Namespace, values: Settings) -> list[list[str]]:
+    """Return one row per number of images, each of a process whose peak memory is the run's."""
+    rows, spawn = [], multiprocessing.get_context("spawn")
+    for counts in [loco.LOCO_CLASSES] if args.loco else map(category_counts, args.n_images):
+        with ProcessPoolExecutor(1, spawn, errors.log_to_stderr) as process:
+            rows.append(process.submit(time_scoring, values, counts, args.turns).result())
+    return rows
+
+
+def scaling_rows(args: argparse.Namespace, values: Settings) -> list[list[str]]:
+    """Return one row per number of images, then one per number of time series of ten classes."""
+    rows = [[f"images, {row[0]}", *row[2:7]] for row in pipeline_rows(args, values)]
+    rng, padding = np.random.default_rng(0), np.zeros(SERIES_SHAPE[0], np.float32)
+    for n_series in SERIES_SIZES:
+        train, test = rng.standard_normal((2, n_series, *SERIES_SHAPE), dtype=np.float32)
+        labels = (np.arange(n_series) % 10).astype(str)
+        data = TimeSeriesDataset(train, test, labels, labels, padding)
+        seconds, _ = timed(sinbad_time_series.score_seed, data, 0, 100, 20, torch.device("cpu"))
+        rows.append(["time series", str(n_series), "", f"{seconds:.1f}", "", ""])
+    return rows
+
+
+def detector_rows(args: argparse.Namespace, values: Settings) -> list[list[str]]:
+    """Return one row per step of a detector and number of images."""
+    rows: list[list[str]] = []
+
+    def add(what: str, n_images: int, seconds: float, forward: float = 0.0) -> None:
+        ratio = f"{seconds / forward:.2f}" if forward else ""
+        rows.append([values.net, what, str(n_images), f"{seconds:.2f}", ratio, peak_memory()])
+
+    with tempfile.TemporaryDirectory() as name:
+        folder, path = Path(name), Path(name, "bottle.npz")
+        numbers = dict.fromkeys(PARTS.values(), 0)
+        numbers |= {"train": args.n_train, "good": max(args.n_images)}
+        write_images(folder, {"": replace(loco.LOCO_CLASSES["juice_bottle"], **numbers)})
+        train, test = (sorted((folder / part / "good").iterdir()) for part in ("train", "test"))
+        seconds, detector = timed(detectors.Detector.fit, train, (), values)
+        add("fit", len(train), seconds)
+        detector.save(path)
+        seconds, detector = timed(detectors.Detector.load, path, None, values.device)
+        add(f"load {path.stat().st_size / 1e6:.1f} MB", 0, seconds)
+        add("first score", 1, timed(detector.score, test[:1])[0])
+        n_crops = len({key[1:] for key in detector.stored if key[0] != settings.PIXEL_LEVEL})
+        for n in args.n_images:
+            turns = np.empty((args.turns, 2))
+            for turn in turns:
+                turn[:] = timed(detector.score, test[:n])[0], time_forward(values, n_crops * n)
+            add("score", n, *np.median(turns, axis=0))
+    return rows
+
+
+def largest_difference(values: Settings) -> float:
+    """Return the largest relative difference of the scores of 24 images from the CPU's in fp32."""
+    batch_size = scoring.batch_size_on(backbones.choose_device(values.device), values)
+    on_cpu = replace(values, device="cpu", precision="fp32", batch_size=batch_size)
+    with scorer(category_counts(24), values) as score:
+        expected, actual = (
+            np.concatenate([np.load(path)["anom_map_test"].ravel() for path in score(changed)])
+            for changed in (on_cpu, values)
+        )
+    scored = expected != 0  # in the padding all scores are 0
+    return float(abs(actual[scored] / expected[scored] - 1).max())
+
+
+MEASUREMENTS = {"pipeline": pipeline_rows, "detector": detector_rows, "scaling": scaling_rows}
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = cli.ScriptParser(__doc__)
+    add, at_least_1 = parser.add_argument, cli.int_at_least(1)
+    add("--what", choices=MEASUREMENTS, default="pipeline", help="what is timed")
+    add("--n_images", type=at_least_1, nargs="+", default=[16], metavar="N", help="images")
+    add("--n_train", type=cli.int_at_least(19), default=40, metavar="N", help="detector: images")
+    add("--loco", action="store_true", help="pipeline: images in the numbers and sizes of LOCO")
+    add("--turns", type=at_least_1, default=3, metavar="N", help="repetitions, medians are shown")
+    add("--agreement", action="store_true", help="compare scores with the CPU's in fp32 too")
+    add("--out", type=cli.path, metavar="FILE", help="CSV to write")
+    cli.add_settings(parser, ["pyramid_level", "rep_num_224", "initial_res"])
+    cli.add_settings(parser, [*cli.BACKBONE_FLAGS, *cli.MACHINE_FLAGS], weights="random")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Measure, print tables, write the rows."""
+    args = parse_args(argv)
+    if args.out:
+        atomic.check_writable(args.out)
+    values = cli.settings_of(args)
+    rows = [COLUMNS[args.what].split(";"), *MEASUREMENTS[args.what](args, values)]
+    print(tables.markdown(rows))
+    if args.out:
+        flags, device = sys.argv[1:] if argv is None else argv, backbones.choose_device(args.device)
+        about = score_files.environment_info(scoring.batch_size_on(device, values), device)
+        head = f"# python benchmarks/bench.py {shlex.join(flags)}; {about}\n"
+        atomic.atomic_write(args.out, head + tables.csv_text(rows))
+    if args.agreement:
+        print(f"\nlargest relative difference from the CPU: {largest_difference(values):.1e}")
+
+
+if __name__ == "__main__":
+    errors.run_script(main)

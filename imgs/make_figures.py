@@ -78,7 +78,7 @@ def histograms_figure(scores: score_files.SubsetScores, data_dir: Path, weights:
     values = settings.Settings((LEVEL,), (RATIO,), initial_res=subset.im_size, net=net)
     backbone = backbones.build_backbone(net, backbones.load_weights(net, weights), (LEVEL,))
     extractor = backbones.FeatureExtractor(backbone, torch.device("cpu"))
-    pool, numbers = image_pool.pool_subsets([subset], extractor.device, values.n_workers)
+    pool, numbers = matrices.pool_subsets([subset], extractor.device, values.n_workers)
     train_ids, test_ids = (numbers[scores.mvtype, split] for split in ("train", "test"))
     shown = [image_at(scores, label) for label in (0, 1)]
     grid, projection = score_tasks.grid_of(RATIO, values), scoring.Projection(LEVEL, 0, 0)

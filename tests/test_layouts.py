@@ -106,7 +106,7 @@ def test_names_of_subsets() -> None:
     assert expand(["all"]) == ["pushpins_loco", "pushpins_struct", "bottle_all"]
     assert expand(["loco"]) == ["pushpins_loco"]
     assert expand(["bottle", "cup_all"]) == ["bottle_all", "cup_all"]
-    with pytest.raises(errors.UserError, match="<class>_all"):
+    with pytest.raises(errors.UserError, match="<category>_all"):
         expand(["cup"])
 
 

@@ -311,7 +311,7 @@ def test_wrong_flags_stop_before_the_long_work(
 @pytest.mark.parametrize(
     ("edit", "line"),
     [
-        (lambda lines: lines[1:], "must hold every test image of pushpins_loco"),
+        (lambda lines: lines[1:], "must hold every test image of pushpins"),
         (lambda lines: lines[:-3], "must hold the validation images"),
         (lambda lines: [*lines, ("pushpins/test/good/9.png", "high")], "line 11 must be"),
         (lambda lines: [*lines, ("9.png", 1.0)], "line 11 must be"),

@@ -83,12 +83,11 @@ def run_script(main: Callable[..., Any], argv: list[str] | None = None) -> NoRet
     except (MemoryError, RuntimeError) as error:
         if debug or type(error).__name__ not in MEMORY_ERRORS:
             raise
-        sys.exit(
-            _fail(
-                f"memory must suffice, got {error or 'none left'}; ask for fewer --rep, levels or crop "
-                "ratios at once (finished outputs are kept), or pass --device cpu"
-            )
+        cure = (
+            "ask for fewer --rep, levels or crop ratios at once (finished outputs are kept), or pass "
+            "--device cpu"
         )
+        sys.exit(_fail(f"memory must suffice, got {error or 'none left'}; {cure}"))
     except KeyboardInterrupt:
         log.info("interrupted; run the same command again to go on, finished outputs are kept")
         sys.exit(EXIT_INTERRUPTED)

@@ -1,10 +1,12 @@
 """One image: decode, orient, resize; from a path, a Pillow image or an array."""
 
 import errno
+import functools
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
@@ -14,6 +16,7 @@ import PIL
 import torch
 from numpy.typing import NDArray
 from PIL import ExifTags, Image
+from PIL.TiffImagePlugin import IMAGELENGTH, IMAGEWIDTH
 from torch.nn import functional
 
 from sinbad import errors
@@ -32,6 +35,7 @@ TRANSPOSITIONS = {  # EXIF orientation -> how to turn an image upright
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 _warned: set[str] = set()  # what has been said once
 
 
@@ -84,13 +88,20 @@ def image_name(image: ImageInput, number: int = 0) -> str:
 
 def _decode(image: str | os.PathLike[str] | Image.Image, name: str) -> Image.Image:
     """Decode an image in its own mode."""
-    try:
+    with _named_errors(name):
         if isinstance(image, Image.Image):
             image.load()
             return image
         with Image.open(image) as opened:
             opened.load()
             return opened
+
+
+@contextmanager
+def _named_errors(name: str) -> Iterator[None]:
+    """Say which image cannot be decoded, and leave errors of the system what they are."""
+    try:
+        yield
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         size = str(error).partition(",")[0]  # Image size (N pixels) exceeds limit of M pixels
         raise errors.UserError(f"{name} is too large: {size}; scale it down") from error
@@ -108,18 +119,39 @@ def _decode(image: str | os.PathLike[str] | Image.Image, name: str) -> Image.Ima
 
 
 def _apply_orientation(image: Image.Image) -> Image.Image:
-    """Turn an image as its EXIF says; an EXIF that cannot be read says nothing.
+    """Turn a decoded image as its EXIF says.
 
     ImageOps.exif_transpose writes the whole EXIF anew, and fails where any other entry is broken.
     """
+    method = TRANSPOSITIONS.get(_orientation(image.getexif))
+    return image if method is None else image.transpose(method)
+
+
+def _orientation(read_exif: Callable[[], Image.Exif]) -> int | None:
+    """Return the orientation in an EXIF; one that cannot be read says nothing."""
     try:
-        orientation = image.getexif().get(ExifTags.Base.Orientation)
+        return read_exif().get(ExifTags.Base.Orientation)
     except MemoryError:
         raise
     except Exception:  # whatever its parser comes across
-        return image
-    method = TRANSPOSITIONS.get(orientation)
-    return image if method is None else image.transpose(method)
+        return None
+
+
+def oriented_size(path: Path) -> tuple[int, int]:
+    """Return the (width, height) in pixels that `open_image` gives, without decoding the image.
+
+    Raises
+    ------
+    UserError
+        If the file is no image, or too large.
+    """
+    with _named_errors(str(path)), Image.open(path) as opened:
+        width, height = opened.size
+        # Not PngImageFile's own getexif, which decodes the image to see what comes after it.
+        orientation = _orientation(functools.partial(Image.Image.getexif, opened))
+        if opened.format == "TIFF":  # whose size some versions of Pillow have turned already
+            width, height = (opened.tag_v2[tag] for tag in (IMAGEWIDTH, IMAGELENGTH))
+    return (height, width) if orientation in SIDEWAYS else (width, height)
 
 
 def _scale_to_8_bits(image: Image.Image, name: str) -> Image.Image:

@@ -49,9 +49,11 @@ def png(image: Image.Image, **options: Any) -> Image.Image:  # noqa: ANN401  wha
     return Image.open(file)
 
 
-def exif(numerator: int, denominator: int) -> bytes:
-    """Return an EXIF of orientation 6 and a resolution of numerator / denominator."""
-    entries = struct.pack("<HHLL", 0x0112, 3, 1, 6) + struct.pack("<HHLL", 0x011A, 10, 1, 38)
+def exif(numerator: int, denominator: int, orientation: int = 6) -> bytes:
+    """Return an EXIF with an orientation and a resolution of numerator / denominator."""
+    entries = struct.pack("<HHLL", 0x0112, 3, 1, orientation) + struct.pack(
+        "<HHLL", 0x011A, 10, 1, 38
+    )
     fraction = struct.pack("<ll", numerator, denominator)
     return b"Exif\0\0II*\0" + struct.pack("<LH", 8, 2) + entries + struct.pack("<L", 0) + fraction
 
@@ -64,11 +66,27 @@ def test_exif_orientation_is_applied_to_files_and_pillow_images(
     stored.save(tmp_path / "turned.png", exif=exif(numerator, int(numerator > 0)))
     for image in (tmp_path / "turned.png", Image.open(tmp_path / "turned.png")):
         np.testing.assert_array_equal(images.open_image(image), upright())
+    assert images.oriented_size(tmp_path / "turned.png") == SIZE
 
 
-def test_an_exif_that_cannot_be_read_says_nothing() -> None:
-    image = png(Image.fromarray(upright()), exif=b"Exif\0\0broken")
-    np.testing.assert_array_equal(images.open_image(image), upright())
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("ending", ["jpg", "png", "tiff", "webp"])
+def test_the_oriented_size_is_that_of_the_decoded_image(
+    ending: str, orientation: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / f"image.{ending}"
+    Image.fromarray(upright()).save(path, exif=exif(72, 1, orientation))
+    expected = images.open_image(path).size
+    assert expected == (SIZE if orientation < 5 else SIZE[::-1])
+    with monkeypatch.context() as patch:
+        patch.setattr("PIL.ImageFile.ImageFile.load", None)  # nothing is decoded
+        assert images.oriented_size(path) == expected
+
+
+def test_an_exif_that_cannot_be_read_says_nothing(tmp_path: Path) -> None:
+    Image.fromarray(upright()).save(tmp_path / "a.png", exif=b"Exif\0\0broken")
+    np.testing.assert_array_equal(images.open_image(tmp_path / "a.png"), upright())
+    assert images.oriented_size(tmp_path / "a.png") == SIZE
 
 
 def test_sixteen_bits_are_scaled_to_eight(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -205,5 +205,5 @@ def test_an_unknown_size(tmp_path: Path) -> None:
     image = tmp_path / "images/cable/test/good/000.png"
     image.parent.mkdir(parents=True)
     image.write_text("no image", encoding="utf-8")
-    with pytest.raises(errors.UserError, match=r"000\.png must be an image"):
+    with pytest.raises(errors.UserError, match=r"000\.png must be a complete image"):
         maps.write_maps(tmp_path / "maps", [scores], tmp_path / "images")

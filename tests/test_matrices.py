@@ -16,7 +16,7 @@ from conftest import COUNTS, GOLDEN, IM_SIZE, SHARED, draw_class, draw_image, fi
 
 import data_to_matrices
 from data_to_matrices import make_matrices
-from sinbad import errors, images, layouts, matrices
+from sinbad import errors, image_pool, images, layouts, matrices
 
 REAL_IMAGES = SHARED / "data" / "loco"
 ANOMALIES = {"loco": "logical_anomalies", "struct": "structural_anomalies"}
@@ -66,9 +66,8 @@ def test_crop_pixels_of_either_kind_of_matrix() -> None:
     for y in range(15):
         for x in range(15):
             expected[:, y, x] = image[:, 4 + y * 10 // 15, 7 + x * 10 // 15]
-    np.testing.assert_array_equal(matrices.crop_pixels(image, (4, 7), source), expected)
-    as_authors = image.astype(np.float32) / 255.0
-    np.testing.assert_array_equal(matrices.crop_pixels(as_authors, (4, 7), source), expected)
+    for stored in (image, image.astype(np.float32) / 255.0):
+        np.testing.assert_array_equal(image_pool.crop_pixels(stored, (4, 7), source), expected)
 
 
 def test_train_and_valid_of_both_data_sets_are_stored_once(data_dir: Path) -> None:

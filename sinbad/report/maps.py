@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from scipy.ndimage import distance_transform_edt
 
 import sinbad_utils
-from sinbad import atomic, cli, crops, ensembles, errors, loco, score_files
+from sinbad import atomic, cli, crops, ensembles, errors, images, loco, score_files
 
 MAP_ENDING = ".tiff"
 VISA_IMAGES = "Data"  # folder of the images of a VisA category; in other layouts it is `test`
@@ -117,13 +117,7 @@ def image_size(dataset_dir: Path, category: str, image_path: str) -> Size:
     """Return (width, height) in pixels of an image: its file's, else LOCO's of that category."""
     path = dataset_dir / category / image_path
     if path.is_file():
-        try:
-            with Image.open(path) as image:
-                return image.size
-        except (UnidentifiedImageError, Image.DecompressionBombError) as error:
-            raise errors.UserError(
-                f"{path} must be an image, got something else; unpack it again from the archive"
-            ) from error
+        return images.oriented_size(path)
     if category not in loco.LOCO_CLASSES:
         raise errors.UserError(
             f"--dataset_dir must hold {category}/{image_path}, for the size of its map, got "
@@ -140,7 +134,7 @@ def map_paths(
     "test/good/000.png" -> MAPS_DIR/<category>/test/good/000.tiff; in a folder where two images
     would share a map, the image's ending stays: 000.png.tiff.
     """
-    images: dict[PurePosixPath, tuple[score_files.SubsetScores, int]] = {}
+    sources: dict[PurePosixPath, tuple[score_files.SubsetScores, int]] = {}
     for scores in sets:
         category = loco.split_mvtype(scores.mvtype)[0]
         for index, image_path in enumerate(scores.image_paths):
@@ -151,8 +145,8 @@ def map_paths(
                     f"image_paths of {category} must be test/<type>/<image>, got {image_path}; "
                     "run data_to_matrices.py and sinbad_single_layer.py for anomaly maps"
                 )
-            images.setdefault(PurePosixPath(category, image_path), (scores, index))
-    for folder in dict.fromkeys(path.parent for path in images):
+            sources.setdefault(PurePosixPath(category, image_path), (scores, index))
+    for folder in dict.fromkeys(path.parent for path in sources):
         target = (maps_dir / folder).resolve()
         for image_dir in (dataset_dir, dataset_dir / folder.parts[0], dataset_dir / folder):
             if target.is_relative_to(image_dir.resolve()):
@@ -160,12 +154,12 @@ def map_paths(
                     f"maps_dir must lie outside the images, got {maps_dir}, which would put maps "
                     f"among those of {image_dir}; choose another"
                 )
-    counts = Counter(path.with_suffix("") for path in images)
+    counts = Counter(path.with_suffix("") for path in sources)
     shared = {path.parent for path, count in counts.items() if count > 1}
-    names = {path: path.name if path.parent in shared else path.stem for path in images}
+    names = {path: path.name if path.parent in shared else path.stem for path in sources}
     return {
-        maps_dir / path.parent / f"{names[path]}{MAP_ENDING}": image
-        for path, image in images.items()
+        maps_dir / path.parent / f"{names[path]}{MAP_ENDING}": source
+        for path, source in sources.items()
     }
 
 

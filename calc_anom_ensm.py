@@ -11,6 +11,7 @@ an earlier report left in OUT is replaced.
 """
 
 import argparse
+import os
 from pathlib import Path
 
 from sinbad import cli, errors, report, score_files, settings
@@ -28,12 +29,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.group(settings.INPUT_OUTPUT).add_argument
     add(
         "--version",
+        type=os.path.expanduser,
         default=DEFAULT_VERSION,
         metavar="DIR",
         help="folder of the network's scores; # stands for the level",
     )
     add(
         "--version_224",
+        type=os.path.expanduser,
         default=DEFAULT_VERSION,
         metavar="DIR",
         help="folder of the raw-pixel scores",

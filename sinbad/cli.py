@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 Item = TypeVar("Item")
 SECONDS_BETWEEN_LOG_LINES = 60.0
+# Of an @FILE: from a # that begins a word, and is not in quotes (kept as group 1); unlike shlex,
+# which would cut ver1_pyramid_lvl_# too.
+COMMENT = re.compile(r"""("[^"]*"|'[^']*')|(?<!\S)#.*""")
 HELP_WIDTH, FLAG_WIDTH = 100, 30  # characters
 
 # ---------------------------------------------------------------- parser
@@ -86,7 +89,7 @@ def _with_files(arguments: Iterable[str], inside: tuple[Path, ...] = ()) -> list
             raise errors.UserError(f"@{path} names itself; remove that line")
         try:
             lines = path.read_text(encoding="utf-8-sig").splitlines()
-            words = [word for line in lines for word in shlex.split(line, comments=True)]
+            words = [word for line in lines for word in shlex.split(COMMENT.sub(r"\1", line))]
         except UnicodeDecodeError:
             raise errors.UserError(f"{path} must be UTF-8 text; save it again as UTF-8") from None
         except ValueError as error:
@@ -232,7 +235,7 @@ PATH_FLAGS: dict[str, dict[str, Any]] = {
     "figures": {
         "action": argparse.BooleanOptionalAction,
         "default": True,
-        "help": "plot score distributions, ROC curves and example images",
+        "help": "plot score distributions, ROC curves and example images (default: --figures)",
     },
     "rep": {
         "type": integer_ranges,

@@ -15,8 +15,9 @@ log = logging.getLogger("sinbad")
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
 
+KEPT = "finished outputs are kept"
 CURES = {
-    errno.ENOSPC: "free some space and run the same command again, finished outputs are kept",
+    errno.ENOSPC: f"free some space and run the same command again; {KEPT}",
     errno.EDQUOT: "free some of the quota and run the same command again",
     errno.EACCES: "give this user the right to read, write and search it, or choose another",
     errno.EPERM: "give this user the right to read, write and search it, or choose another",
@@ -24,9 +25,7 @@ CURES = {
     errno.EEXIST: "a file is where a folder must be, choose another path",
     errno.ENOTDIR: "a file is where a folder must be, choose another path",
 }
-
-
-MEMORY_ERRORS = ("MemoryError", "OutOfMemoryError")  # the second is torch's, not imported here
+TORCH_MEMORY_ERROR = "OutOfMemoryError"  # torch is not imported here
 
 
 class UserError(Exception):
@@ -81,15 +80,13 @@ def run_script(main: Callable[..., Any], argv: list[str] | None = None) -> NoRet
         cure = CURES.get(error.errno, "check the path")
         sys.exit(_fail(f"{where}: {error.strerror or error}; {cure}"))
     except (MemoryError, RuntimeError) as error:
-        if debug or type(error).__name__ not in MEMORY_ERRORS:
+        is_memory = isinstance(error, MemoryError) or type(error).__name__ == TORCH_MEMORY_ERROR
+        if debug or not is_memory:
             raise
-        cure = (
-            "ask for fewer --rep, levels or crop ratios at once (finished outputs are kept), or pass "
-            "--device cpu"
-        )
-        sys.exit(_fail(f"memory must suffice, got {error or 'none left'}; {cure}"))
+        cure = "ask for fewer --rep, levels or crop ratios at once, or pass --device cpu"
+        sys.exit(_fail(f"not enough memory ({str(error) or 'none left'}); {cure}; {KEPT}"))
     except KeyboardInterrupt:
-        log.info("interrupted; run the same command again to go on, finished outputs are kept")
+        log.info(f"interrupted; run the same command again to go on; {KEPT}")
         sys.exit(EXIT_INTERRUPTED)
     sys.exit(status or 0)
 

@@ -95,6 +95,11 @@ def text(value: object) -> str:
     return os.fspath(value)
 
 
+def name_or_path(value: object) -> str:
+    """Take a text; ~ is the home folder."""
+    return os.path.expanduser(text(value))
+
+
 def switch(value: object) -> bool:
     """Take True or False."""
     if not isinstance(value, bool):
@@ -142,7 +147,7 @@ class Settings:
     Raises
     ------
     UserError
-        If a value breaks its rule, or two crop ratios give the same number of crops.
+        If a value breaks its rule.
     """
 
     pyramid_level: tuple[int, ...] = setting(
@@ -205,7 +210,7 @@ class Settings:
     )
     weights: str = setting(
         "imagenet",
-        text,
+        name_or_path,
         "imagenet (downloaded once), random, or a file with a state_dict",
         BACKBONE,
     )
@@ -239,10 +244,14 @@ class Settings:
             rule = declared.metadata["rule"]
             try:
                 if isinstance(declared.default, tuple):
+                    if isinstance(value, str) or not isinstance(value, Iterable):
+                        raise ValueError(f"must be a list, got {value!r}")
                     checked = tuple(dict.fromkeys(map(rule, value)))
+                    if not checked:
+                        raise ValueError("must be at least one, got none")
                 else:
                     checked = rule(value)
-            except (TypeError, ValueError) as error:
+            except ValueError as error:
                 raise errors.UserError(f"{declared.name} {error}; see --help") from None
             object.__setattr__(self, declared.name, checked)
 

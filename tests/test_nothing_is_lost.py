@@ -19,6 +19,10 @@ from sinbad import atomic, errors
 ROOT = Path(__file__).parents[1]
 
 
+class ArrayMemoryError(MemoryError):
+    """Stands for numpy's private kind of it."""
+
+
 def test_what_was_finished_before_stays_as_it_was(
     place: Place, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -101,8 +105,9 @@ def test_a_reader_that_goes_away(redirection: str, status: int, words: str) -> N
 @pytest.mark.parametrize(
     ("error", "line"),
     [
-        (MemoryError(), "error: memory must suffice, got .*; ask for .*\n"),
-        (torch.OutOfMemoryError("CUDA out of memory."), "error: memory must suffice, got CUDA.*\n"),
+        (MemoryError(), r"error: not enough memory \(none left\); ask for .*\n"),
+        (ArrayMemoryError("a (9,)"), r"error: not enough memory \(a \(9,\)\); ask for .*\n"),
+        (torch.OutOfMemoryError("CUDA out of memory."), r"error: not enough memory \(CUDA.*\n"),
         (errors.UserError("n must be 1, got 2"), "error: n must be 1, got 2\n"),
         (RuntimeError("a bug"), None),
     ],

@@ -53,9 +53,9 @@ def write_scores(place: Place, level: int, n_crops: int, n_test: int = 4) -> Non
     labels = np.array([0.0, 1.0] * (n_test // 2))
     paths = [f"test/{i}.png" for i in range(n_test)]
     folder = root / f"v_pyramid_lvl_{level}" / "rep_num_0" / "pushpins_loco"
-    path, scores = folder / f"{n_crops}_crop_anom_maps.npz", rng.random((n_crops, n_test + 3))
-    test, valid = scores[:, :n_test], scores[:, n_test:]
-    score_files.write_scores(score_files.ScoreFile(path, level, test, valid, labels, paths, {}))
+    path = folder / f"{n_crops}_crop_anom_maps.npz"
+    arrays = rng.random((n_crops, n_test)), rng.random((n_crops, 3)), labels
+    score_files.write_scores(score_files.ScoreFile(path, level, *arrays, paths, {}))
 
 
 def ensemble_case(place: Place, *flags: str) -> Case:

@@ -229,12 +229,6 @@ def scores_of_one_grid_missing(place: Place) -> Case:
     return ensemble_case(place)
 
 
-def raw_pixel_scores_missing(place: Place) -> Case:
-    for level in (7, 14):
-        write_scores(place, level, 1)
-    return ensemble_case(place, "--rep_num_224", "2")
-
-
 def ensemble_labels_of_another_length(place: Place) -> Case:
     for level in (7, 14):
         write_scores(place, level, 1)
@@ -249,22 +243,13 @@ def levels_of_other_images(place: Place) -> Case:
     return ensemble_case(place)
 
 
-def scores_cut_short(place: Place) -> Case:
-    for level in (7, 14):
-        write_scores(place, level, 1)
-    path = place.root / "runs/v_pyramid_lvl_14/rep_num_0/pushpins_loco/1_crop_anom_maps.npz"
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    return ensemble_case(place)
-
-
 def damage_scores(place: Place, **arrays: np.ndarray) -> Case:
     """Replace arrays of a file of scores of 4 crops."""
     for level in (7, 14):
         write_scores(place, level, 4)
     path = place.root / "runs/v_pyramid_lvl_14/rep_num_0/pushpins_loco/4_crop_anom_maps.npz"
     with np.load(path) as archive:
-        found = dict(archive)
-    np.savez(path, **{**found, **arrays})
+        np.savez(path, **{**archive, **arrays})
     return ensemble_case(place)
 
 
@@ -304,10 +289,8 @@ CASES: dict[Callable[[Place], Case], list[str]] = {
     no_scores_at_all: ["version must hold scores", "sinbad_single_layer.py"],
     scores_of_one_level_missing: ["lvl_14", "--pyramid_level 14"],
     scores_of_one_grid_missing: ["must be consistent in numbers of crops", "got 4", "level|lvl_14"],
-    raw_pixel_scores_missing: ["lvl_224", "--pyramid_level 224 --rep 0", "fewer levels"],
     ensemble_labels_of_another_length: ["lbl.npy must hold 4 labels", "got 3"],
     levels_of_other_images: ["must be consistent in labels", "lvl_7", "lvl_14"],
-    scores_cut_short: ["1_crop_anom_maps.npz must be a whole file of scores"],
     scores_with_nan: ["4_crop_anom_maps.npz must be a whole file of scores", "NaN"],
     scores_of_fewer_crops_than_named: ["4_crop_anom_maps.npz must be", "1 and 1 crops"],
     scores_of_one_axis: ["4_crop_anom_maps.npz must be", "anom_map_valid is float64 of shape (4,)"],

@@ -65,65 +65,64 @@ PUBLISHED_LOCO = {
 PUBLISHED_ENSEMBLE_MEAN = 88.3
 
 
-# ---------------------------------------------------------------- names of data sets
+# ---------------------------------------------------------------- names of test subsets
 
 
 def split_mvtype(mvtype: str) -> tuple[str, str]:
-    """Split a data set's name: "pushpins_loco" -> category "pushpins", anomaly type "loco"."""
-    class_name, _, kind = mvtype.rpartition("_")
-    if not class_name or kind not in (*KINDS, ALL) or "/" in mvtype:
+    """Split a test subset's name: "pushpins_loco" -> category "pushpins", anomaly type "loco"."""
+    category, _, anomaly_type = mvtype.rpartition("_")
+    if not category or anomaly_type not in (*KINDS, ALL) or "/" in mvtype:
         raise errors.UserError(
-            f"mvtype must be a data set (<class>_loco, <class>_struct, <class>_all), a class, "
-            f"loco, struct or all, got {mvtype}; LOCO's classes are {', '.join(LOCO_CLASSES)}"
+            "mvtype must be a test subset (<class>_loco, <class>_struct, <class>_all), a category, "
+            f"loco, struct or all, got {mvtype}; LOCO's categories are {', '.join(LOCO_CLASSES)}"
         )
-    return class_name, kind
+    return category, anomaly_type
 
 
-def expand_mvtypes(names: Iterable[str], kinds_of: Mapping[str, Sequence[str]]) -> list[str]:
-    """Expand the values of `--mvtype` to names of data sets, by category, logical first.
+def expand_mvtypes(names: Iterable[str], types: Mapping[str, Sequence[str]]) -> list[str]:
+    """Expand the values of `--mvtype` to names of test subsets, by category, logical first.
 
     Parameters
     ----------
-    names : data sets (`pushpins_loco`), categories (`pushpins`), or `loco`, `struct`, `all`
-    kinds_of : category -> the anomaly types of its data sets
+    names : test subsets (`pushpins_loco`), categories (`pushpins`), or `loco`, `struct`, `all`
+    types : category -> the anomaly types of its test subsets
 
     Raises
     ------
     UserError
-        If a name is neither a data set, nor a known category, nor one of the three groups.
+        If a name is neither a test subset, nor a known category, nor one of the three groups.
     """
-    wanted: list[str] = []
+    mvtypes: list[str] = []
     for name in names:
         if name == ALL or name in KINDS:
-            wanted += [
-                f"{c}_{kind}" for c, own in kinds_of.items() for kind in own if name in (ALL, kind)
-            ]
-        elif name in kinds_of or name in LOCO_CLASSES:
-            wanted += [f"{name}_{kind}" for kind in kinds_of.get(name, KINDS)]
+            pairs = ((category, kind) for category in types for kind in types[category])
+            mvtypes += [f"{category}_{kind}" for category, kind in pairs if name in (ALL, kind)]
+        elif name in types or name in LOCO_CLASSES:
+            mvtypes += [f"{name}_{kind}" for kind in types.get(name, KINDS)]
         else:
             split_mvtype(name)
-            wanted.append(name)
-    return list(dict.fromkeys(wanted))
+            mvtypes.append(name)
+    return list(dict.fromkeys(mvtypes))
 
 
 def choose_mvtypes(names: Iterable[str], present: Iterable[str]) -> list[str]:
-    """Return the data sets of some names; of a category or a group those that are present.
+    """Return the test subsets of some names; of a category or a group those that are present.
 
-    If none is present, all data sets of the names: the caller reports what is missing.
+    If none is present, all test subsets of the names: the caller reports what is missing.
 
     Parameters
     ----------
     names : values of `--mvtype`
-    present : existing data sets; their categories belong to `loco`, `struct` and `all`
+    present : existing test subsets; their categories belong to `loco`, `struct` and `all`
     """
     names = list(names)
-    found = {n for n in present if n.endswith(tuple(f"_{kind}" for kind in (*KINDS, ALL)))}
-    kinds_of: dict[str, Sequence[str]] = dict.fromkeys(LOCO_CLASSES, tuple(KINDS))
-    for class_name, kind in sorted(map(split_mvtype, found)):  # all comes first
-        kinds_of[class_name] = (ALL,) if kind == ALL else tuple(KINDS)
-    wanted = expand_mvtypes(names, kinds_of)
-    chosen = [name for name in wanted if name in found or name in names]
-    missing = [name for name in wanted if name not in chosen]
-    if chosen and missing:
+    subsets = {n for n in present if n.endswith(tuple(f"_{kind}" for kind in (*KINDS, ALL)))}
+    types: dict[str, Sequence[str]] = dict.fromkeys(LOCO_CLASSES, tuple(KINDS))
+    for category, anomaly_type in sorted(map(split_mvtype, subsets)):  # all comes first
+        types[category] = (ALL,) if anomaly_type == ALL else tuple(KINDS)
+    mvtypes = expand_mvtypes(names, types)
+    chosen = [name for name in mvtypes if name in subsets or name in names]
+    missing = [name for name in mvtypes if name not in chosen]
+    if missing and any(split_mvtype(name)[0] in LOCO_CLASSES for name in chosen):
         log.info(f"note: not found: {', '.join(missing)}")
-    return chosen or wanted
+    return chosen or mvtypes

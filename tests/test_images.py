@@ -80,7 +80,7 @@ def test_the_oriented_size_is_that_of_the_decoded_image(
     expected = images.open_image(path).size
     assert expected == (SIZE if orientation < 5 else SIZE[::-1])
     decoded: list[Image.Image] = []
-    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", decoded.append)
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda image: decoded.append(image))
     assert images.oriented_size(path) == expected
     assert not decoded
 

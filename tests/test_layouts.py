@@ -102,7 +102,7 @@ LAYOUTS = {
 def test_names_of_subsets() -> None:
     assert loco.split_mvtype("metal_nut_all") == ("metal_nut", "all")
     types = {"pushpins": ("loco", "struct"), "bottle": ("all",)}
-    expand = partial(loco.expand_mvtypes, kinds_of=types)
+    expand = partial(loco.expand_mvtypes, types=types)
     assert expand(["all"]) == ["pushpins_loco", "pushpins_struct", "bottle_all"]
     assert expand(["loco"]) == ["pushpins_loco"]
     assert expand(["bottle", "cup_all"]) == ["bottle_all", "cup_all"]
@@ -115,14 +115,22 @@ def test_names_of_subsets() -> None:
     [
         ("bottle", "bottle_all cup_loco notes", "bottle_all"),
         ("cup", "bottle_all cup_loco notes", "cup_loco"),
-        ("all", "cup_loco pins_loco pins_struct bottle_all notes", None),
+        (
+            "all",
+            "cup_loco pins_loco pins_struct a_all notes",
+            "a_all cup_loco pins_loco pins_struct",
+        ),
+        ("all", "screw_bag_loco cup_loco", "screw_bag_loco cup_loco"),  # LOCO's first
+        ("pushpins", "pushpins_loco cup_loco", "pushpins_loco"),
         ("all", "bottle_all", "bottle_all"),
     ],
 )
-def test_names_stand_for_the_subsets_present(name: str, present: str, chosen: str | None) -> None:
-    everything = ["bottle_all", "cup_loco", "pins_loco", "pins_struct"]
-    expected = chosen.split() if chosen else everything
-    assert loco.choose_mvtypes([name], present.split()) == expected
+def test_names_stand_for_the_subsets_present(
+    name: str, present: str, chosen: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert loco.choose_mvtypes([name], present.split()) == chosen.split()
+    missing = "note: not found: pushpins_struct" in caplog.text
+    assert missing == (chosen == "pushpins_loco")
 
 
 # ---------------------------------------------------------------- recognising
@@ -159,7 +167,7 @@ def test_classes_without_anomalies_are_said(
     draw_mvtec(tmp_path)
     for name in DEFECTS:
         shutil.rmtree(tmp_path / "bottle/test" / name)
-    with pytest.raises(errors.UserError, match="must hold anomalous images .*, got none"):
+    with pytest.raises(errors.UserError, match=r"must hold anomalous images .*, got none"):
         layouts.choose_subsets(tmp_path, None)
     assert "bottle_all skipped, no folder" in capsys.readouterr().err
     with pytest.raises(errors.UserError, match=r"bottle must hold test/<any>, got .*test/good"):

@@ -7,14 +7,21 @@ Writes  OUT_DIR/{tasks.tsv,array.sbatch,batch_master.sh}
     sh ../sinbad_runs/sbatches/batch_master.sh    # run again, it submits what is missing
 """
 
+import argparse
+
 from sinbad import cli, errors, settings, slurm
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = slurm.array_parser(__doc__, settings.BACKBONE_DEFAULTS, "sbatches")
+    cli.add_settings(parser, ["pyramid_level"], pyramid_level=settings.PAPER_LEVELS)
+    return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Write the folder, or submit, run or report its tasks."""
-    parser = slurm.array_parser(__doc__, settings.BACKBONE_DEFAULTS, "sbatches")
-    cli.add_settings(parser, ["pyramid_level"], pyramid_level=settings.PAPER_LEVELS)
-    args = parser.parse_args(argv)
+    args = parse_args(argv)
     if settings.PIXEL_LEVEL in args.pyramid_level:
         raise errors.UserError(
             "pyramid_level must be of the backbone, got 224; see create_batch_array_sinbad_224.py"

@@ -9,12 +9,19 @@ Writes  OUT_DIR/{tasks.tsv,array.sbatch,batch_master.sh}
 `--reps_per_task 10` makes ten tasks of the 100 repetitions.
 """
 
+import argparse
+
 from sinbad import cli, errors, settings, slurm
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
+    return slurm.array_parser(__doc__, settings.PIXEL_DEFAULTS, "sbatches_224").parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Write the folder, or submit, run or report its tasks."""
-    args = slurm.array_parser(__doc__, settings.PIXEL_DEFAULTS, "sbatches_224").parse_args(argv)
+    args = parse_args(argv)
     values = cli.settings_of(args, pyramid_level=(settings.PIXEL_LEVEL,))
     return slurm.run_array(args, values, __file__)
 

@@ -248,7 +248,7 @@ class Settings:
                         raise ValueError(f"must be a list, got {value!r}")
                     checked = tuple(dict.fromkeys(map(rule, value)))
                     if not checked:
-                        raise ValueError("must be at least one, got none")
+                        raise ValueError("must hold a value, got none")
                 else:
                     checked = rule(value)
             except ValueError as error:

@@ -65,7 +65,7 @@ PUBLISHED_LOCO = {
 PUBLISHED_ENSEMBLE_MEAN = 88.3
 
 
-# ---------------------------------------------------------------- names of data sets
+# ---------------------------------------------------------------- names of test subsets
 
 
 def split_mvtype(mvtype: str) -> tuple[str, str]:
@@ -73,38 +73,36 @@ def split_mvtype(mvtype: str) -> tuple[str, str]:
     category, _, anomaly_type = mvtype.rpartition("_")
     if not category or anomaly_type not in (*KINDS, ALL) or "/" in mvtype:
         raise errors.UserError(
-            "mvtype must be a test subset (<category>_loco, <category>_struct, <category>_all), a "
-            f"category, loco, struct or all, got {mvtype}; LOCO's categories are "
-            f"{', '.join(LOCO_CLASSES)}"
+            "mvtype must be a test subset (<class>_loco, <class>_struct, <class>_all), a category, "
+            f"loco, struct or all, got {mvtype}; LOCO's categories are {', '.join(LOCO_CLASSES)}"
         )
     return category, anomaly_type
 
 
-def expand_mvtypes(names: Iterable[str], types_of: Mapping[str, Sequence[str]]) -> list[str]:
+def expand_mvtypes(names: Iterable[str], types: Mapping[str, Sequence[str]]) -> list[str]:
     """Expand the values of `--mvtype` to names of test subsets, by category, logical first.
 
     Parameters
     ----------
     names : test subsets (`pushpins_loco`), categories (`pushpins`), or `loco`, `struct`, `all`
-    types_of : category -> the anomaly types of its test subsets
+    types : category -> the anomaly types of its test subsets
 
     Raises
     ------
     UserError
         If a name is neither a test subset, nor a known category, nor one of the three groups.
     """
-    everything = [(category, t) for category, types in types_of.items() for t in types]
-    subsets: dict[str, None] = {}
+    mvtypes: list[str] = []
     for name in names:
         if name == ALL or name in KINDS:
-            expanded = [f"{category}_{t}" for category, t in everything if name in (ALL, t)]
-        elif name in types_of or name in LOCO_CLASSES:
-            expanded = [f"{name}_{t}" for t in types_of.get(name, KINDS)]
+            pairs = ((category, kind) for category in types for kind in types[category])
+            mvtypes += [f"{category}_{kind}" for category, kind in pairs if name in (ALL, kind)]
+        elif name in types or name in LOCO_CLASSES:
+            mvtypes += [f"{name}_{kind}" for kind in types.get(name, KINDS)]
         else:
-            split_mvtype(name)  # an error, if it is no name of a test subset
-            expanded = [name]
-        subsets |= dict.fromkeys(expanded)
-    return list(subsets)
+            split_mvtype(name)
+            mvtypes.append(name)
+    return list(dict.fromkeys(mvtypes))
 
 
 def choose_mvtypes(names: Iterable[str], present: Iterable[str]) -> list[str]:
@@ -115,16 +113,16 @@ def choose_mvtypes(names: Iterable[str], present: Iterable[str]) -> list[str]:
     Parameters
     ----------
     names : values of `--mvtype`
-    present : existing test subsets; their categories are part of `loco`, `struct` and `all`
+    present : existing test subsets; their categories belong to `loco`, `struct` and `all`
     """
-    names, suffixes = list(names), tuple(f"_{anomaly_type}" for anomaly_type in (*KINDS, ALL))
-    existing = {name for name in present if name.endswith(suffixes)}
-    types_of: dict[str, Sequence[str]] = dict.fromkeys(LOCO_CLASSES, tuple(KINDS))
-    for category, anomaly_type in sorted(map(split_mvtype, existing)):  # "all" comes first
-        types_of[category] = (ALL,) if anomaly_type == ALL else tuple(KINDS)
-    expanded = expand_mvtypes(names, types_of)
-    chosen = [name for name in expanded if name in existing or name in names]
-    missing = [name for name in expanded if name not in chosen]
-    if chosen and missing:
+    names = list(names)
+    subsets = {n for n in present if n.endswith(tuple(f"_{kind}" for kind in (*KINDS, ALL)))}
+    types: dict[str, Sequence[str]] = dict.fromkeys(LOCO_CLASSES, tuple(KINDS))
+    for category, anomaly_type in sorted(map(split_mvtype, subsets)):  # all comes first
+        types[category] = (ALL,) if anomaly_type == ALL else tuple(KINDS)
+    mvtypes = expand_mvtypes(names, types)
+    chosen = [name for name in mvtypes if name in subsets or name in names]
+    missing = [name for name in mvtypes if name not in chosen]
+    if missing and any(split_mvtype(name)[0] in LOCO_CLASSES for name in chosen):
         log.info(f"note: not found: {', '.join(missing)}")
-    return chosen or expanded
+    return chosen or mvtypes

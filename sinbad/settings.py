@@ -52,7 +52,7 @@ def whole_number(low: int) -> Rule:
 
     def check(value: object) -> int:
         text = str(value)
-        if isinstance(value, bool) or not re.fullmatch(r"[+]?[0-9]{1,18}", text) or int(text) < low:
+        if not re.fullmatch(r"[+]?[0-9]{1,18}", text) or int(text) < low:
             raise ValueError(f"must be a whole number from {low}, got {value}")
         return int(text)
 
@@ -248,7 +248,7 @@ class Settings:
                         raise ValueError(f"must be a list, got {value!r}")
                     checked = tuple(dict.fromkeys(map(rule, value)))
                     if not checked:
-                        raise ValueError("must be at least one, got none")
+                        raise ValueError("must hold a value, got none")
                 else:
                     checked = rule(value)
             except ValueError as error:

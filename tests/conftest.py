@@ -1,4 +1,4 @@
-"""A tiny drawn data set in LOCO's layout, its matrices, and the folders of reference arrays."""
+"""A tiny synthetic data set in LOCO's layout, its matrices, the folders of reference arrays."""
 
 import shutil
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw
 from data_to_matrices import make_matrices
 from sinbad import errors
 
-IM_SIZE = 64  # pixels, side of the drawn data set's matrices
+IM_SIZE = 64  # pixels, side of the preprocessed images
 COUNTS = {
     "train/good": 5,
     "validation/good": 3,
@@ -61,7 +61,7 @@ def dataset_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def data_dir(dataset_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the matrices of both data sets of pushpins, 64 x 64. Never write there."""
+    """Return the matrices of both test subsets of pushpins, 64 x 64. Never write there."""
     folder = tmp_path_factory.mktemp("data_matrices")
     make_matrices(dataset_dir, folder, ["pushpins_loco", "pushpins_struct"], IM_SIZE)
     return folder
@@ -69,13 +69,13 @@ def data_dir(dataset_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 def files_below(folder: Path) -> dict[str, bytes]:
     """Return relative path -> bytes of every file below a folder, hidden ones too."""
-    found = (path for path in sorted(folder.rglob("*")) if path.is_file())
-    return {str(path.relative_to(folder)): path.read_bytes() for path in found}
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a case may write: copies of the drawn images and matrices, and the output folder."""
+    """Where a case may write: copies of the images and matrices, and the output folder."""
 
     root: Path
     drawn: Path
@@ -87,7 +87,7 @@ class Place:
         return self.root / "out"
 
     def images(self) -> Path:
-        """Return a copy of the drawn data set."""
+        """Return a copy of the synthetic data set."""
         return Path(shutil.copytree(self.drawn, self.root / "images"))
 
     def data(self) -> Path:

@@ -93,6 +93,8 @@ def test_help(command: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> N
     assert max(map(len, text.splitlines())) <= cli.HELP_WIDTH
     titles = re.findall(r"^(\w.*):$", text, re.MULTILINE)
     groups = [settings.INPUT_OUTPUT, settings.COMPUTED]
+    if name.startswith("create_batch_array"):
+        groups = ["array", "cluster", *groups]
     if command == ("sinbad_detector",):
         groups = ["positional arguments"]
     assert titles[: len(groups)] == groups

@@ -333,7 +333,7 @@ def test_equal_training_images_lie_in_one_fold_and_count_once(
         ({"folds": 1}, "folds must be a whole number from 2, got 1"),
         ({"n_quantiles": 2.5}, "n_quantiles must be a whole number from 1, got 2.5"),
         ({"shrinkage_factor": math.nan}, "shrinkage_factor must be above 0 to 1, got nan"),
-        ({"pyramid_level": ()}, "pyramid_level must be at least one"),
+        ({"pyramid_level": ()}, "pyramid_level must hold a value"),
         ({"official": True}, "official numerics are not supported by a detector"),
     ],
     ids=lambda value: str(value)[:30],

@@ -102,11 +102,11 @@ LAYOUTS = {
 def test_names_of_subsets() -> None:
     assert loco.split_mvtype("metal_nut_all") == ("metal_nut", "all")
     types = {"pushpins": ("loco", "struct"), "bottle": ("all",)}
-    expand = partial(loco.expand_mvtypes, types_of=types)
+    expand = partial(loco.expand_mvtypes, types=types)
     assert expand(["all"]) == ["pushpins_loco", "pushpins_struct", "bottle_all"]
     assert expand(["loco"]) == ["pushpins_loco"]
     assert expand(["bottle", "cup_all"]) == ["bottle_all", "cup_all"]
-    with pytest.raises(errors.UserError, match="<category>_all"):
+    with pytest.raises(errors.UserError, match="<class>_all"):
         expand(["cup"])
 
 
@@ -115,14 +115,22 @@ def test_names_of_subsets() -> None:
     [
         ("bottle", "bottle_all cup_loco notes", "bottle_all"),
         ("cup", "bottle_all cup_loco notes", "cup_loco"),
-        ("all", "cup_loco pins_loco pins_struct bottle_all notes", None),
+        (
+            "all",
+            "cup_loco pins_loco pins_struct a_all notes",
+            "a_all cup_loco pins_loco pins_struct",
+        ),
+        ("all", "screw_bag_loco cup_loco", "screw_bag_loco cup_loco"),  # LOCO's first
+        ("pushpins", "pushpins_loco cup_loco", "pushpins_loco"),
         ("all", "bottle_all", "bottle_all"),
     ],
 )
-def test_names_stand_for_the_subsets_present(name: str, present: str, chosen: str | None) -> None:
-    everything = ["bottle_all", "cup_loco", "pins_loco", "pins_struct"]
-    expected = chosen.split() if chosen else everything
-    assert loco.choose_mvtypes([name], present.split()) == expected
+def test_names_stand_for_the_subsets_present(
+    name: str, present: str, chosen: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert loco.choose_mvtypes([name], present.split()) == chosen.split()
+    missing = "note: not found: pushpins_struct" in caplog.text
+    assert missing == (chosen == "pushpins_loco")
 
 
 # ---------------------------------------------------------------- recognising

@@ -167,12 +167,11 @@ def test_full_disk(script: str, place: Place, capsys: pytest.CaptureFixture[str]
     reps = ["--pyramid_level", "224", "--rep", "0-19", "--crop_size_ratio", ".7"]
     with mounted(place.out, "size=64k"):
         (place.out / "filler").write_bytes(bytes(32 * 1024))
-        if script == "data_to_matrices":
-            line = fails(matrices_case(place, place.drawn), capsys)
-        else:
-            line = fails(scores_case(place, *reps), capsys)
+        is_first = script == "data_to_matrices"
+        case = matrices_case(place, place.drawn) if is_first else scores_case(place, *reps)
+        line = fails(case, capsys)
         assert "No space left on device; free some space" in line
         (place.out / "filler").unlink()
         for name in files_below(place.out):  # what is present is complete, nothing is hidden
-            assert name.endswith(".npz" if "anom_maps" in name else "lbl.npy")
+            assert name.endswith(("_anom_maps.npz", "lbl.npy"))
             np.load(place.out / name)

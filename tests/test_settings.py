@@ -53,7 +53,7 @@ def test_a_setting_and_its_flag_have_one_rule(name: str, value: object, rule: st
         ({"net": 50}, "net must be a text, got 50"),
         ({"pyramid_level": 7}, "pyramid_level must be a list, got 7"),
         ({"pyramid_level": "14"}, "pyramid_level must be a list, got '14'"),
-        ({"crop_size_ratio": ()}, "crop_size_ratio must be at least one, got none"),
+        ({"crop_size_ratio": ()}, "crop_size_ratio must hold a value, got none"),
         ({"crop_size_ratio": None}, "crop_size_ratio must be a list, got None"),
     ],
 )

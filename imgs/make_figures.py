@@ -28,12 +28,10 @@ from sinbad import (
     backbones,
     cli,
     errors,
-    image_pool,
     images,
     loco,
     matrices,
     score_files,
-    score_tasks,
     scoring,
     settings,
 )
@@ -81,7 +79,7 @@ def histograms_figure(scores: score_files.SubsetScores, data_dir: Path, weights:
     pool, numbers = matrices.pool_subsets([subset], extractor.device, values.n_workers)
     train_ids, test_ids = (numbers[scores.mvtype, split] for split in ("train", "test"))
     shown = [image_at(scores, label) for label in (0, 1)]
-    grid, projection = score_tasks.grid_of(RATIO, values), scoring.Projection(LEVEL, 0, 0)
+    grid, projection = values.grid(RATIO), scoring.Projection(LEVEL, 0, 0)
     position = scoring.CropPosition(grid, 0, grid.corners[0], (projection,))
     source = images.nearest_source(grid.side, backbones.INPUT_SIDE)
     ids = [*train_ids, *(test_ids[index] for index in shown)]

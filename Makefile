@@ -38,6 +38,7 @@ mutants: .venv/installed-dev
 
 lint: .venv/installed-dev
 	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
 
 paper: .venv/installed
 	$(PY) reproduce_paper.py --dataset_dir "$(DATASET)" $(PAPER_FLAGS)

@@ -159,10 +159,13 @@ def test_each_image_is_forwarded_once_at_each_position_outside_the_padding(
         return pixel_elements(batch)
 
     monkeypatch.setattr(backbones, "pixel_elements", counted)
+    released: list[None] = []
+    monkeypatch.setattr(pool, "drop_page_cache", lambda: released.append(None))
     scorer = scoring.CropScorer(pool, replace(VALUES, batch_size=1), None)
     splits = [ids[f"pushpins_{kind}", s] for kind in ("loco", "struct") for s in ("valid", "test")]
     tasks = [pixel_task(0.25, rep) for rep in (0, 1)]
     results = dict(scorer.score_grids(tasks, ids["pushpins_loco", "train"], splits))
+    assert len(released) == sum(sizes)  # else the process grows with the images it has read
     assert sum(sizes) == 12 * len(pool)  # 16 positions, the last row is padding: 48 > 37 pixels
     for task in tasks:
         valid, _, valid_again, _ = results[task]
@@ -216,6 +219,25 @@ def test_the_core_knows_no_files_of_scores() -> None:
     code = "import sys, sinbad.detectors; print(*(m for m in sys.modules if 'score_' in m))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True)
     assert done.stdout == "\n"
+
+
+@pytest.mark.parametrize("official", [False, True])
+@pytest.mark.parametrize("sizes", [(40,), (31, 1, 8), (5,) * 8, (32, 8)], ids=str)
+def test_ranges_are_fitted_on_32_images_however_they_come(
+    sizes: tuple[int, ...], official: bool
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    train, test = (torch.randn(40, 6, 49, generator=generator) for _ in range(2))
+    test[32:] *= 9.0
+    train[32:] *= 9.0  # their values must not widen the ranges
+    projection = scoring.Projection(7, 3, 1)
+    position = scoring.CropPosition(crops.CropGrid(64, 0.7, 4), 2, (16, 0), (projection,))
+    values = settings.Settings(n_projections=20, official=official)
+    batches = [iter([{7: part} for part in sets.split(sizes)]) for sets in (train, test)]
+    models = scoring.fit_models(batches[0], 40, position, values)
+    scores = scoring.score_images(batches[1], models, 40, official)[projection]
+    expected = sinbad_utils.score_crop(train, test, (3, 1, 7, 4, 2), 20, 5, 0.1, official)
+    np.testing.assert_array_equal(scores, expected)
 
 
 def test_nothing_of_a_batch_outlives_its_crop_position(data_dir: Path) -> None:

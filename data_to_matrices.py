@@ -46,7 +46,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         type=cli.int_at_least(0),
         default=0,
         metavar="N",
-        help="seed of the choice of validation images",
+        help="seed for choosing validation images",
     )
     cli.add_settings(parser, ["num_workers"])
     return parser.parse_args(argv)

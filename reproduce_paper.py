@@ -19,7 +19,7 @@ import multiprocessing
 import os
 from collections import defaultdict
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import ExitStack
 from dataclasses import replace
 from itertools import cycle
@@ -31,7 +31,7 @@ from sinbad import backbones, cli, errors, layouts, loco, report, score_files, s
 from sinbad.score_tasks import ScoreTask, check_tasks
 from sinbad_single_layer import score_and_save
 
-COMPUTED = ("rep_num_224", *cli.DESCRIPTOR_FLAGS, *cli.GRID_FLAGS, "official", *cli.ENSEMBLE_FLAGS)
+SETTINGS = ("rep_num_224", *cli.DESCRIPTOR_FLAGS, *cli.GRID_FLAGS, "official", *cli.ENSEMBLE_FLAGS)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -53,7 +53,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         metavar="N",
         help="seeds of the random projections; several give mean and std",
     )
-    cli.add_settings(parser, COMPUTED)
+    cli.add_settings(parser, SETTINGS)
     cli.add_paths(parser, "valid_share")
     cli.add_settings(parser, cli.BACKBONE_FLAGS)
     parser.group(settings.MACHINE).add_argument(
@@ -90,19 +90,23 @@ def paper_tasks(
     return tasks
 
 
-def end_with_parent() -> None:
-    """Let a worker end with the process that it works for, however that one ends."""
+def start_worker() -> None:
+    """Show a worker's messages, and end it with the process it works for, however that ends."""
+    errors.log_to_stderr()
     parent = multiprocessing.parent_process()
     Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 def score_on_devices(
-    tasks: list[ScoreTask], values: settings.Settings, devices: Sequence[str], *where: Path | bool
+    tasks: list[ScoreTask],
+    values: settings.Settings,
+    devices: Sequence[str],
+    data_dir: Path,
+    results_dir: Path,
+    overwrite: bool,
 ) -> None:
-    """Score tasks; several devices take turns by category, each in its own process.
-
-    `where` are the last arguments of `score_and_save`.
-    """
+    """Score tasks; several devices take turns by category, each in its own process."""
+    where = data_dir, results_dir, overwrite
     if len(devices) == 1:
         score_and_save(tasks, replace(values, device=devices[0]), *where)
         return
@@ -112,7 +116,7 @@ def score_on_devices(
     context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
     with ExitStack() as stack:
         workers = [
-            (device, stack.enter_context(ProcessPoolExecutor(1, context, end_with_parent)))
+            (device, stack.enter_context(ProcessPoolExecutor(1, context, start_worker)))
             for device in devices
         ]
         runs = [
@@ -121,7 +125,10 @@ def score_on_devices(
                 by_category.values(), cycle(workers), strict=False
             )
         ]
-        for run in runs:
+        for run in as_completed(runs):  # the first failure ends all
+            if run.exception() is not None:
+                for _, process in workers:
+                    process.shutdown(wait=False, cancel_futures=True)
             run.result()
 
 
@@ -154,8 +161,10 @@ def main(argv: list[str] | None = None) -> None:
     for device in args.device:
         backbones.choose_device(device)
     options = report.report_options(args, args.out)
-    if settings.backbone_levels(values.pyramid_level):
-        backbones.load_weights(values.net, values.weights)  # an error now, before the long work
+    levels = settings.backbone_levels(values.pyramid_level)
+    if levels:  # errors now, before the long work
+        weights = backbones.load_weights(values.net, values.weights)
+        backbones.build_backbone(values.net, weights, levels)
     mvtypes = layouts.choose_subsets(args.dataset_dir, args.mvtype)
     data_dir = args.data_dir or args.dataset_dir / "data_matrices"
     tasks = paper_tasks(mvtypes, values, args.seeds, args.version_name)
@@ -169,8 +178,7 @@ def main(argv: list[str] | None = None) -> None:
         args.overwrite,
         args.valid_share,
     )
-    where = data_dir, args.results_dir, args.overwrite
-    score_on_devices(tasks, values, args.device, *where)
+    score_on_devices(tasks, values, args.device, data_dir, args.results_dir, args.overwrite)
     print(report.write_report(load_runs(args, values, mvtypes), options))
 
 

@@ -29,7 +29,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = fit_parser.group(settings.INPUT_OUTPUT).add_argument
     add("--train_dir", type=cli.path, required=True, metavar="DIR", help="normal images")
     add("--out", type=cli.path, required=True, metavar="FILE", help="detector to write, .npz")
-    about = "other normal images for calibration; without it the training images in folds"
+    about = "normal images for calibration (default: cross-validation on the training images)"
     add("--valid_dir", type=cli.path, metavar="DIR", help=about)
     cli.add_settings(fit_parser, ["pyramid_level", "crop_size_ratio", "rep_num_224", "folds"])
     cli.add_settings(fit_parser, ["lambda_factor", "seed", *cli.DESCRIPTOR_FLAGS])
@@ -58,7 +58,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def images_in(folder: Path) -> list[Path]:
     """Return the images of a folder."""
     if not folder.is_dir():
-        raise errors.UserError(f"{folder} must be a folder of images, got no such folder")
+        reason = "a file" if folder.exists() else "no such folder"
+        raise errors.UserError(f"{folder} must be a folder of images, got {reason}")
     return [folder / name for name in layouts.list_images(folder)]
 
 
@@ -113,26 +114,35 @@ def write_heatmap(
     caption += f"p = {prediction.p_value:.3f}"
     path = Path(prediction.path)
     png = figures.heatmap(path, ensemble.grids, index, caption, prediction.is_anomalous)
-    atomic.atomic_write(args.heatmaps / f"{number:04d}_{path.name[:200]}.png", png)
+    atomic.atomic_write(heatmap_path(args, number, prediction), png)
+
+
+def heatmap_path(args: argparse.Namespace, number: int, prediction: detectors.Prediction) -> Path:
+    """Return where the heatmap of an image lies; numbers keep the order of the images."""
+    return args.heatmaps / f"{number:04d}_{Path(prediction.path).name[:200]}.png"
+
+
+def check_outputs(args: argparse.Namespace) -> None:
+    """Stop if an output cannot be written, or is an input."""
+    if args.out and args.json and args.out.resolve() == args.json.resolve():
+        raise errors.UserError(f"out and json must be two files, got {args.out} for both")
+    inputs = {path.resolve() for path in (args.detector, *args.images)}
+    for path in filter(None, (args.out, args.json, args.heatmaps)):
+        if path.resolve() in inputs:
+            raise errors.UserError(f"{path} is an input; choose another output")
+        atomic.check_writable(path / "image.png" if path == args.heatmaps else path)
 
 
 def score(args: argparse.Namespace) -> int:
     """Load, score, write; return 1 if an image could not be scored."""
-    outputs = [path for path in (args.out, args.json) if path]
-    if args.out and args.json and args.out.resolve() == args.json.resolve():
-        raise errors.UserError(f"out and json must be two files, got {args.out} for both")
-    for path in outputs:
-        if path.resolve() in {args.detector.resolve(), *(image.resolve() for image in args.images)}:
-            raise errors.UserError(f"{path} is an input; choose another output")
-        atomic.check_writable(path)
+    check_outputs(args)
     paths = []
     for path in args.images:
         paths += images_in(path) if path.is_dir() else [path]
-        if args.heatmaps and path.is_dir() and args.heatmaps.resolve() == path.resolve():
-            raise errors.UserError(f"heatmaps must lie outside the scored folder, got {path}")
     detector = detectors.Detector.load(args.detector, args.weights, args.device, args.num_workers)
     threshold = detector.threshold(args.false_alarms)
     predictions: list[detectors.Prediction] = []
+    n_lost = 0
     try:
         for prediction, ensemble, index in detector.iter_predictions(paths, args.false_alarms):
             predictions.append(prediction)
@@ -140,15 +150,23 @@ def score(args: argparse.Namespace) -> int:
                 log.error(prediction.error)
             elif args.heatmaps is not None:
                 number = len(predictions)
-                write_heatmap(args, number, prediction, ensemble, index, threshold)
+                try:
+                    write_heatmap(args, number, prediction, ensemble, index, threshold)
+                except OSError as error:  # the scores and the other heatmaps are not lost
+                    log.error(f"no heatmap of {prediction.path}: {error.strerror or error}")
+                    n_lost += 1
     finally:  # what was scored is not lost because something later fails
         if predictions:
             write_table(args, predictions)
+    if args.heatmaps is not None:  # those of an earlier run would be taken for this one's
+        written = {heatmap_path(args, n, p) for n, p in enumerate(predictions, 1) if not p.error}
+        for path in {*args.heatmaps.glob("[0-9][0-9][0-9][0-9]_*.png")} - written:
+            path.unlink()
     n_failed = sum(bool(prediction.error) for prediction in predictions)
     n_anomalous = sum(prediction.is_anomalous for prediction in predictions)
     n_scored = len(predictions) - n_failed
     log.info(f"{n_scored} images scored, {n_anomalous} anomalous, {n_failed} unreadable")
-    return int(n_failed > 0)
+    return int(n_failed + n_lost > 0)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -8,8 +8,7 @@ Writes  RESULTS_DIR/<version>_pyramid_lvl_<level>/rep_num_<rep>/<mvtype>/
     python sinbad_single_layer.py --mvtype all --pyramid_level 224 --rep 0-99
 
 Levels 7, 14, 28, 56 are stages of the network, 224 the raw pixels. What shares a forward pass is
-computed in one. Finished outputs are skipped; a run that was killed is started again with the same
-command.
+computed together. Finished outputs are skipped; after a crash, run the same command again.
 """
 
 import argparse
@@ -71,16 +70,26 @@ def load_subsets(
                 f"initial_res must be the side of the matrices of {mvtype}, {subset.im_size}, got "
                 f"{values.initial_res}; pass --initial_res {subset.im_size}"
             )
-        n_shared = len(set(subset.sha256("train")) & set(subset.sha256("valid")))
-        if n_shared:
-            log.warning(
-                f"{n_shared} validation images of {mvtype} are training images too: they score "
-                "near 0, so scores normalised by the validation mean are inflated"
+        train = set(subset.sha256("train"))
+        if len(subset.images["train"]) < 2:
+            raise errors.UserError(
+                f"training images of {mvtype} must be at least 2, got 1; add some, and write the "
+                "matrices again"
             )
+        if len(train) < len(subset.images["train"]):
+            n_repeated = len(subset.images["train"]) - len(train)
+            log.warning(f"{n_repeated} training images of {mvtype} are repeated")
+        for split, name in (("valid", "validation"), ("test", "test")):
+            n_shared = len(train.intersection(subset.sha256(split)))
+            if n_shared:
+                log.warning(
+                    f"{n_shared} {name} images of {mvtype} are training images too: they score "
+                    "near 0, which distorts all that is computed from them"
+                )
     return subsets
 
 
-def record(
+def task_settings(
     task: ScoreTask,
     subsets: dict[str, matrices.MatrixSet],
     values: settings.Settings,
@@ -124,7 +133,8 @@ def score_and_save(
     info = score_files.environment_info(scoring.batch_size_on(device, values), device)
     records: dict[ScoreTask, score_files.Record] = {}
     for task in tasks:
-        path, recorded = task.path(results_dir, values), record(task, subsets, values, weights)
+        path = task.path(results_dir, values)
+        recorded = task_settings(task, subsets, values, weights)
         if not overwrite and score_files.is_finished(path, recorded):
             log.info(f"finished already: {path}")
         else:
@@ -148,47 +158,60 @@ def score_subsets(
     weights: backbones.Weights | None,
     results_dir: Path,
 ) -> Iterator[score_files.ScoreFile]:
-    """Yield the scores of every task as soon as its last crop is scored.
-
-    The test subsets of a category that have the same training images are scored in one pass.
-    """
+    """Yield the scores of every task as soon as its last crop is scored, category by category."""
     device, extractor = backbones.choose_device(values.device), None
     levels = settings.backbone_levels(sorted(task.level for task in records))
     if levels:
         backbone = backbones.build_backbone(values.net, weights, levels)
         extractor = backbones.FeatureExtractor(backbone, device, values.precision, values.compile)
-    categories: dict[str, dict[str, None]] = defaultdict(dict)
-    for task in records:
-        categories[loco.split_mvtype(task.mvtype)[0]][task.mvtype] = None
-    for category, mvtypes in categories.items():
-        members = [subsets[mvtype] for mvtype in mvtypes]
-        pool, ids = matrices.pool_subsets(members, device, values.n_workers)
-        scorer = scoring.CropScorer(pool, values, extractor, category)
-        for train_ids in {tuple(ids[mvtype, "train"]): None for mvtype in mvtypes}:
-            splits = {
-                key: split_ids
-                for key, split_ids in ids.items()
-                if tuple(ids[key[0], "train"]) == train_ids and key[1] != "train"
-            }
-            files: dict[scoring.GridTask, list[ScoreTask]] = defaultdict(list)
-            for task in records:
-                if (task.mvtype, "test") in splits:
-                    projection = scoring.Projection(task.level, task.seed, task.rep)
-                    files[scoring.GridTask(task.ratio, projection)].append(task)
-            grids = scorer.score_grids(list(files), train_ids, list(splits.values()))
-            for grid_task, split_scores in grids:
-                scores = dict(zip(splits, split_scores, strict=True))
-                for task in files[grid_task]:
-                    subset = subsets[task.mvtype]
-                    yield score_files.ScoreFile(
-                        task.path(results_dir, values),
-                        task.level,
-                        scores[task.mvtype, "test"],
-                        scores[task.mvtype, "valid"],
-                        subset.labels,
-                        subset.paths["test"] if subset.settings else [],
-                        records[task],
-                    )
+    categories: dict[str, dict[ScoreTask, score_files.Record]] = defaultdict(dict)
+    for task, task_record in records.items():
+        categories[loco.split_mvtype(task.mvtype)[0]][task] = task_record
+    for category, category_records in categories.items():
+        mvtypes = dict.fromkeys(task.mvtype for task in category_records)
+        members = {mvtype: subsets[mvtype] for mvtype in mvtypes}
+        files = score_category(category, category_records, members, values, extractor, results_dir)
+        yield from files
+
+
+def score_category(
+    category: str,
+    records: dict[ScoreTask, score_files.Record],
+    subsets: dict[str, matrices.MatrixSet],
+    values: settings.Settings,
+    extractor: backbones.FeatureExtractor | None,
+    results_dir: Path,
+) -> Iterator[score_files.ScoreFile]:
+    """Yield the scores of one category's tasks; test subsets with equal training images at once."""
+    device = backbones.choose_device(values.device)
+    pool, ids = matrices.pool_subsets(subsets.values(), device, values.n_workers)
+    scorer = scoring.CropScorer(pool, values, extractor, category)
+    for train_ids in {tuple(ids[mvtype, "train"]): None for mvtype in subsets}:
+        splits = {
+            key: split_ids
+            for key, split_ids in ids.items()
+            if tuple(ids[key[0], "train"]) == train_ids and key[1] != "train"
+        }
+        files: dict[scoring.GridTask, list[ScoreTask]] = defaultdict(list)
+        for task in records:
+            if (task.mvtype, "test") in splits:
+                projection = scoring.Projection(task.level, task.seed, task.rep)
+                files[scoring.GridTask(task.ratio, projection)].append(task)
+        for grid_task, split_scores in scorer.score_grids(
+            list(files), train_ids, list(splits.values())
+        ):
+            scores = dict(zip(splits, split_scores, strict=True))
+            for task in files[grid_task]:
+                subset = subsets[task.mvtype]
+                yield score_files.ScoreFile(
+                    task.path(results_dir, values),
+                    task.level,
+                    scores[task.mvtype, "test"],
+                    scores[task.mvtype, "valid"],
+                    subset.labels,
+                    subset.paths["test"] if subset.settings else [],
+                    records[task],
+                )
 
 
 def main(argv: list[str] | None = None) -> None:

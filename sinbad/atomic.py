@@ -1,7 +1,7 @@
 """Atomic writes of files and folders, without locks. Standard library only.
 
-An output is written under a hidden name of its own, flushed to disk and renamed. Who has renamed an
-output removes its other hidden files: they are of killed or slower runs of the same result. A
+An output is written under a hidden name of its own, flushed to disk and renamed. The process that
+renames an output also removes hidden files left by killed or slower runs of the same result. A
 slower run whose hidden file is gone goes on with the output it finds.
 """
 
@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+MAX_TRIES = 100  # of a write that other runs cancel
 STREAMS = {"/dev/stdout": 1, "/dev/stderr": 2}  # file descriptors
 
 
@@ -40,14 +41,14 @@ def atomic_path(path: Path, hidden_in: Path | None = None) -> Iterator[Path]:
     target, prefix = _locate(path, hidden_in)
     for folder in (target.parent, prefix.parent):
         folder.mkdir(parents=True, exist_ok=True)
-    before = target.stat() if target.is_dir() else None
+    before = _identity(target)
     hidden = Path(f"{prefix}{secrets.token_hex(4)}.partial")
     try:
         yield hidden
         for written in (*hidden.rglob("*"), hidden):
             _flush(written)
         with suppress(FileNotFoundError):  # another process has just moved it
-            if before and hidden.is_dir() and os.path.samestat(before, target.stat()):
+            if hidden.is_dir() and target.is_dir() and _identity(target) == before:
                 target.rename(f"{hidden}.old")
         os.replace(hidden, target)
         _flush(target.parent)
@@ -56,7 +57,10 @@ def atomic_path(path: Path, hidden_in: Path | None = None) -> Iterator[Path]:
         if str(error.filename or hidden).startswith(str(hidden)):
             is_late = error.errno in (errno.ENOENT, errno.ENOTEMPTY, errno.EEXIST)
             if is_late and (error.filename2 or not os.path.lexists(hidden)) and target.exists():
-                return  # a faster run has finished the output
+                if _identity(target) != before:
+                    return  # a faster run has finished the output
+                text = "another run removed what this one was writing; run it again alone"
+                raise OSError(errno.ECANCELED, text, str(path)) from error
             error.filename = str(path)
         raise
     finally:
@@ -71,9 +75,15 @@ def atomic_write(path: Path, data: bytes | str, hidden_in: Path | None = None) -
     content = data.encode("utf-8") if isinstance(data, str) else data
     stream = _find_stream(path)
     if stream is None:
-        with atomic_path(path, hidden_in) as hidden:
-            hidden.write_bytes(content)
-        return
+        for _ in range(MAX_TRIES):
+            try:
+                with atomic_path(path, hidden_in) as hidden:
+                    hidden.write_bytes(content)
+                return
+            except OSError as error:  # another run has just tidied up; what is written is at hand
+                if error.errno != errno.ECANCELED:
+                    raise
+        raise OSError(errno.ECANCELED, os.strerror(errno.ECANCELED), str(path))
     print(end="", flush=True)  # what was printed before comes first
     with _named(path), open(stream, "wb", closefd=stream is path) as file:
         file.write(content)
@@ -130,6 +140,14 @@ def _find_stream(path: Path) -> int | Path | None:
     if str(path) in STREAMS:
         return STREAMS[str(path)]
     return None if path.is_file() or path.is_dir() or not path.exists() else path
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """Return what tells an output from the one that another process puts in its place."""
+    with suppress(OSError):
+        status = path.stat()
+        return status.st_ino, status.st_mtime_ns
+    return None
 
 
 @contextmanager

@@ -52,7 +52,7 @@ class ScriptParser(argparse.ArgumentParser):
             formatter_class=_Help,
             allow_abbrev=False,
             add_help=False,
-            epilog="@FILE anywhere reads flags from a file, one a line; # begins a comment.",
+            epilog="@FILE reads more flags from a file, one per line; # begins a comment.",
             **options,
         )
 
@@ -68,7 +68,11 @@ class ScriptParser(argparse.ArgumentParser):
         if "--help" not in self._option_string_actions:
             add = self.group("help").add_argument
             add("-h", "--help", action="help", help="show this help")
-            add("--debug", action="store_true", help="show the traceback of an error")
+            add(
+                "--debug",
+                action="store_true",
+                help="show an error's traceback; not in an @FILE",
+            )
         arguments = _with_files(sys.argv[1:] if args is None else args)
         return super().parse_known_args(arguments, namespace)
 
@@ -269,7 +273,7 @@ def add_paths(parser: ScriptParser, *names: str, **changes: dict[str, Any]) -> N
 
 
 class _LogLines:
-    """What a bar writes to where no terminal is: one log line each time."""
+    """Stream that turns a progress bar's updates into log lines."""
 
     def write(self, text: str) -> None:
         """Log what is not blank."""

@@ -166,7 +166,9 @@ class Detector:
             )
         extractor, sha256 = _load_network(values)
         resizing = images.resize_settings(images.open_image(train[0]).size, values.initial_res)
-        arrays = [images.preprocess_to_array(part, resizing) for part in (train, valid) if part]
+        arrays = [
+            images.preprocess_to_array(part, resizing) for part in (train, valid) if len(part)
+        ]
         equal_ids = _number_equal_images(*arrays)
         pool = _pool(arrays, resizing, values)
         train_ids, valid_ids = range(len(train)), range(len(train), len(train) + len(valid))
@@ -174,7 +176,7 @@ class Detector:
         calibration = _empty_scores(tasks, values, len(valid) or len(folds.firsts))
         stored: dict[Position, StoredModels] = {}
         scorer = scoring.CropScorer(pool, values, extractor, "fit")
-        splits = [valid_ids] if valid else []
+        splits = [valid_ids] if len(valid) else []
         for position, models, scores in scorer.score_positions(tasks, train_ids, splits):
             n_crops = len(position.grid)
             for level in dict.fromkeys(projection.level for projection in models):
@@ -284,9 +286,12 @@ class Detector:
             with np.load(path, allow_pickle=False) as archive:
                 record = json.loads(str(archive["about"]))
                 arrays = {name: archive[name] for name in archive.files if name != "about"}
-            version, options, metadata = record["format"], record["options"], record["about"]
-            values = Settings(**options | {"device": device, "num_workers": num_workers})
-            stored, calibration = _parse_arrays(arrays, metadata, values)
+            metadata, is_current = record["about"], record["format"] == FORMAT
+            if is_current:
+                values = Settings(**record["options"])
+                stored, calibration = _parse_arrays(arrays, metadata, values)
+        except MemoryError:
+            raise
         except Exception as error:  # a cut zip raises BadZipFile, zlib.error, KeyError, ...
             if isinstance(error, OSError) and error.errno is not None:
                 raise  # of the system, not of the file's content
@@ -294,11 +299,13 @@ class Detector:
                 f"{path} must be a complete file of sinbad_detector.py fit, got a damaged one or "
                 f"another ({type(error).__name__}); fit it again"
             ) from error
-        if version != FORMAT:
+        if not is_current:
             raise errors.UserError(
-                f"{path} must be a detector of format {FORMAT}, got {version}; fit it again"
+                f"{path} must be a detector of format {FORMAT}, got {record['format']}; fit it "
+                "again"
             )
-        values = replace(values, weights=weights or values.weights)
+        weights = weights or values.weights
+        values = replace(values, weights=weights, device=device, num_workers=num_workers)
         extractor, sha256 = _load_network(values)
         if sha256 != metadata["weights_sha256"]:
             raise errors.UserError(
@@ -337,7 +344,8 @@ class Detector:
                 directions = scoring.directions_at(position, projection, channels, self.values)
                 at_level = self.values.at_level(level)
                 model = self.stored[key].fit(rep, directions.to(self.device), at_level)
-                self._models[key, rep] = model
+                # The counts are kept already.
+                self._models[key, rep] = replace(model, train_descriptors=directions.new_empty(0))
             models[projection] = self._models[key, rep]
         return models
 

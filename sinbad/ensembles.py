@@ -58,7 +58,7 @@ def combine(crop_scores: Sequence[CropScores], values: settings.Settings) -> Ens
         If there are none, or two of one grid of a backbone's level.
     """
     if not crop_scores:
-        raise ValueError("crop_scores must be at least one, got none")
+        raise ValueError("crop_scores must not be empty")
     network_grids: dict[tuple[int, int], GridScores] = {}
     pixels = []
     for scores in crop_scores:

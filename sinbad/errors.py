@@ -92,7 +92,7 @@ def run_script(main: Callable[..., Any], argv: list[str] | None = None) -> NoRet
 
 
 def _prepare_streams() -> None:
-    """Let stdout and stderr take names in any script, whatever the locale, nothing if closed."""
+    """Let stdout and stderr print any file name whatever the locale; if closed, discard output."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115  stays open
@@ -109,6 +109,6 @@ def _give_up_stdout() -> None:
 
 
 def _fail(message: str) -> int:
-    """Print the error line and return the exit status."""
-    print("error: " + " ".join(message.split()), file=sys.stderr)
+    """Log the error's line and return the exit status."""
+    log.error(" ".join(message.split()))
     return EXIT_USER_ERROR

@@ -37,7 +37,7 @@ def crop_pixels(
         return pixels
     values = np.rint(pixels * 255.0)
     if not (values.min() >= 0.0 and values.max() <= 255.0):  # NaN is neither
-        raise errors.UserError("float32 matrices must hold k/255, got other values; redo them")
+        raise ValueError("float32 matrices must hold k/255, got other values")
     return values.astype(np.uint8)
 
 
@@ -113,7 +113,10 @@ class ImagePool:
             pixels = np.empty((len(ids), 3, len(source), len(source)), np.uint8)
             for out, index in zip(pixels, ids, strict=True):
                 array, row = self.rows[index]
-                out[:] = crop_pixels(array[row], corner, source)
+                try:
+                    out[:] = crop_pixels(array[row], corner, source)
+                except ValueError as error:
+                    raise errors.UserError(f"image {self.names[index]}: {error}") from None
             return torch.from_numpy(pixels)
         rows, columns = (torch.from_numpy(start + source).to(self.device) for start in corner)
         images_at = torch.tensor(ids, device=self.device)[:, None, None, None]

@@ -213,7 +213,9 @@ def is_current(folder: Path, subset: layouts.SubsetSpec) -> bool:
         name, old, new = difference
         if name in SPLITS:
             old, new = f"list of {len(old)} images", f"another list, of {len(new)}"
-        raise errors.UserError(f"{folder} was made with {name} {old}, now {name} is {new}; {hint}")
+        raise errors.UserError(
+            f"{folder} was computed with {name} {old}, now {name} is {new}; {hint}"
+        )
     changed = _changed_images(recorded, subset)
     if changed:
         log.info(

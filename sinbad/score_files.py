@@ -156,8 +156,8 @@ def _read_labels(path: Path) -> NDArray[np.float64]:
         raise
     except Exception as error:  # a damaged header raises whatever Python's own parser does
         raise errors.UserError(
-            f"{path} must be a whole .npy file, got a damaged one ({error}); delete it and run the "
-            "step that writes it again"
+            f"{path} must be a complete .npy file, got a damaged one ({error}); delete it and run "
+            "the step that writes it again"
         ) from error
 
 
@@ -174,7 +174,7 @@ def read_scores(path: Path, level: int) -> ScoreFile:
         raise
     except Exception as error:  # a cut zip raises BadZipFile, zlib.error, KeyError, ValueError, ...
         raise errors.UserError(
-            f"{path} must be a whole file of scores, got a damaged one ({error}); delete it and "
+            f"{path} must be a complete file of scores, got a damaged one ({error}); delete it and "
             "run sinbad_single_layer.py again"
         ) from error
     places = (path.with_name(name) for name in (LABELS_FILE, UPSTREAM_LABELS_FILE))
@@ -209,12 +209,12 @@ def _check_scores(path: Path, test: NDArray[Any], valid: NDArray[Any], record: o
 
 
 def is_finished(path: Path, expected: dict[str, Any]) -> bool:
-    """Tell whether a file of scores is there already, made with the `expected` settings.
+    """Tell whether a file of scores exists, computed with the `expected` settings.
 
     Raises
     ------
     UserError
-        If it is there with other settings; names the first that differs.
+        If it exists with other settings; names the first that differs.
     """
     if not path.exists():
         return False
@@ -228,7 +228,7 @@ def is_finished(path: Path, expected: dict[str, Any]) -> bool:
     if difference is not None:
         name, old, new = difference
         raise errors.UserError(
-            f"{path} was made with {name} {old}, now {name} is {new}; choose another "
+            f"{path} was computed with {name} {old}, now {name} is {new}; choose another "
             "--version_name, or pass --overwrite to replace it"
         )
     for output in (path, path.with_name(LABELS_FILE)):
@@ -285,7 +285,7 @@ def find_mvtypes(selections: Iterable[Selection], names: list[str]) -> list[str]
     if roots and not present.intersection(chosen):
         raise errors.UserError(
             f"version must hold scores of {', '.join(chosen)}, got none in {next(iter(roots))}; "
-            "run sinbad_single_layer.py, or pass other --version and --pyramid_level"
+            "run sinbad_single_layer.py, or change --version or --pyramid_level"
         )
     return chosen
 

@@ -186,8 +186,12 @@ def range_groups(splits: Sequence[Sequence[int]], official: bool) -> list[RangeG
     for number, image_ids in enumerate(splits):
         fit_ids = tuple(image_ids[: sinbad_utils.N_RANGE_SETS]) if official else ()
         groups.setdefault(fit_ids, []).append(number)
-    together = [(numbers, chain(*(splits[n] for n in numbers))) for numbers in groups.values()]
-    return [RangeGroup(numbers, tuple(dict.fromkeys(ids))) for numbers, ids in together]
+    result = []
+    for fit_ids, numbers in groups.items():  # the first 32 as they come, equal ones too
+        others = dict.fromkeys(chain(*(splits[number] for number in numbers)))
+        image_ids = (*fit_ids, *(index for index in others if index not in fit_ids))
+        result.append(RangeGroup(numbers, image_ids))
+    return result
 
 
 class CropScorer:

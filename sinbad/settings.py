@@ -53,7 +53,7 @@ def whole_number(low: int) -> Rule:
     def check(value: object) -> int:
         text = str(value)
         if not re.fullmatch(r"[+]?[0-9]{1,18}", text) or int(text) < low:
-            raise ValueError(f"must be a whole number from {low}, got {value}")
+            raise ValueError(f"must be a whole number of at least {low}, got {value}")
         return int(text)
 
     return check
@@ -91,7 +91,7 @@ def choice(*names: str) -> Rule:
 def text(value: object) -> str:
     """Take any text, and paths."""
     if not isinstance(value, (str, os.PathLike)) or not os.fspath(value):
-        raise ValueError(f"must be a text, got {value!r}")
+        raise ValueError(f"must be text, got {value!r}")
     return os.fspath(value)
 
 

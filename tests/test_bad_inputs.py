@@ -133,7 +133,7 @@ SCORE_FLAGS = {
     "--crop_size_ratio 1.5": ["--crop_size_ratio", "above 0 and below 1, got 1.5"],
     "--crop_size_ratio .001": ["crops and their stride must be at least 1 pixel", "0.001"],
     "--crop_size_ratio .5 .33": ["0.5 and 0.33", "9_crop_anom_maps.npz", "--version_name"],
-    "--batch_size 0": ["--batch_size", "from 1, got 0"],
+    "--batch_size 0": ["--batch_size", "at least 1, got 0"],
     "--rep 5-2": ["--rep", "got 5-2"],
     "--device cuda:99": ["of this machine", "got cuda:99"],
     "--device abacus": ["device must be auto, cpu, cuda", "got abacus"],
@@ -141,7 +141,7 @@ SCORE_FLAGS = {
     "--results_dir /dev/null --pyramid_level 224": ["/dev/null", "choose|check"],
 }
 MATRIX_FLAGS = {
-    "--im_size 0": ["--im_size", "from 8, got 0"],
+    "--im_size 0": ["--im_size", "at least 8, got 0"],
     "--im_sise 64": ["--im_sise", "--help"],
 }
 
@@ -291,7 +291,7 @@ CASES: dict[Callable[[Place], Case], list[str]] = {
     scores_of_one_grid_missing: ["must be consistent in numbers of crops", "got 4", "level|lvl_14"],
     ensemble_labels_of_another_length: ["lbl.npy must hold 4 labels", "got 3"],
     levels_of_other_images: ["must be consistent in labels", "lvl_7", "lvl_14"],
-    scores_with_nan: ["4_crop_anom_maps.npz must be a whole file of scores", "NaN"],
+    scores_with_nan: ["4_crop_anom_maps.npz must be a complete file of scores", "NaN"],
     scores_of_fewer_crops_than_named: ["4_crop_anom_maps.npz must be", "1 and 1 crops"],
     scores_of_one_axis: ["4_crop_anom_maps.npz must be", "anom_map_valid is float64 of shape (4,)"],
     scores_with_a_record_of_another_kind: ["4_crop_anom_maps.npz must be", "no record"],

@@ -330,8 +330,8 @@ def test_equal_training_images_lie_in_one_fold_and_count_once(
     ("bad", "message"),
     [
         ({"crop_size_ratio": (0.5, 0.33)}, r"got 0\.5 and 0\.33, both of 9 crops"),
-        ({"folds": 1}, "folds must be a whole number from 2, got 1"),
-        ({"n_quantiles": 2.5}, "n_quantiles must be a whole number from 1, got 2.5"),
+        ({"folds": 1}, "folds must be a whole number of at least 2, got 1"),
+        ({"n_quantiles": 2.5}, "n_quantiles must be a whole number of at least 1, got 2.5"),
         ({"shrinkage_factor": math.nan}, "shrinkage_factor must be above 0 to 1, got nan"),
         ({"pyramid_level": ()}, "pyramid_level must hold a value"),
         ({"official": True}, "official numerics are not supported by a detector"),

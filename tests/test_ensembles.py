@@ -103,7 +103,7 @@ def test_an_ensemble_of_arrays_against_loops(norm: str, pool: str) -> None:
     np.testing.assert_array_equal(alone.final, ensemble.levels[PIXEL])
     assert alone.network is None
     for wrong in ([], [parts[0], parts[0]]):
-        with pytest.raises(ValueError, match="crop_scores must be "):
+        with pytest.raises(ValueError, match="crop_scores must "):
             ensembles.combine(wrong, values)
 
 
@@ -352,5 +352,5 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
     for start in range(1, 2000, 97):
         for damaged in (content[start:], content[:-start], content[:start] + content[start + 50 :]):
             file.path.write_bytes(damaged)
-            with toy_scores.refused("9_crop_anom_maps.npz must be a whole file of scores"):
+            with toy_scores.refused("9_crop_anom_maps.npz must be a complete file of scores"):
                 score_files.read_scores(file.path, 14)

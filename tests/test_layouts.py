@@ -322,7 +322,7 @@ def test_a_validation_folder_takes_the_place_of_sampled_images(tmp_path: Path) -
     for number in range(2):
         save(root / f"bottle/validation/good/{number:03d}.png", "validation/good", number)
     assert layouts.find_layouts(root) == {"bottle": "plain"}
-    with pytest.raises(errors.UserError, match="was made with valid_seed 0, now valid_seed is N"):
+    with pytest.raises(errors.UserError, match=r"with valid_seed 0, now valid_seed is N"):
         data_to_matrices.make_matrices(root, tmp_path / "out", ["bottle_all"], 32)
     data_to_matrices.make_matrices(root, tmp_path / "out", ["bottle_all"], 32, overwrite=True)
     written = matrices.load_matrices(tmp_path / "out", "bottle_all")
@@ -339,7 +339,9 @@ def test_validation_sampled_in_another_way_needs_overwrite(
     files = []
     for sampling in ([], [], ["--seed", "1"], ["--valid_share", ".5"], []):
         if sampling or len(files) == 4:
-            with pytest.raises(errors.UserError, match=r"made with valid_(seed|share) .*overwrite"):
+            with pytest.raises(
+                errors.UserError, match=r"computed with valid_(seed|share) .*overwrite"
+            ):
                 data_to_matrices.main([*flags, *sampling])
             sampling = [*sampling, "--overwrite"]
         data_to_matrices.main([*flags, *sampling])

@@ -251,7 +251,7 @@ def test_another_process_was_faster_with_other_settings(
         real(*args, **kwargs)
 
     monkeypatch.setattr(matrices, "write_split", slow)
-    with pytest.raises(errors.UserError, match="was made with im_size 32, now im_size is 64"):
+    with pytest.raises(errors.UserError, match="was computed with im_size 32, now im_size is 64"):
         make_matrices(dataset_dir, tmp_path, ["pushpins_loco"], 64)
     assert matrices.load_matrices(tmp_path, "pushpins_loco").im_size == 32
     assert [path.name for path in tmp_path.iterdir()] == ["pushpins_loco"]

@@ -75,7 +75,7 @@ def test_scores_of_images_that_have_changed_do_not_count_as_finished(
     (good / "000.png").write_bytes((bad / "000.png").read_bytes())
     make(argv)
     assert "1 images have changed" in capsys.readouterr().err
-    assert "was made with images_sha256" in fails(score, capsys)
+    assert "was computed with images_sha256" in fails(score, capsys)
     assert files_below(place.out) == before
 
 

@@ -334,10 +334,10 @@ def test_workers_end_with_a_killed_parent(tmp_path: Path) -> None:
     (tmp_path / "parent.py").write_text(
         "import multiprocessing, os, time\n"
         "from concurrent.futures import ProcessPoolExecutor\n"
-        "from reproduce_paper import end_with_parent\n"
+        "from reproduce_paper import start_worker\n"
         "if __name__ == '__main__':\n"
         "    context = multiprocessing.get_context('spawn')\n"
-        "    with ProcessPoolExecutor(1, context, end_with_parent) as pool:\n"
+        "    with ProcessPoolExecutor(1, context, start_worker) as pool:\n"
         "        print(pool.submit(os.getpid).result(), flush=True)\n"
         "        pool.submit(time.sleep, 600).result()\n"
     )

@@ -9,24 +9,24 @@ import pytest
 from sinbad import cli, errors, settings
 
 BAD_VALUES: list[tuple[str, Any, str]] = [
-    ("pyramid_level", ["7.5"], "must be a whole number from 1, got 7.5"),
+    ("pyramid_level", ["7.5"], "must be a whole number of at least 1, got 7.5"),
     ("crop_size_ratio", ["0.5", "1"], "must be above 0 and below 1, got 1"),
-    ("crop_num_edge", 0, "must be a whole number from 1, got 0"),
-    ("initial_res", "7", "must be a whole number from 8, got 7"),
-    ("n_projections", "1_0", "must be a whole number from 1, got 1_0"),
-    ("n_quantiles", "٣", "must be a whole number from 1, got ٣"),
+    ("crop_num_edge", 0, "must be a whole number of at least 1, got 0"),
+    ("initial_res", "7", "must be a whole number of at least 8, got 7"),
+    ("n_projections", "1_0", "must be a whole number of at least 1, got 1_0"),
+    ("n_quantiles", "٣", "must be a whole number of at least 1, got ٣"),
     ("shrinkage_factor", 0.0, "must be above 0 to 1, got 0.0"),
-    ("seed", -1, "must be a whole number from 0, got -1"),
-    ("rep_num_224", 0, "must be a whole number from 1, got 0"),
+    ("seed", -1, "must be a whole number of at least 0, got -1"),
+    ("rep_num_224", 0, "must be a whole number of at least 1, got 0"),
     ("lambda_factor", "nan", "must be from 0 to 1e+06, got nan"),
     ("crop_norm", "image", "must be one of grid, crop, got image"),
     ("crop_pool", "", "must be one of mean, max, got "),
-    ("folds", 1, "must be a whole number from 2, got 1"),
-    ("net", "", "must be a text, got ''"),
-    ("weights", "", "must be a text, got ''"),
+    ("folds", 1, "must be a whole number of at least 2, got 1"),
+    ("net", "", "must be text, got ''"),
+    ("weights", "", "must be text, got ''"),
     ("precision", "fp64", "must be one of fp32, tf32, bf16, got fp64"),
-    ("batch_size", "32.0", "must be a whole number from 1, got 32.0"),
-    ("num_workers", "many", "must be a whole number from 1, got many"),
+    ("batch_size", "32.0", "must be a whole number of at least 1, got 32.0"),
+    ("num_workers", "many", "must be a whole number of at least 1, got many"),
 ]
 
 
@@ -45,12 +45,12 @@ def test_a_setting_and_its_flag_have_one_rule(name: str, value: object, rule: st
 @pytest.mark.parametrize(
     ("values", "rule"),
     [
-        ({"seed": True}, "seed must be a whole number from 0, got True"),
+        ({"seed": True}, "seed must be a whole number of at least 0, got True"),
         ({"lambda_factor": True}, "lambda_factor must be from 0 to 1e+06, got True"),
         ({"official": 1}, "official must be True or False, got 1"),
         ({"compile": "no"}, "compile must be True or False, got 'no'"),
-        ({"seed": None}, "seed must be a whole number from 0, got None"),
-        ({"net": 50}, "net must be a text, got 50"),
+        ({"seed": None}, "seed must be a whole number of at least 0, got None"),
+        ({"net": 50}, "net must be text, got 50"),
         ({"pyramid_level": 7}, "pyramid_level must be a list, got 7"),
         ({"pyramid_level": "14"}, "pyramid_level must be a list, got '14'"),
         ({"crop_size_ratio": ()}, "crop_size_ratio must hold a value, got none"),

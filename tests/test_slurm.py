@@ -105,7 +105,7 @@ def test_flags_of_the_cluster(tmp_path: Path) -> None:
         (["--results_dir", "a\nb"], r"must be without tabs.*, got '\\n'"),
         (["--version_name", "run#2"], "version_name without #, got '#'"),
         (["--out_dir", "100%"], "out_dir without % and .*, got '%'"),
-        (["--throttle", "-1"], "throttle: must be a whole number from 0, got -1"),
+        (["--throttle", "-1"], "throttle: must be a whole number of at least 0, got -1"),
         (["--account", "a\nb"], r"sbatch must be .* one line, .* got 'account=a\\nb'"),
         (["--sbatch", "job-name=x"], "sbatch must be .* not array, .*, got 'job-name=x'"),
         (["--sbatch=--mem=2G"], "sbatch must be .*, got '--mem=2G'"),

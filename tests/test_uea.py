@@ -258,7 +258,7 @@ def test_short_series_are_an_error(tmp_path: Path) -> None:
         (["--dataset", "Nothing"], r"--dataset must be a folder of .* \(Toy\), got Nothing"),
         (["--dataset", "../data/Toy"], r"--dataset must be a folder of .* \(Toy\), got \.\./data"),
         (["--dataset", "all"], "--dataset must be a folder of .*got Epilepsy"),
-        (["--n_projections", "0"], "n_projections.*must be a whole number from 1, got 0"),
+        (["--n_projections", "0"], "n_projections.*must be a whole number of at least 1, got 0"),
         (["--seeds", "x"], "seeds.*must be a number or a range like 0-9"),
         (["--device", "tpu"], "device must be auto, cpu"),
     ],

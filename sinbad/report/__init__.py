@@ -65,18 +65,21 @@ def write_report(runs: dict[str, list[score_files.SubsetScores]], options: Repor
             name: [_with_extra(scores, extra) for scores in sets] for name, sets in runs.items()
         }
     first = next(iter(runs.values()))
+    text, files = _table_files(runs, options)
+    for name, content in files.items():  # before maps and figures, which may fail
+        atomic.atomic_write(options.out / name, content)
     if options.maps_dir is not None:
         from sinbad.report import maps
 
         maps.write_maps(options.maps_dir, first, options.dataset_dir)
         log.info(f"anomaly maps (coarse: where to look) in {options.maps_dir}")
-    text, files = _table_files(runs, options)
     if options.figures:
         from sinbad.report import figures  # matplotlib: slow to import, not needed for tables
 
-        files |= figures.report_figures(first, options.dataset_dir)
-    for name, content in files.items():
-        atomic.atomic_write(options.out / name, content)
+        plots = figures.report_figures(first, options.dataset_dir)
+        for name, content in plots.items():
+            atomic.atomic_write(options.out / name, content)
+        files |= plots
     for path in options.out.iterdir():
         if path.name not in files and REPORT_FILES.fullmatch(path.name) and not path.is_dir():
             path.unlink(missing_ok=True)

@@ -252,12 +252,9 @@ class Selection:
     def folders(self) -> list[tuple[int, Path]]:
         """Return level and folder of the test subsets, one for each level and repetition."""
         places = [(self.version, level, self.rep) for level in self.levels]
-        reps = range(self.rep_num_224)
-        places += [(self.version_224, settings.PIXEL_LEVEL, rep) for rep in reps]
-        return [
-            (level, Path(version.replace("#", str(level)), f"rep_num_{rep}"))
-            for version, level, rep in places
-        ]
+        pixels = self.version_224, settings.PIXEL_LEVEL
+        places += [(*pixels, rep) for rep in range(self.rep_num_224)]
+        return [(n, Path(root.replace("#", str(n)), f"rep_num_{rep}")) for root, n, rep in places]
 
 
 @dataclass(frozen=True)
@@ -418,7 +415,6 @@ def _check_place(file: ScoreFile) -> None:
 
 
 def _inconsistent(name: str, path: Path, value: Any, other: Path, other_value: Any) -> Exception:  # noqa: ANN401
-    """Return the error of two files that differ in a setting."""
     pair = value, other_value
     if isinstance(value, list):  # the first place that differs
         pair = next(two for two in zip_longest(*pair) if two[0] != two[1])

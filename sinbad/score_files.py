@@ -34,20 +34,13 @@ PIXEL_FILE = re.compile(r"(\d+)\.00_lvl_anom_maps\.npz")
 # What must be equal among files that are ensembled, and in which files. Beside the settings:
 # facts of the images, the weights, and how the images were preprocessed.
 GRID_FILES, SUBSET_FILES = "files of one crop grid", "files of one test subset"
-EQUAL_IN = {
-    settings.ALL_FILES: (*settings.names_equal_in(settings.ALL_FILES), "pillow"),
-    settings.BACKBONE_FILES: (
-        *settings.names_equal_in(settings.BACKBONE_FILES),
-        *("weights_sha256", "numbers of crops"),
-    ),
-    settings.LEVEL_FILES: settings.names_equal_in(settings.LEVEL_FILES),
-    settings.RUN_FILES: settings.names_equal_in(settings.RUN_FILES),
-    GRID_FILES: ("crop_size_ratio",),
-    SUBSET_FILES: (
-        *("images_sha256", "n_images", "matrices"),
-        *("labels", "image_paths", "number of validation images"),
-    ),
-}
+SCOPES = settings.ALL_FILES, settings.BACKBONE_FILES, settings.LEVEL_FILES, settings.RUN_FILES
+EQUAL_IN = {scope: settings.names_equal_in(scope) for scope in SCOPES}
+EQUAL_IN[settings.ALL_FILES] += ("pillow",)
+EQUAL_IN[settings.BACKBONE_FILES] += ("weights_sha256", "numbers of crops")
+EQUAL_IN[GRID_FILES] = ("crop_size_ratio",)
+EQUAL_IN[SUBSET_FILES] = ("images_sha256", "n_images", "matrices", "labels", "image_paths")
+EQUAL_IN[SUBSET_FILES] += ("number of validation images",)
 
 Record = dict[str, Any]  # {"settings": what determines the scores, "made_with": versions, machine}
 

@@ -276,6 +276,9 @@ class _LogLines:
         if text.strip():
             log.info(text.strip())
 
+    def flush(self) -> None:
+        """Do nothing, a line is flushed at once."""
+
 
 def progress_bar(total: int, desc: str, unit: str = "it") -> "tqdm":
     """Return a tqdm bar on a terminal; elsewhere it is one line per minute at most."""

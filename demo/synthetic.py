@@ -104,14 +104,12 @@ def _bottle(x: float, top: float, bottom: float, inset: float) -> Points:
 
 
 _ARC = _shape(0, 0, 1, 1, 1)[:12]
+_BANANA = np.concatenate([_ARC * (130, 140), _ARC[::-1] * (118, 70)]) - (50, 62)
 # Print on a label -> colour and parts.
 PRINTS: dict[str, tuple[Colour, list[Points]]] = {
     "text": ((50, 30, 16), [_shape(0, line, 84, 7) for line in (-26, 0, 26)]),
     "orange": ((238, 130, 30), [_shape(0, 0, 84, 84, 1)]),
-    "banana": (
-        (214, 200, 40),
-        [np.concatenate([_ARC * (130, 140), _ARC[::-1] * (118, 70)]) - (50, 62)],
-    ),
+    "banana": ((214, 200, 40), [_BANANA]),
     "cherry": (
         (170, 24, 30),
         [

@@ -68,7 +68,11 @@ def open_image(image: ImageInput, name: str = "") -> Image.Image:
                 f"{image.dtype}; convert it"
             )
         return Image.fromarray(image)
-    decoded = _apply_orientation(_decode(image, name))
+    decoded = _decode(image, name)
+    # ImageOps.exif_transpose writes the whole EXIF anew, and fails where any other entry is broken.
+    orientation = _orientation(decoded.getexif)
+    if orientation in TRANSPOSITIONS:
+        decoded = decoded.transpose(TRANSPOSITIONS[orientation])
     if decoded.mode[0] in "IF":  # 16-bit grey, or numbers whose range is not known
         decoded = _scale_to_8_bits(decoded, name)
     if decoded.has_transparency_data:
@@ -116,15 +120,6 @@ def _named_errors(name: str) -> Iterator[None]:
             f"{name} must be a complete image file, got one that cannot be decoded "
             f"({type(error).__name__}); copy it, or unpack its archive, again"
         ) from error
-
-
-def _apply_orientation(image: Image.Image) -> Image.Image:
-    """Turn a decoded image as its EXIF says.
-
-    ImageOps.exif_transpose writes the whole EXIF anew, and fails where any other entry is broken.
-    """
-    method = TRANSPOSITIONS.get(_orientation(image.getexif))
-    return image if method is None else image.transpose(method)
 
 
 def _orientation(read_exif: Callable[[], Image.Exif]) -> int | None:

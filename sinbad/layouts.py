@@ -91,8 +91,8 @@ def find_layouts(dataset_dir: Path) -> dict[str, str]:
             f"a category's folder must not end in {' or '.join(endings)}, as test subsets do, got "
             f"{ambiguous[0]} in {dataset_dir}; rename it"
         )
-    in_order = sorted(categories, key=lambda name: (name not in loco.LOCO_CLASSES, name))
-    return {name: categories[name] for name in in_order}
+    in_order = sorted(categories.items(), key=lambda item: (item[0] not in loco.LOCO_CLASSES, item))
+    return dict(in_order)
 
 
 def _layout_of(category_dir: Path, visa: dict[str, VisaImages]) -> str | None:
@@ -250,11 +250,9 @@ def _list_parts(
                     f"{VISA_FILE} must list {part} images of {category_dir}, got none"
                 )
         return parts
-    splits = {"train": "train", "validation": _find_folder(category_dir, VALID_FOLDERS)}
-    if splits["validation"] is None and layout == LOCO:
-        splits["validation"] = "validation"
+    valid = _find_folder(category_dir, VALID_FOLDERS) or ("validation" if layout == LOCO else None)
     folders: dict[str, list[str]] = {}
-    for part, split in {**splits, GOOD: "test"}.items():
+    for part, split in {"train": "train", "validation": valid, GOOD: "test"}.items():
         if split is not None:
             name = _find_folder(category_dir / split, NORMAL_FOLDERS)
             if name is None and (split == "test" or layout == LOCO):
@@ -333,8 +331,8 @@ def find_subset(
     if layout is None or (anomaly_type in loco.KINDS and layout != LOCO):
         _check_found(mvtype, dataset_dir, find_layouts(dataset_dir))
     parts = _list_parts(category_dir, anomaly_type, layout, visa)
-    if category in loco.LOCO_CLASSES and layout == LOCO:
-        true_size = loco.LOCO_CLASSES[category].width, loco.LOCO_CLASSES[category].height
+    if layout == LOCO and (facts := loco.LOCO_CLASSES.get(category)):
+        true_size = facts.width, facts.height
     else:
         true_size = images.open_image(category_dir / parts["train"][0]).size
     settings = images.resize_settings(true_size, im_size)
@@ -358,12 +356,9 @@ def loco_counts(mvtype: str) -> list[dict[str, int]]:
     if category not in loco.LOCO_CLASSES or anomaly_type not in loco.KINDS:
         return []
     facts = loco.LOCO_CLASSES[category]
-    counts = {
-        "train": facts.train,
-        "validation": facts.validation,
-        GOOD: facts.good,
-        loco.KINDS[anomaly_type]: facts.logical if anomaly_type == "loco" else facts.structural,
-    }
+    counts = {"train": facts.train, "validation": facts.validation, GOOD: facts.good}
+    n_anomalous = facts.logical if anomaly_type == "loco" else facts.structural
+    counts[loco.KINDS[anomaly_type]] = n_anomalous
     return [counts, {**counts, **loco.OTHER_COUNTS.get(category, {})}]
 
 

@@ -165,16 +165,12 @@ def find_twin(
 ) -> Path | None:
     """Return the folder of another subset of the category with equal train and valid matrices."""
     category, anomaly_type = loco.split_mvtype(subset.mvtype)
-    for other_type in loco.KINDS:
+    sha256 = {split: [stamp[2] for stamp in stamps[split]] for split in SHARED_SPLITS}
+    for other_type in (kind for kind in loco.KINDS if kind != anomaly_type):
         folder = out_dir / f"{category}_{other_type}"
-        if (
-            other_type == anomaly_type
-            or not (folder / PATHS_FILE).exists()
-            or missing_parts(folder)
-        ):
+        if not (folder / PATHS_FILE).exists() or missing_parts(folder):
             continue
         twin = load_matrices(out_dir, folder.name)
-        sha256 = {split: [stamp[2] for stamp in stamps[split]] for split in SHARED_SPLITS}
         same = all(twin.sha256(split) == sha256[split] for split in SHARED_SPLITS)
         if same and twin.settings == subset.settings:
             return folder
@@ -347,7 +343,5 @@ def pool_subsets(
                     rows.append((array, row))
                     names.append(subset.paths[split][row])
                 ids[subset.mvtype, split].append(number)
-    width, height = (
-        max(lengths) for lengths in zip(*(s.image_extent for s in subsets), strict=True)
-    )
+    width, height = map(max, zip(*(s.image_extent for s in subsets), strict=True))
     return image_pool.ImagePool(rows, names, (width, height), device, num_workers), ids

@@ -34,20 +34,13 @@ PIXEL_FILE = re.compile(r"(\d+)\.00_lvl_anom_maps\.npz")
 # What must be equal among files that are ensembled, and in which files. Beside the settings:
 # facts of the images, the weights, and how the images were preprocessed.
 GRID_FILES, SUBSET_FILES = "files of one crop grid", "files of one test subset"
-EQUAL_IN = {
-    settings.ALL_FILES: (*settings.names_equal_in(settings.ALL_FILES), "pillow"),
-    settings.BACKBONE_FILES: (
-        *settings.names_equal_in(settings.BACKBONE_FILES),
-        *("weights_sha256", "numbers of crops"),
-    ),
-    settings.LEVEL_FILES: settings.names_equal_in(settings.LEVEL_FILES),
-    settings.RUN_FILES: settings.names_equal_in(settings.RUN_FILES),
-    GRID_FILES: ("crop_size_ratio",),
-    SUBSET_FILES: (
-        *("images_sha256", "n_images", "matrices"),
-        *("labels", "image_paths", "number of validation images"),
-    ),
-}
+SCOPES = settings.ALL_FILES, settings.BACKBONE_FILES, settings.LEVEL_FILES, settings.RUN_FILES
+EQUAL_IN = {scope: settings.names_equal_in(scope) for scope in SCOPES}
+EQUAL_IN[settings.ALL_FILES] += ("pillow",)
+EQUAL_IN[settings.BACKBONE_FILES] += ("weights_sha256", "numbers of crops")
+EQUAL_IN[GRID_FILES] = ("crop_size_ratio",)
+EQUAL_IN[SUBSET_FILES] = ("images_sha256", "n_images", "matrices", "labels", "image_paths")
+EQUAL_IN[SUBSET_FILES] += ("number of validation images",)
 
 Record = dict[str, Any]  # {"settings": what determines the scores, "made_with": versions, machine}
 
@@ -252,12 +245,9 @@ class Selection:
     def folders(self) -> list[tuple[int, Path]]:
         """Return level and folder of the test subsets, one for each level and repetition."""
         places = [(self.version, level, self.rep) for level in self.levels]
-        reps = range(self.rep_num_224)
-        places += [(self.version_224, settings.PIXEL_LEVEL, rep) for rep in reps]
-        return [
-            (level, Path(version.replace("#", str(level)), f"rep_num_{rep}"))
-            for version, level, rep in places
-        ]
+        pixels = self.version_224, settings.PIXEL_LEVEL
+        places += [(*pixels, rep) for rep in range(self.rep_num_224)]
+        return [(n, Path(root.replace("#", str(n)), f"rep_num_{rep}")) for root, n, rep in places]
 
 
 @dataclass(frozen=True)
@@ -418,7 +408,6 @@ def _check_place(file: ScoreFile) -> None:
 
 
 def _inconsistent(name: str, path: Path, value: Any, other: Path, other_value: Any) -> Exception:  # noqa: ANN401
-    """Return the error of two files that differ in a setting."""
     pair = value, other_value
     if isinstance(value, list):  # the first place that differs
         pair = next(two for two in zip_longest(*pair) if two[0] != two[1])

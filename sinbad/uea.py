@@ -129,9 +129,8 @@ def _read_values(path: Path, line: int, channels: list[str], n_steps: int | None
                 raise _line_error(path, line, "values must be decimal numbers, ? or NaN", field)
         n_steps = len(fields) if n_steps is None else n_steps
         if len(fields) != n_steps:
-            rule = (
-                f"dimension {len(rows) + 1} must have {n_steps} values, as declared or as the first"
-            )
+            start = f"dimension {len(rows) + 1} must have {n_steps} values"
+            rule = f"{start}, as declared or as the first"
             raise _line_error(path, line, rule, str(len(fields)))
         rows.append([float("nan" if field == "?" else field) for field in fields])
     values = np.array(rows)

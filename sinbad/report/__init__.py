@@ -61,9 +61,7 @@ def write_report(runs: dict[str, list[score_files.SubsetScores]], options: Repor
     score_files.check_runs(runs)
     extra = options.extra
     if extra is not None:
-        runs = {
-            name: [_with_extra(scores, extra) for scores in sets] for name, sets in runs.items()
-        }
+        runs = {run: [_with_extra(scores, extra) for scores in s] for run, s in runs.items()}
     first = next(iter(runs.values()))
     text, files = _table_files(runs, options)
     for name, content in files.items():  # before maps and figures, which may fail
@@ -116,9 +114,8 @@ def _table_files(
         provenance["extra scores"] = {key: [getattr(options.extra, key)] for key in keys}
     is_single = len(runs) == 1
     report = values[0] if is_single else {"runs": metrics_of_runs}
-    files: dict[str, bytes | str] = {
-        f"{name}.csv": tables.csv_text(rows_by_table[name]) for name in texts
-    }
+    files: dict[str, bytes | str]
+    files = {f"{name}.csv": tables.csv_text(rows_by_table[name]) for name in texts}
     sections = *texts.values(), "Made from", tables.provenance_text(provenance)
     files["table.md"] = "\n\n".join(sections) + "\n"
     text = atomic.to_json({**report, "made_from": provenance}) + "\n"

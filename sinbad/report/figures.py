@@ -247,8 +247,7 @@ def load_captioned(
     name = type_name(scores.mvtype) if scores.labels[index] else NORMAL
     file_name = textwrap.fill(tables.legible(f"{path.parent.name}/{path.name}"), 36)
     caption = f"score {scores.final[index]:.2f}, label: {name}\n{file_name}"
-    image_path = dataset_dir / loco.split_mvtype(scores.mvtype)[0] / path
-    image = _thumbnail(image_path, THUMBNAIL)
+    image = _thumbnail(dataset_dir / loco.split_mvtype(scores.mvtype)[0] / path, THUMBNAIL)
     overlay = maps.overlay_map(scores.ensemble.grids, index, image.size)
     return CaptionedImage(image, overlay, caption, STYLES[name][0])
 
@@ -262,10 +261,8 @@ def _thumbnail(path: Path, side: int) -> Image.Image:
 
 def extremes_figure(scores: score_files.SubsetScores, dataset_dir: Path) -> Figure:
     """Plot the most and the least anomalous images of a data set with their overlays."""
-    rows = {
-        name: [load_captioned(scores, i, dataset_dir) for i in ids]
-        for name, ids in extreme_images(scores.final).items()
-    }
+    extremes = extreme_images(scores.final).items()
+    rows = {name: [load_captioned(scores, i, dataset_dir) for i in ids] for name, ids in extremes}
     return image_rows_figure(f"{tables.legible(scores.mvtype)}: test images by score", rows)
 
 

@@ -156,11 +156,11 @@ def map_paths(
                 )
     counts = Counter(path.with_suffix("") for path in sources)
     shared = {path.parent for path, count in counts.items() if count > 1}
-    names = {path: path.name if path.parent in shared else path.stem for path in sources}
-    return {
-        maps_dir / path.parent / f"{names[path]}{MAP_ENDING}": source
-        for path, source in sources.items()
-    }
+    paths = {}
+    for path, source in sources.items():
+        name = path.name if path.parent in shared else path.stem
+        paths[maps_dir / path.parent / f"{name}{MAP_ENDING}"] = source
+    return paths
 
 
 def write_maps(
@@ -175,12 +175,10 @@ def write_maps(
     replaced. `n_threads` is one per processor by default.
     """
     paths = map_paths(maps_dir, sets, dataset_dir)
-    sizes = {  # all of them first, before anything is written
-        path: image_size(
-            dataset_dir, loco.split_mvtype(scores.mvtype)[0], scores.image_paths[index]
-        )
-        for path, (scores, index) in paths.items()
-    }
+    sizes = {}  # all of them first, before anything is written
+    for path, (scores, index) in paths.items():
+        category = loco.split_mvtype(scores.mvtype)[0]
+        sizes[path] = image_size(dataset_dir, category, scores.image_paths[index])
 
     def write(path: Path) -> None:
         (scores, index), file = paths[path], io.BytesIO()

@@ -65,10 +65,8 @@ def bootstrap_interval(labels: sinbad_utils.Scores, scores: sinbad_utils.Scores)
 def score_columns(scores: score_files.SubsetScores) -> dict[str, sinbad_utils.Scores]:
     """Return the columns of the score table: name -> (n_test,) scores, single levels first."""
     columns = {f"level {level}": values for level, values in scores.ensemble.levels.items()}
-    if (
-        scores.ensemble.network is not None
-        and len(set(scores.ensemble.levels) - {settings.PIXEL_LEVEL}) > 1
-    ):
+    network_levels = scores.ensemble.levels.keys() - {settings.PIXEL_LEVEL}
+    if scores.ensemble.network is not None and len(network_levels) > 1:
         columns[NETWORK] = scores.ensemble.network
     columns[ENSEMBLE] = scores.ensemble.final
     for name, values in scores.extra.items():

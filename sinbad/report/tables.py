@@ -139,9 +139,7 @@ def report_provenance(runs: dict[str, list[score_files.SubsetScores]]) -> Proven
         )
     for scores in sets:
         records = [file.recorded for file in scores.files if file.recorded]
-        parts[scores.mvtype] = _distinct(
-            {name: r[name] for name in IMAGE_SETTINGS} for r in records
-        )
+        parts[scores.mvtype] = _distinct({key: r[key] for key in IMAGE_SETTINGS} for r in records)
     parts["made with"] = _distinct(file.record.get("made_with", {}) for file in files)
     return parts
 

@@ -24,7 +24,7 @@ import sinbad_single_layer
 from sinbad import errors, layouts, settings
 from sinbad.report import metrics
 
-NET = ["--net", "resnet18", "--weights", "random", "--initial_res", str(IM_SIZE)]
+NET = ["--net", "test_resnet", "--weights", "random", "--initial_res", str(IM_SIZE)]
 N_PROJECTIONS = 20
 PAPER_DEFAULTS = settings.BACKBONE_DEFAULTS
 FEW = ["--pyramid_level", "14", "224", "--rep_num_224", "2", "--no-figures"]

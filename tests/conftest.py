@@ -1,5 +1,6 @@
 """A tiny synthetic data set in LOCO's layout, its matrices, the folders of reference arrays."""
 
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,8 @@ COUNTS = {
 GOLDEN = Path(__file__).parent / "golden"
 SHARED = Path(__file__).parents[2] / "shared"
 
-torch.set_num_threads(2)
+torch.set_num_threads(2)  # recorded beside scores, so worker processes take the same number
+os.environ["OMP_NUM_THREADS"] = "2"
 errors.log_to_stderr()
 
 

@@ -115,7 +115,7 @@ def test_scores_are_those_of_the_step_by_step_ensemble_to_the_byte(
     )
     rows = list(csv.DictReader((tmp_path / "t/scores.csv").open()))
     verdicts = detector.score(test_images(class_dir), 0.5)
-    assert [float(row["score"]) for row in rows] == [one.score for one in verdicts]
+    assert [float(row["score"]) for row in rows] == [verdict.score for verdict in verdicts]
     for level in (14, 28, 224):
         of_level = [one.levels[level] for one in verdicts]
         assert [float(row[f"level_{level}"]) for row in rows] == of_level
@@ -149,10 +149,12 @@ def test_saved_and_loaded_in_a_fresh_process(
     subprocess.run(command, check=True, cwd=ROOT, capture_output=True)
     rows = list(csv.DictReader((tmp_path / "s.csv").open()))
     verdicts = detector.score(test_images(class_dir), 0.5)
-    assert [float(row["score"]) for row in rows] == [one.score for one in verdicts]
-    assert [row["is_anomalous"] == "1" for row in rows] == [one.is_anomalous for one in verdicts]
+    assert [float(row["score"]) for row in rows] == [verdict.score for verdict in verdicts]
+    assert [row["is_anomalous"] == "1" for row in rows] == [
+        verdict.is_anomalous for verdict in verdicts
+    ]
     records = json.loads((tmp_path / "s.json").read_text())
-    assert [one["p_value"] for one in records] == [one.p_value for one in verdicts]
+    assert [record["p_value"] for record in records] == [verdict.p_value for verdict in verdicts]
     maps = sorted((tmp_path / "maps").iterdir())
     assert len(maps) == len(rows)
     assert np.asarray(Image.open(maps[0]).convert("RGB")).std() > 10

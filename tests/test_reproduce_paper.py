@@ -24,7 +24,7 @@ import sinbad_single_layer
 from sinbad import errors, layouts, settings
 from sinbad.report import metrics
 
-NET = ["--net", "resnet18", "--weights", "random", "--initial_res", str(IM_SIZE)]
+NET = ["--net", "test_resnet", "--weights", "random", "--initial_res", str(IM_SIZE)]
 N_PROJECTIONS = 20
 PAPER_DEFAULTS = settings.BACKBONE_DEFAULTS
 FEW = ["--pyramid_level", "14", "224", "--rep_num_224", "2", "--no-figures"]
@@ -249,8 +249,8 @@ def test_auroc_per_defect(dataset_dir: Path, folder: Path, tmp_path: Path) -> No
         scores = [float(row["score"]) for row in csv.DictReader(file)][:5]
     values = json.loads((tmp_path / "out" / "metrics.json").read_text())
     expected = roc_auc_score([0, 0, 0, 1], scores[:4])
-    found = values["data_sets"]["pushpins_loco"]["auroc_by_defect"]
-    assert found["too_many"] == {"auroc": pytest.approx(expected), "n_images": 1}
+    by_defect = values["data_sets"]["pushpins_loco"]["auroc_by_defect"]
+    assert by_defect["too_many"] == {"auroc": pytest.approx(expected), "n_images": 1}
     assert "too_few" in (tmp_path / "out" / "defects.csv").read_text()
 
 
@@ -341,9 +341,9 @@ def test_workers_end_with_a_killed_parent(tmp_path: Path) -> None:
         "        print(pool.submit(os.getpid).result(), flush=True)\n"
         "        pool.submit(time.sleep, 600).result()\n"
     )
-    own = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
     command = [sys.executable, str(tmp_path / "parent.py")]
-    with subprocess.Popen(command, env=own, stdout=subprocess.PIPE, text=True) as parent:
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as parent:
         worker = int(parent.stdout.readline())
         os.kill(worker, 0)  # it lives
         parent.kill()

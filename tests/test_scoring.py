@@ -246,8 +246,11 @@ def test_nothing_of_a_batch_outlives_its_crop_position(data_dir: Path) -> None:
     scorer = scoring.CropScorer(pool, replace(VALUES, batch_size=1), None)
     train, test = ids["pushpins_loco", "train"], ids["pushpins_loco", "test"]
     n_tensors = []
+    gc.collect()
+    gc.freeze()  # older objects are not searched
     for _ in scorer.score_positions([pixel_task(0.25)], train, [test]):
         gc.collect()
         n_tensors.append(sum(issubclass(type(o), Tensor) for o in gc.get_objects()))
+    gc.unfreeze()
     assert len(n_tensors) == 16
     assert max(n_tensors[2:12]) <= n_tensors[1]  # the last four are padding

@@ -71,7 +71,16 @@ def load_subsets(
                 f"initial_res must be the side of the matrices of {mvtype}, {subset.im_size}, got "
                 f"{values.initial_res}; pass --initial_res {subset.im_size}"
             )
-        n_shared = len(set(subset.sha256("train")) & set(subset.sha256("valid")))
+        train = set(subset.sha256("train"))
+        n_repeated = len(subset.sha256("train")) - len(train)
+        if n_repeated:
+            log.warning(f"{n_repeated} training images of {mvtype} are repeated")
+        n_known = len(train & set(subset.sha256("test")))
+        if n_known:
+            log.warning(
+                f"{n_known} test images of {mvtype} are training images too: they score near 0"
+            )
+        n_shared = len(train & set(subset.sha256("valid")))
         if n_shared:
             log.warning(
                 f"{n_shared} validation images of {mvtype} are training images too: they score "

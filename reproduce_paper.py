@@ -19,7 +19,7 @@ import multiprocessing
 import os
 from collections import defaultdict
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from contextlib import ExitStack
 from dataclasses import replace
 from itertools import cycle
@@ -121,7 +121,10 @@ def score_on_devices(
                 by_category.values(), cycle(workers), strict=False
             )
         ]
-        for run in runs:
+        finished, pending = wait(runs, return_when=FIRST_EXCEPTION)
+        for run in pending:  # the categories that are being scored are completed
+            run.cancel()
+        for run in finished:
             run.result()
 
 

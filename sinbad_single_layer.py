@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from sinbad import (
+    atomic,
     backbones,
     cli,
     errors,
@@ -73,6 +74,11 @@ def load_subsets(
             )
         train = set(subset.sha256("train"))
         n_repeated = len(subset.sha256("train")) - len(train)
+        if len(train) < 2 and not values.official:
+            raise errors.UserError(
+                f"training images of {mvtype} must be at least 2 different ones, got "
+                f"{len(train)}; add others"
+            )
         if n_repeated:
             log.warning(f"{n_repeated} training images of {mvtype} are repeated")
         n_known = len(train & set(subset.sha256("test")))
@@ -126,6 +132,7 @@ def score_and_save(
     The file of every task
     """
     check_tasks(tasks, values)
+    atomic.check_writable(results_dir / "scores")
     device = backbones.choose_device(values.device)
     subsets = load_subsets(tasks, data_dir, values)
     needs_network = settings.backbone_levels(task.level for task in tasks)

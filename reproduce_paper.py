@@ -19,7 +19,7 @@ import multiprocessing
 import os
 from collections import defaultdict
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from contextlib import ExitStack
 from dataclasses import replace
 from itertools import cycle
@@ -125,10 +125,10 @@ def score_on_devices(
                 by_category.values(), cycle(workers), strict=False
             )
         ]
-        for run in as_completed(runs):  # the first failure ends all
-            if run.exception() is not None:
-                for _, process in workers:
-                    process.shutdown(wait=False, cancel_futures=True)
+        finished, pending = wait(runs, return_when=FIRST_EXCEPTION)
+        for run in pending:  # the categories that are being scored are completed
+            run.cancel()
+        for run in finished:
             run.result()
 
 

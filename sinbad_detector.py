@@ -63,11 +63,18 @@ def images_in(folder: Path) -> list[Path]:
     return [folder / name for name in layouts.list_images(folder)]
 
 
+def check_output(path: Path, inputs: list[Path]) -> None:
+    """Raise an error if a file cannot be written later, or is an input."""
+    if path.resolve() in {image.resolve() for image in inputs}:
+        raise errors.UserError(f"{path} is an input; choose another output")
+    atomic.check_writable(path)
+
+
 def fit(args: argparse.Namespace) -> None:
     """Fit and save."""
-    atomic.check_writable(args.out)
     train = images_in(args.train_dir)
     valid = images_in(args.valid_dir) if args.valid_dir else []
+    check_output(args.out, [*train, *valid])
     detector = detectors.Detector.fit(train, valid, cli.settings_of(args))
     detector.save(args.out)
     n = len(detector.calibration)
@@ -99,73 +106,84 @@ def write_table(args: argparse.Namespace, predictions: list[detectors.Prediction
         atomic.atomic_write(args.json, text.encode("utf-8", "backslashreplace"))
 
 
+def heatmap_path(args: argparse.Namespace, number: int, image: Path) -> Path:
+    """Return the file of an image's heatmap; images are numbered from 1."""
+    return args.heatmaps / f"{number:04d}_{image.name[:200]}.png"
+
+
+def check_heatmaps(args: argparse.Namespace, images: list[Path]) -> None:
+    """Raise an error if heatmaps cannot be written, or would lie among other images."""
+    folder = args.heatmaps.resolve()
+    if folder in {path.resolve().parent for path in images} | {p.resolve() for p in args.images}:
+        raise errors.UserError(f"heatmaps must lie outside the scored folders, got {args.heatmaps}")
+    expected = {heatmap_path(args, number, path).name for number, path in enumerate(images, 1)}
+    args.heatmaps.mkdir(parents=True, exist_ok=True)
+    for name in sorted(path.name for path in args.heatmaps.iterdir()):
+        if name not in expected and not name.startswith("."):
+            raise errors.UserError(
+                f"heatmaps must be a folder without other files, got {args.heatmaps} "
+                f"with {name}; remove them or choose another folder"
+            )
+    if expected:
+        atomic.check_writable(args.heatmaps / min(expected))
+
+
 def write_heatmap(
-    args: argparse.Namespace,
-    number: int,
+    path: Path,
     prediction: detectors.Prediction,
     ensemble: ensembles.Ensemble,
     index: int,
     threshold: float,
-) -> None:
-    """Write an image beside its crop scores."""
+) -> bool:
+    """Write an image beside its crop scores; log an error and return False if that fails."""
     from sinbad.report import figures  # matplotlib: slow to import, not needed for scores
 
     caption = f"score {prediction.score:.2f}, anomalous above {threshold:.2f}; "
     caption += f"p = {prediction.p_value:.3f}"
-    path = Path(prediction.path)
-    png = figures.heatmap(path, ensemble.grids, index, caption, prediction.is_anomalous)
-    atomic.atomic_write(heatmap_path(args, number, prediction), png)
-
-
-def heatmap_path(args: argparse.Namespace, number: int, prediction: detectors.Prediction) -> Path:
-    """Return where the heatmap of an image lies; numbers keep the order of the images."""
-    return args.heatmaps / f"{number:04d}_{Path(prediction.path).name[:200]}.png"
-
-
-def check_outputs(args: argparse.Namespace) -> None:
-    """Stop if an output cannot be written, or is an input."""
-    if args.out and args.json and args.out.resolve() == args.json.resolve():
-        raise errors.UserError(f"out and json must be two files, got {args.out} for both")
-    inputs = {path.resolve() for path in (args.detector, *args.images)}
-    for path in filter(None, (args.out, args.json, args.heatmaps)):
-        if path.resolve() in inputs:
-            raise errors.UserError(f"{path} is an input; choose another output")
-        atomic.check_writable(path / "image.png" if path == args.heatmaps else path)
+    image, grids = Path(prediction.path), ensemble.grids
+    try:
+        png = figures.heatmap(image, grids, index, caption, prediction.is_anomalous)
+        atomic.atomic_write(path, png)
+    except (OSError, errors.UserError) as error:  # the scores and other heatmaps are not lost
+        log.error(f"could not write the heatmap {path}: {error}")
+        return False
+    return True
 
 
 def score(args: argparse.Namespace) -> int:
-    """Load, score, write; return 1 if an image could not be scored."""
-    check_outputs(args)
+    """Load, score, write; return 1 if an image could not be scored, or a heatmap not written."""
+    if args.out and args.json and args.out.resolve() == args.json.resolve():
+        raise errors.UserError(f"out and json must be two files, got {args.out} for both")
     paths = []
     for path in args.images:
         paths += images_in(path) if path.is_dir() else [path]
+    for path in filter(None, (args.out, args.json)):
+        check_output(path, [args.detector, *paths])
+    if args.heatmaps:
+        check_heatmaps(args, paths)
     detector = detectors.Detector.load(args.detector, args.weights, args.device, args.num_workers)
     threshold = detector.threshold(args.false_alarms)
+    with_heatmaps = args.heatmaps is not None
+    if with_heatmaps and not settings.backbone_levels(detector.values.pyramid_level):
+        log.warning("no heatmaps are written: raw pixels alone (level 224) have one crop")
+        with_heatmaps = False
     predictions: list[detectors.Prediction] = []
-    n_lost = 0
+    n_lost = 0  # heatmaps
     try:
         for prediction, ensemble, index in detector.iter_predictions(paths, args.false_alarms):
             predictions.append(prediction)
             if prediction.error:
                 log.error(prediction.error)
-            elif args.heatmaps is not None:
-                number = len(predictions)
-                try:
-                    write_heatmap(args, number, prediction, ensemble, index, threshold)
-                except OSError as error:  # the scores and the other heatmaps are not lost
-                    log.error(f"no heatmap of {prediction.path}: {error.strerror or error}")
-                    n_lost += 1
+            elif with_heatmaps:
+                path = heatmap_path(args, len(predictions), Path(prediction.path))
+                n_lost += not write_heatmap(path, prediction, ensemble, index, threshold)
     finally:  # what was scored is not lost because something later fails
         if predictions:
             write_table(args, predictions)
-    if args.heatmaps is not None:  # those of an earlier run would be taken for this one's
-        written = {heatmap_path(args, n, p) for n, p in enumerate(predictions, 1) if not p.error}
-        for path in {*args.heatmaps.glob("[0-9][0-9][0-9][0-9]_*.png")} - written:
-            path.unlink()
-    n_failed = sum(bool(prediction.error) for prediction in predictions)
-    n_anomalous = sum(prediction.is_anomalous for prediction in predictions)
-    n_scored = len(predictions) - n_failed
-    log.info(f"{n_scored} images scored, {n_anomalous} anomalous, {n_failed} unreadable")
+            n_failed = sum(bool(prediction.error) for prediction in predictions)
+            n_anomalous = sum(prediction.is_anomalous for prediction in predictions)
+            n_scored = len(predictions) - n_failed
+            log.info(f"{n_scored} images scored, {n_anomalous} anomalous, {n_failed} unreadable")
     return int(n_failed + n_lost > 0)
 
 

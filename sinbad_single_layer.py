@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from sinbad import (
+    atomic,
     backbones,
     cli,
     errors,
@@ -71,21 +72,25 @@ def load_subsets(
                 f"{values.initial_res}; pass --initial_res {subset.im_size}"
             )
         train = set(subset.sha256("train"))
-        if len(subset.images["train"]) < 2:
+        n_repeated = len(subset.sha256("train")) - len(train)
+        if len(train) < 2 and not values.official:
             raise errors.UserError(
-                f"training images of {mvtype} must be at least 2, got 1; add some, and write the "
-                "matrices again"
+                f"training images of {mvtype} must be at least 2 different ones, got "
+                f"{len(train)}; add others"
             )
-        if len(train) < len(subset.images["train"]):
-            n_repeated = len(subset.images["train"]) - len(train)
+        if n_repeated:
             log.warning(f"{n_repeated} training images of {mvtype} are repeated")
-        for split, name in (("valid", "validation"), ("test", "test")):
-            n_shared = len(train.intersection(subset.sha256(split)))
-            if n_shared:
-                log.warning(
-                    f"{n_shared} {name} images of {mvtype} are training images too: they score "
-                    "near 0, which distorts all that is computed from them"
-                )
+        n_known = len(train & set(subset.sha256("test")))
+        if n_known:
+            log.warning(
+                f"{n_known} test images of {mvtype} are training images too: they score near 0"
+            )
+        n_shared = len(train & set(subset.sha256("valid")))
+        if n_shared:
+            log.warning(
+                f"{n_shared} validation images of {mvtype} are training images too: they score "
+                "near 0, so scores normalised by the validation mean are inflated"
+            )
     return subsets
 
 
@@ -126,6 +131,7 @@ def score_and_save(
     The file of every task
     """
     check_tasks(tasks, values)
+    atomic.check_writable(results_dir / "scores")
     device = backbones.choose_device(values.device)
     subsets = load_subsets(tasks, data_dir, values)
     needs_network = settings.backbone_levels(task.level for task in tasks)

@@ -25,7 +25,8 @@ CURES = {
     errno.EEXIST: "a file is where a folder must be, choose another path",
     errno.ENOTDIR: "a file is where a folder must be, choose another path",
 }
-TORCH_MEMORY_ERROR = "OutOfMemoryError"  # torch is not imported here
+# torch is not imported here; without memory on a CPU it raises a plain RuntimeError.
+TORCH_MEMORY_ERROR, CPU_MEMORY_ERROR = "OutOfMemoryError", "DefaultCPUAllocator"
 
 
 class UserError(Exception):
@@ -80,13 +81,13 @@ def run_script(main: Callable[..., Any], argv: list[str] | None = None) -> NoRet
         cure = CURES.get(error.errno, "check the path")
         sys.exit(_fail(f"{where}: {error.strerror or error}; {cure}"))
     except (MemoryError, RuntimeError) as error:
-        is_memory = isinstance(error, MemoryError) or type(error).__name__ == TORCH_MEMORY_ERROR
-        if debug or not is_memory:
+        is_torch = type(error).__name__ == TORCH_MEMORY_ERROR or CPU_MEMORY_ERROR in str(error)
+        if debug or not (isinstance(error, MemoryError) or is_torch):
             raise
-        cure = "ask for fewer --rep, levels or crop ratios at once, or pass --device cpu"
+        cure = "ask for fewer --rep, levels or crop ratios at once, or a smaller --batch_size"
         sys.exit(_fail(f"not enough memory ({str(error) or 'none left'}); {cure}; {KEPT}"))
     except KeyboardInterrupt:
-        log.info(f"interrupted; run the same command again to go on; {KEPT}")
+        log.info(f"interrupted; run the same command again; {KEPT}")
         sys.exit(EXIT_INTERRUPTED)
     sys.exit(status or 0)
 

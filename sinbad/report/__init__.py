@@ -38,6 +38,8 @@ def report_options(args: argparse.Namespace, out: Path) -> ReportOptions:
     path = args.extra_scores
     extra = path and extra_scores.read_extra_scores(path, args.extra_weight, args.extra_norm)
     out.mkdir(parents=True, exist_ok=True)
+    for folder in filter(None, (out, args.maps_dir)):
+        atomic.check_writable(folder / "output")
     return ReportOptions(out, args.dataset_dir, extra, args.maps_dir, args.figures)
 
 

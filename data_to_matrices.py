@@ -25,9 +25,9 @@ log = logging.getLogger("sinbad")
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
     parser = cli.ScriptParser(__doc__)
-    found = {"help": f"{cli.SUBSETS} (default: all found)"}
+    default_all = {"help": f"{cli.SUBSETS} (default: all found)"}
     again = {"help": "write finished matrices again"}
-    cli.add_paths(parser, "dataset_dir", "mvtype", mvtype=found)
+    cli.add_paths(parser, "dataset_dir", "mvtype", mvtype=default_all)
     add = parser.group(settings.INPUT_OUTPUT).add_argument
     add("--out_dir", type=cli.path, metavar="DIR", help="default: DATASET_DIR/data_matrices")
     cli.add_paths(parser, "overwrite", overwrite=again)

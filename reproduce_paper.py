@@ -37,11 +37,18 @@ SETTINGS = ("rep_num_224", *cli.DESCRIPTOR_FLAGS, *cli.GRID_FLAGS, "official", *
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
     parser = cli.ScriptParser(__doc__)
-    found = {"help": f"{cli.SUBSETS} (default: all found)"}
+    default_all = {"help": f"{cli.SUBSETS} (default: all found)"}
     data_dir = {"default": None, "help": "preprocessed images (default: DATASET_DIR/data_matrices)"}
     out = {"default": cli.RUNS_DIR / "paper"}
     cli.add_paths(
-        parser, "dataset_dir", "mvtype", "out", "data_dir", mvtype=found, data_dir=data_dir, out=out
+        parser,
+        "dataset_dir",
+        "mvtype",
+        "out",
+        "data_dir",
+        mvtype=default_all,
+        data_dir=data_dir,
+        out=out,
     )
     cli.add_paths(parser, "results_dir", "version_name", "overwrite", *cli.REPORT_FLAGS)
     cli.add_settings(parser, ["pyramid_level"])

@@ -68,16 +68,16 @@ def test_each_step_is_the_cpus() -> None:
         sinbad_utils.project(directions.cuda(), elements.cuda()).cpu(), values
     )
     low, high = sinbad_utils.fit_ranges(values)
-    for found, expected in zip(sinbad_utils.fit_ranges(values.cuda()), (low, high), strict=True):
-        torch.testing.assert_close(found.cpu(), expected, rtol=1e-6, atol=1e-6)
+    for actual, expected in zip(sinbad_utils.fit_ranges(values.cuda()), (low, high), strict=True):
+        torch.testing.assert_close(actual.cpu(), expected, rtol=1e-6, atol=1e-6)
     described = sinbad_utils.cumulative_histogram(values, low, high, 5)
-    found = sinbad_utils.cumulative_histogram(values.cuda(), low.cuda(), high.cuda(), 5)
-    assert torch.equal(found.cpu(), described)
+    actual = sinbad_utils.cumulative_histogram(values.cuda(), low.cuda(), high.cuda(), 5)
+    assert torch.equal(actual.cpu(), described)
     for squared in (False, True):
         expected = sinbad_utils.fit_whitening(described[:20], 0.1, squared).nearest(described[20:])
         whitening = sinbad_utils.fit_whitening(described[:20].cuda(), 0.1, squared)
-        found = whitening.nearest(described[20:].cuda()).cpu()
-        np.testing.assert_allclose(found, expected, rtol=1e-10)
+        actual = whitening.nearest(described[20:].cuda()).cpu()
+        np.testing.assert_allclose(actual, expected, rtol=1e-10)
 
 
 @pytest.mark.parametrize("official", [False, True])
@@ -94,30 +94,30 @@ def test_the_page_scores_as_on_the_cpu(official: bool) -> None:
 def test_scores_are_the_cpus_and_the_same_in_every_run(
     data_dir: Path, tmp_path: Path, on_cpu: dict[str, np.ndarray]
 ) -> None:
-    found = score(data_dir, tmp_path / "a", "--device", "cuda")
+    actual = score(data_dir, tmp_path / "a", "--device", "cuda")
     again = score(data_dir, tmp_path / "b", "--device", "cuda")
-    assert found.keys() == on_cpu.keys()
+    assert actual.keys() == on_cpu.keys()
     for name, expected in on_cpu.items():
-        np.testing.assert_array_equal(found[name], again[name])
-        np.testing.assert_allclose(found[name], expected, rtol=5e-2)
+        np.testing.assert_array_equal(actual[name], again[name])
+        np.testing.assert_allclose(actual[name], expected, rtol=5e-2)
     assert files_below(tmp_path / "a") == files_below(tmp_path / "b")
 
 
 def test_images_that_stay_in_memory_give_the_same_bytes(
     data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = score(data_dir, tmp_path / "resident", "--device", "cuda")
+    actual = score(data_dir, tmp_path / "resident", "--device", "cuda")
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 0))
     for name, scores in score(data_dir, tmp_path / "mapped", "--device", "cuda").items():
-        np.testing.assert_array_equal(scores, found[name])
+        np.testing.assert_array_equal(scores, actual[name])
 
 
 @pytest.mark.parametrize("flags", [["--precision", "tf32"], ["--precision", "bf16"], ["--compile"]])
 def test_faster_ways_rank_alike(
     flags: list[str], data_dir: Path, tmp_path: Path, on_cpu: dict[str, np.ndarray]
 ) -> None:
-    found = score(data_dir, tmp_path, "--device", "cuda", *flags)
-    pairs = [(found[name].ravel(), on_cpu[name].ravel()) for name in on_cpu]
+    actual = score(data_dir, tmp_path, "--device", "cuda", *flags)
+    pairs = [(actual[name].ravel(), on_cpu[name].ravel()) for name in on_cpu]
     assert min(np.corrcoef(*pair)[0, 1] for pair in pairs) > 0.9
 
 
@@ -157,5 +157,5 @@ def test_a_detector_fitted_on_a_gpu_is_the_cpus(dataset_dir: Path, tmp_path: Pat
         for scored_on in ("cpu", "cuda"):
             predictions = detectors.Detector.load(path, device=scored_on).score(test, 0.5)
             scores.append([prediction.score for prediction in predictions])
-    for found in scores[1:]:
-        np.testing.assert_allclose(found, scores[0], rtol=2e-2)
+    for actual in scores[1:]:
+        np.testing.assert_allclose(actual, scores[0], rtol=2e-2)

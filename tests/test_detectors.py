@@ -117,8 +117,8 @@ def test_scores_are_those_of_the_step_by_step_ensemble_to_the_byte(
     verdicts = detector.score(test_images(class_dir), 0.5)
     assert [float(row["score"]) for row in rows] == [verdict.score for verdict in verdicts]
     for level in (14, 28, 224):
-        of_level = [one.levels[level] for one in verdicts]
-        assert [float(row[f"level_{level}"]) for row in rows] == of_level
+        level_scores = [prediction.levels[level] for prediction in verdicts]
+        assert [float(row[f"level_{level}"]) for row in rows] == level_scores
 
 
 def test_a_picture_scores_alone_what_it_scores_among_others(
@@ -182,17 +182,17 @@ def test_folds_score_each_picture_by_the_others() -> None:
     fold_of = np.random.default_rng(3).permutation(11) % 4
     for i in range(11):
         others = descriptors[torch.from_numpy(fold_of != fold_of[i])]
-        wanted = sinbad_utils.fit_whitening(others, 0.1).nearest(descriptors[i : i + 1])
-        np.testing.assert_array_equal(scores[i], wanted[0])
+        expected = sinbad_utils.fit_whitening(others, 0.1).nearest(descriptors[i : i + 1])
+        np.testing.assert_array_equal(scores[i], expected[0])
 
 
 def test_without_validation_pictures_the_training_pictures_calibrate(class_dir: Path) -> None:
     train = sorted((class_dir / "train/good").iterdir())
-    own = detectors.Detector.fit(train, values=Settings(**SMALL))
-    assert len(own.calibration) == len(train)
-    assert (own.calibration > 0).all()
-    (seen,) = own.score(train[:1], 0.5)
-    assert seen.score < own.calibration.min()  # a training picture is its own neighbour
+    entry = detectors.Detector.fit(train, values=Settings(**SMALL))
+    assert len(entry.calibration) == len(train)
+    assert (entry.calibration > 0).all()
+    (seen,) = entry.score(train[:1], 0.5)
+    assert seen.score < entry.calibration.min()  # a training picture is its own neighbour
 
 
 def test_threshold_and_p_value_agree(detector: detectors.Detector) -> None:

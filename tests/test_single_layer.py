@@ -97,9 +97,9 @@ def test_batch_size_changes_last_bits_at_most(
     together: Path, data_dir: Path, tmp_path: Path
 ) -> None:
     asked = ["--mvtype", "pushpins_loco", "--pyramid_level", "14", "--crop_size_ratio", ".99"]
-    found = single(data_dir, tmp_path, *asked, "--batch_size", "4")
+    actual = single(data_dir, tmp_path, *asked, "--batch_size", "4")
     path = together / "ver1_pyramid_lvl_14/rep_num_0/pushpins_loco/1_crop_anom_maps.npz"
-    np.testing.assert_allclose(found.test, read(path).test, rtol=1e-5)
+    np.testing.assert_allclose(actual.test, read(path).test, rtol=1e-5)
 
 
 def test_number_of_workers_does_not_change_a_byte(data_dir: Path, tmp_path: Path) -> None:
@@ -111,11 +111,11 @@ def test_number_of_workers_does_not_change_a_byte(data_dir: Path, tmp_path: Path
 
 def test_crops_of_padding_only_score_zero(data_dir: Path, tmp_path: Path) -> None:
     asked = ["--mvtype", "pushpins_loco", "--pyramid_level", "224", "--crop_size_ratio", ".25"]
-    found = single(data_dir, tmp_path, *asked, "--n_projections", "2")
-    assert found.test.shape == (16, N_TEST)
-    assert (found.test[12:] == 0).all()  # rows from 48 of 64, the images end at 37
-    assert (found.valid[12:] == 0).all()
-    assert (found.test[:8].max(1) > 0).all()
+    actual = single(data_dir, tmp_path, *asked, "--n_projections", "2")
+    assert actual.test.shape == (16, N_TEST)
+    assert (actual.test[12:] == 0).all()  # rows from 48 of 64, the images end at 37
+    assert (actual.valid[12:] == 0).all()
+    assert (actual.test[:8].max(1) > 0).all()
 
 
 def test_float32_matrices_of_the_authors_give_the_same_scores(
@@ -129,9 +129,9 @@ def test_float32_matrices_of_the_authors_give_the_same_scores(
     labels = np.load(data_dir / "pushpins_loco" / "image_level_label.npy")
     np.save(folder / "image_level_label.npy", labels)
     asked = ["--mvtype", "pushpins_loco", "--pyramid_level", "224", "--crop_size_ratio", ".7"]
-    found = single(tmp_path / "matrices", tmp_path / "results", *asked)
+    actual = single(tmp_path / "matrices", tmp_path / "results", *asked)
     path = together / "ver1_pyramid_lvl_224/rep_num_0/pushpins_loco/44.00_lvl_anom_maps.npz"
-    np.testing.assert_array_equal(found.test, read(path).test)
+    np.testing.assert_array_equal(actual.test, read(path).test)
 
 
 def test_groups_stand_for_what_is_there(
@@ -173,9 +173,9 @@ def test_images_of_equal_names_but_other_pixels_are_not_mixed_up(
     shutil.copytree(data_dir / "pushpins_loco", matrices / "pushpins_loco")
     score(matrices, tmp_path / "both", "--mvtype", "pushpins", "--pyramid_level", "224")
     score(matrices, tmp_path / "one", "--mvtype", "pushpins_struct", "--pyramid_level", "224")
-    both, one = files_below(tmp_path / "both"), files_below(tmp_path / "one")
-    assert len(one) == 2
-    assert one == {name: both[name] for name in one}
+    both, alone = files_below(tmp_path / "both"), files_below(tmp_path / "one")
+    assert len(alone) == 2
+    assert alone == {name: both[name] for name in alone}
 
 
 def test_validation_images_that_are_training_images_are_named_in_a_warning(
@@ -217,10 +217,10 @@ def test_the_precision_asked_for_is_the_networks(
     together: Path, data_dir: Path, tmp_path: Path
 ) -> None:
     asked = ["--mvtype", "pushpins_loco", "--pyramid_level", "14", "--crop_size_ratio", ".99"]
-    found = single(data_dir, tmp_path, *asked, "--precision", "bf16")
+    actual = single(data_dir, tmp_path, *asked, "--precision", "bf16")
     path = together / "ver1_pyramid_lvl_14/rep_num_0/pushpins_loco/1_crop_anom_maps.npz"
-    assert not np.allclose(found.test, read(path).test, rtol=1e-3)
-    assert found.recorded["precision"] == "bf16"
+    assert not np.allclose(actual.test, read(path).test, rtol=1e-3)
+    assert actual.recorded["precision"] == "bf16"
 
 
 @pytest.fixture(scope="module")
@@ -309,14 +309,14 @@ def test_scores_equal_a_textbook_pipeline(
     expected = slow_scores(described, shrinkage, official)
     name = "63.00_lvl" if level == 224 else "1_crop"
     path = f"ver1_pyramid_lvl_{level}/rep_num_{rep}/pushpins_loco/{name}_anom_maps.npz"
-    ours = found = read(together / path)
+    ours = actual = read(together / path)
     if official:
         asked = ["--mvtype", "pushpins_loco", "--pyramid_level", str(level), "--rep", str(rep)]
         score(data_dir, tmp_path, *asked, "--crop_size_ratio", ".99", "--official")
-        found = read(tmp_path / path)
-        assert not np.allclose(found.test, ours.test, rtol=1e-2)
-    np.testing.assert_allclose(found.test[0], expected["test"], rtol=1e-4)
-    np.testing.assert_allclose(found.valid[0], expected["valid"], rtol=1e-4)
+        actual = read(tmp_path / path)
+        assert not np.allclose(actual.test, ours.test, rtol=1e-2)
+    np.testing.assert_allclose(actual.test[0], expected["test"], rtol=1e-4)
+    np.testing.assert_allclose(actual.valid[0], expected["valid"], rtol=1e-4)
 
 
 def _why_skipped() -> str:
@@ -344,10 +344,10 @@ def test_real_images_give_the_authors_scores(tmp_path: Path) -> None:
         for key, where in folders.items():
             *folder, file = where.split("/")
             path = results / f"ver1_pyramid_lvl_{'/'.join(folder)}" / "juice_bottle_loco"
-            found = read(path / f"{file}_anom_maps.npz")
-            np.testing.assert_allclose(found.test, golden[f"{key}_test"], rtol=2e-3)
-            np.testing.assert_allclose(found.valid, golden[f"{key}_valid"], rtol=2e-3)
-            roc = roc_auc_score(golden["labels"], found.test.mean(0))
+            actual = read(path / f"{file}_anom_maps.npz")
+            np.testing.assert_allclose(actual.test, golden[f"{key}_test"], rtol=2e-3)
+            np.testing.assert_allclose(actual.valid, golden[f"{key}_valid"], rtol=2e-3)
+            roc = roc_auc_score(golden["labels"], actual.test.mean(0))
             assert roc == pytest.approx(float(golden[f"roc_{key}"]), abs=5e-4)
 
 

@@ -179,10 +179,7 @@ class Detector:
         splits = [valid_ids] if len(valid) else []
         for position, models, scores in scorer.score_positions(tasks, train_ids, splits):
             n_crops = len(position.grid)
-            for level in dict.fromkeys(projection.level for projection in models):
-                repetitions = [model for p, model in models.items() if p.level == level]
-                key = level, n_crops, position.crop
-                stored[key] = StoredModels.of(repetitions, _n_elements(level))
+            stored |= _store(position, models)
             for (level, _, rep), model in models.items():
                 (crop_scores,) = scores[level, values.seed, rep] or [
                     folds.score(model.train_descriptors, values.at_level(level).shrinkage_factor)
@@ -431,9 +428,15 @@ def _empty_scores(tasks: Sequence[GridTask], values: Settings, n: int) -> dict[G
     return {grid: np.zeros(shape) for grid, shape in shapes.items()}
 
 
-def _n_elements(level: int) -> int:
-    """Return the number of elements of a set."""
-    return backbones.INPUT_SIDE**2 if level == settings.PIXEL_LEVEL else level**2
+def _store(position: CropPosition, models: Models) -> dict[Position, StoredModels]:
+    """Return the models of a crop position as they are saved, those of a level together."""
+    stored = {}
+    for level in dict.fromkeys(projection.level for projection in models):
+        repetitions = [model for p, model in models.items() if p.level == level]
+        side = backbones.INPUT_SIDE if level == settings.PIXEL_LEVEL else level
+        key = level, len(position.grid), position.crop
+        stored[key] = StoredModels.of(repetitions, n_elements=side**2)
+    return stored
 
 
 def _extent(resizing: dict[str, Any]) -> tuple[int, int]:

@@ -17,15 +17,15 @@ from pathlib import Path
 from sinbad import cli, errors, report, score_files, settings
 
 DEFAULT_VERSION = str(
-    cli.PATH_FLAGS["results_dir"]["default"]
-    / f"{cli.PATH_FLAGS['version_name']['default']}_pyramid_lvl_#"
+    cli.SHARED_FLAGS["results_dir"]["default"]
+    / f"{cli.SHARED_FLAGS['version_name']['default']}_pyramid_lvl_#"
 )
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
     parser = cli.ScriptParser(__doc__)
-    cli.add_paths(parser, "mvtype", mvtype={"default": ["all"]})
+    cli.add_shared(parser, "mvtype", mvtype={"default": ["all"]})
     add = parser.group(settings.INPUT_OUTPUT).add_argument
     add(
         "--version",
@@ -42,7 +42,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="folder of the raw-pixel scores",
     )
     out = {"help": "folder of tables and figures (default: `ensemble` beside the score folders)"}
-    cli.add_paths(parser, "out", "dataset_dir", *cli.REPORT_FLAGS, out=out)
+    cli.add_shared(parser, "out", "dataset_dir", *cli.REPORT_FLAGS, out=out)
     parser.group(settings.COMPUTED).add_argument(
         "--pyramid_level",
         type=cli.int_at_least(1),
@@ -52,7 +52,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="levels of the network; none for raw pixels alone",
     )
     rep = {"help": "repetitions of the network's levels; several give mean and std (default: 0)"}
-    cli.add_paths(parser, "rep", rep=rep)
+    cli.add_shared(parser, "rep", rep=rep)
     parser.group(settings.COMPUTED).add_argument(
         "--rep_num_224",
         type=cli.int_at_least(0),

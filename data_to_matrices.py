@@ -27,10 +27,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = cli.ScriptParser(__doc__)
     default_all = {"help": f"{cli.SUBSETS} (default: all found)"}
     again = {"help": "write finished matrices again"}
-    cli.add_paths(parser, "dataset_dir", "mvtype", mvtype=default_all)
+    cli.add_shared(parser, "dataset_dir", "mvtype", mvtype=default_all)
     add = parser.group(settings.INPUT_OUTPUT).add_argument
     add("--out_dir", type=cli.path, metavar="DIR", help="default: DATASET_DIR/data_matrices")
-    cli.add_paths(parser, "overwrite", overwrite=again)
+    cli.add_shared(parser, "overwrite", overwrite=again)
     add = parser.group(settings.COMPUTED).add_argument
     help_text = settings.DECLARED["initial_res"].metadata["help"]
     add(
@@ -40,7 +40,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         metavar="N",
         help=help_text,
     )
-    cli.add_paths(parser, "valid_share")
+    cli.add_shared(parser, "valid_share")
     add(
         "--seed",
         type=cli.int_at_least(0),

@@ -40,7 +40,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     default_all = {"help": f"{cli.SUBSETS} (default: all found)"}
     data_dir = {"default": None, "help": "preprocessed images (default: DATASET_DIR/data_matrices)"}
     out = {"default": cli.RUNS_DIR / "paper"}
-    cli.add_paths(
+    cli.add_shared(
         parser,
         "dataset_dir",
         "mvtype",
@@ -50,7 +50,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         data_dir=data_dir,
         out=out,
     )
-    cli.add_paths(parser, "results_dir", "version_name", "overwrite", *cli.REPORT_FLAGS)
+    cli.add_shared(parser, "results_dir", "version_name", "overwrite", *cli.REPORT_FLAGS)
     cli.add_settings(parser, ["pyramid_level"])
     parser.group(settings.COMPUTED).add_argument(
         "--seeds",
@@ -61,7 +61,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="seeds of the random projections; several give mean and std",
     )
     cli.add_settings(parser, SETTINGS)
-    cli.add_paths(parser, "valid_share")
+    cli.add_shared(parser, "valid_share")
     cli.add_settings(parser, cli.BACKBONE_FLAGS)
     parser.group(settings.MACHINE).add_argument(
         "--device",

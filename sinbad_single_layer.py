@@ -39,10 +39,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
     parser = cli.ScriptParser(__doc__)
     names = "mvtype", "data_dir", "results_dir", "version_name", "overwrite"
-    cli.add_paths(parser, *names, mvtype={"required": True})
+    cli.add_shared(parser, *names, mvtype={"required": True})
     levels = "pyramid_level", "crop_size_ratio"
     cli.add_settings(parser, levels, pyramid_level=(7,), crop_size_ratio=(0.999,))
-    cli.add_paths(parser, "rep")
+    cli.add_shared(parser, "rep")
     cli.add_settings(parser, cli.TASK_FLAGS)
     return parser.parse_args(argv)
 
@@ -201,8 +201,8 @@ def score_category(
         files: dict[scoring.GridTask, list[ScoreTask]] = defaultdict(list)
         for task in records:
             if (task.mvtype, "test") in splits:
-                projection = scoring.Projection(task.level, task.seed, task.rep)
-                files[scoring.GridTask(task.ratio, projection)].append(task)
+                repetition = scoring.Repetition(task.level, task.seed, task.rep)
+                files[scoring.GridTask(task.ratio, repetition)].append(task)
         for grid_task, split_scores in scorer.score_grids(
             list(files), train_ids, list(splits.values())
         ):

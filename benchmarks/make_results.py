@@ -31,7 +31,7 @@ from sinbad import atomic, backbones, cli, detectors, ensembles, errors, image_p
 from sinbad.matrices import load_matrices
 from sinbad.report import metrics, tables
 from sinbad.score_files import environment_info
-from sinbad.scoring import CropScorer, GridTask, Projection
+from sinbad.scoring import CropScorer, GridTask, Repetition
 from sinbad.settings import Settings
 
 log = logging.getLogger("sinbad")
@@ -115,13 +115,13 @@ def measure_ablation(args: argparse.Namespace) -> list[list[Any]]:
 
     @functools.cache  # the paper's settings are those of one row of every setting
     def measure(values: Settings, n_train: int) -> tuple[list[float], str]:
-        projections = [Projection(14, 0, rep) for rep in range(5)]
-        tasks = [GridTask(ratio, p) for ratio in values.crop_size_ratio for p in projections]
+        repetitions = [Repetition(14, 0, rep) for rep in range(5)]
+        tasks = [GridTask(ratio, p) for ratio in values.crop_size_ratio for p in repetitions]
         scorer = CropScorer(pool, values, extractor, CATEGORY)
         scores = defaultdict(list)
         started = time.process_time()  # of all threads: other work on the machine changes it little
-        for (_, projection), arrays in scorer.score_grids(tasks, train[:n_train], [test, valid]):
-            scores[projection].append(ensembles.CropScores(14, *arrays))
+        for (_, repetition), arrays in scorer.score_grids(tasks, train[:n_train], [test, valid]):
+            scores[repetition].append(ensembles.CropScores(14, *arrays))
         seconds = time.process_time() - started
         finals = [ensembles.combine(crop_scores, values).final for crop_scores in scores.values()]
         return [100 * metrics.auroc(subset.labels, final) for final in finals], f"{seconds:.0f}"

@@ -79,12 +79,12 @@ def histograms_figure(scores: score_files.SubsetScores, data_dir: Path, weights:
     pool, numbers = matrices.pool_subsets([subset], extractor.device, values.n_workers)
     train_ids, test_ids = (numbers[scores.mvtype, split] for split in ("train", "test"))
     shown = [image_at(scores, label) for label in (0, 1)]
-    grid, projection = values.grid(RATIO), scoring.Projection(LEVEL, 0, 0)
-    position = scoring.CropPosition(grid, 0, grid.corners[0], (projection,))
+    grid, repetition = values.grid(RATIO), scoring.Repetition(LEVEL, 0, 0)
+    position = scoring.CropPosition(grid, 0, grid.corners[0], (repetition,))
     source = images.nearest_source(grid.side, backbones.INPUT_SIDE)
     ids = [*train_ids, *(test_ids[index] for index in shown)]
     elements = extractor.extract(pool.gather(ids, position.corner, source))[LEVEL]
-    directions = scoring.directions_at(position, projection, elements.shape[1], values)
+    directions = scoring.directions_at(position, repetition, elements.shape[1], values)
     n_fitted = min(sinbad_utils.N_RANGE_SETS, len(train_ids))
     histograms = sinbad_utils.fit_histograms(directions, elements[:n_fitted], values.n_quantiles)
     fractions = histograms.describe(elements).unflatten(1, (-1, values.n_quantiles)).numpy()

@@ -1,4 +1,4 @@
-"""Command lines: the parser, flags made from settings, flags of paths, progress bars.
+"""Command lines: the parser, flags made from settings, flags that scripts share, progress bars.
 
 Standard library only (tqdm when a bar is shown), so the array generators start at once.
 """
@@ -206,12 +206,12 @@ GRID_FLAGS = ("crop_num_edge", "initial_res")
 TASK_FLAGS = ("seed", "official", *DESCRIPTOR_FLAGS, *GRID_FLAGS, *BACKBONE_FLAGS, *MACHINE_FLAGS)
 ENSEMBLE_FLAGS = ("lambda_factor", "crop_norm", "crop_pool")
 
-# ---------------------------------------------------------------- flags of paths and names
+# ---------------------------------------------------------------- flags that scripts share
 
 DATASET_DIR = Path("../dataset_loco")
 RUNS_DIR = Path("../sinbad_runs")
 SUBSETS = "test subsets (pushpins_loco), categories (pushpins), loco, struct or all"
-PATH_FLAGS: dict[str, dict[str, Any]] = {
+SHARED_FLAGS: dict[str, dict[str, Any]] = {
     "mvtype": {"nargs": "+", "metavar": "NAME", "help": SUBSETS},
     "dataset_dir": {"type": path, "default": DATASET_DIR, "help": "folder of the categories"},
     "data_dir": {
@@ -259,11 +259,11 @@ COMPUTED_FLAGS = dict.fromkeys(("rep", "valid_share"), settings.COMPUTED)
 REPORT_FLAGS = ("extra_scores", "extra_weight", "extra_norm", "maps_dir", "figures")
 
 
-def add_paths(parser: ScriptParser, *names: str, **changes: dict[str, Any]) -> None:
-    """Add flags of PATH_FLAGS; `changes` name -> options that differ in this script."""
+def add_shared(parser: ScriptParser, *names: str, **changes: dict[str, Any]) -> None:
+    """Add flags of SHARED_FLAGS; `changes` name -> options that differ in this script."""
     for name in names:
         add = parser.group(COMPUTED_FLAGS.get(name, settings.INPUT_OUTPUT)).add_argument
-        options = PATH_FLAGS[name] | changes.get(name, {})
+        options = SHARED_FLAGS[name] | changes.get(name, {})
         if "type" in options and options["type"] is path:
             options = {"metavar": "DIR", **options}
         add(f"--{name}", **options)

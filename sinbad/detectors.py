@@ -35,7 +35,7 @@ from sinbad import (
     settings,
 )
 from sinbad.images import ImageInput
-from sinbad.scoring import CropPosition, GridTask, Models, Projection
+from sinbad.scoring import CropPosition, GridTask, Models, Repetition
 from sinbad.settings import Settings
 from sinbad_utils import CropModel, Histograms, Scores
 
@@ -333,17 +333,17 @@ class Detector:
     def _models_at(self, position: CropPosition, elements: scoring.Elements) -> Models:
         """Return the models of a crop position, fitted again at first use."""
         models = {}
-        for projection in position.projections:
-            level, rep = projection.level, projection.rep
+        for repetition in position.repetitions:
+            level, rep = repetition.level, repetition.rep
             key = level, len(position.grid), position.crop
             if (key, rep) not in self._models:
                 channels = elements[level].shape[1]
-                directions = scoring.directions_at(position, projection, channels, self.values)
+                directions = scoring.directions_at(position, repetition, channels, self.values)
                 at_level = self.values.at_level(level)
                 model = self.stored[key].fit(rep, directions.to(self.device), at_level)
                 # The counts are kept already.
                 self._models[key, rep] = replace(model, train_descriptors=directions.new_empty(0))
-            models[projection] = self._models[key, rep]
+            models[repetition] = self._models[key, rep]
         return models
 
     def _combine(self, crop_scores: dict[Grid, Scores]) -> ensembles.Ensemble:
@@ -409,13 +409,13 @@ def _tasks(values: Settings) -> list[GridTask]:
                 f"{ratio}, both of {n_crops} crops; leave one out"
             )
     for level in settings.backbone_levels(values.pyramid_level):
-        projection = Projection(level, values.seed, 0)
-        tasks += [GridTask(ratio, projection) for ratio in values.crop_size_ratio]
+        repetition = Repetition(level, values.seed, 0)
+        tasks += [GridTask(ratio, repetition) for ratio in values.crop_size_ratio]
     if settings.PIXEL_LEVEL in values.pyramid_level:
         (ratio,) = settings.PIXEL_DEFAULTS.crop_ratios
         reps = range(values.rep_num_224)
-        projections = [Projection(settings.PIXEL_LEVEL, values.seed, rep) for rep in reps]
-        tasks += [GridTask(ratio, projection) for projection in projections]
+        repetitions = [Repetition(settings.PIXEL_LEVEL, values.seed, rep) for rep in reps]
+        tasks += [GridTask(ratio, repetition) for repetition in repetitions]
     return tasks
 
 
@@ -431,7 +431,7 @@ def _empty_scores(tasks: Sequence[GridTask], values: Settings, n: int) -> dict[G
 def _store(position: CropPosition, models: Models) -> dict[Position, StoredModels]:
     """Return the models of a crop position as they are saved, those of a level together."""
     stored = {}
-    for level in dict.fromkeys(projection.level for projection in models):
+    for level in dict.fromkeys(repetition.level for repetition in models):
         repetitions = [model for p, model in models.items() if p.level == level]
         side = backbones.INPUT_SIDE if level == settings.PIXEL_LEVEL else level
         key = level, len(position.grid), position.crop

@@ -257,7 +257,7 @@ def load_matrices(data_dir: Path, mvtype: str) -> MatrixSet:
     """
     folder = data_dir / mvtype
     command = f"python data_to_matrices.py --mvtype {loco.split_mvtype(mvtype)[0]}"
-    if data_dir != cli.PATH_FLAGS["data_dir"]["default"]:
+    if data_dir != cli.SHARED_FLAGS["data_dir"]["default"]:
         command += f" --dataset_dir <images> --out_dir {data_dir}"
     missing = missing_parts(folder)
     if missing:

@@ -258,7 +258,7 @@ class SubsetScores:
     labels: Scores  # 0 good, 1 anomalous
     image_paths: list[str]  # test images relative to the category's folder
     ensemble: ensembles.Ensemble
-    values: settings.Settings  # of the ensemble
+    values: settings.Settings  # only lambda_factor, crop_norm and crop_pool count
     files: tuple[ScoreFile, ...]  # what all was read from
     extra: dict[str, Scores]  # name of another method -> its normalised scores
     final: Scores  # the ensemble's, with other methods added

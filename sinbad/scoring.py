@@ -31,8 +31,8 @@ BATCH_SIZES = {"cpu": 32, "cuda": 256}
 Elements = dict[int, Tensor]  # level -> (n_images, channels, n_elements)
 
 
-class Projection(NamedTuple):
-    """A sample of random projections: of a level, a seed and a repetition."""
+class Repetition(NamedTuple):
+    """One repetition of the random projections of a level, by a seed."""
 
     level: int
     seed: int
@@ -40,23 +40,23 @@ class Projection(NamedTuple):
 
 
 class GridTask(NamedTuple):
-    """Scores to compute: of a crop grid, by a sample of random projections."""
+    """Scores to compute: of a crop grid, by one repetition of the random projections."""
 
     ratio: float
-    projection: Projection
+    repetition: Repetition
 
 
 @dataclass(frozen=True)
 class CropPosition:
-    """A crop of a grid, and the random projections that are scored there."""
+    """A crop of a grid, and the repetitions that are scored there."""
 
     grid: crops.CropGrid
     crop: int
     corner: tuple[int, int]  # (y, x) in pixels
-    projections: tuple[Projection, ...]
+    repetitions: tuple[Repetition, ...]
 
 
-Models = dict[Projection, CropModel]
+Models = dict[Repetition, CropModel]
 KnownModels = Callable[[CropPosition, Elements], Models]  # elements: of the first images
 
 
@@ -65,7 +65,7 @@ class PositionScores(NamedTuple):
 
     position: CropPosition
     models: Models
-    scores: dict[Projection, list[Scores]]
+    scores: dict[Repetition, list[Scores]]
 
 
 Batch = list[tuple["Segment", list[int]]]  # crops of one forward pass
@@ -74,11 +74,11 @@ Batch = list[tuple["Segment", list[int]]]  # crops of one forward pass
 
 
 def directions_at(
-    position: CropPosition, projection: Projection, channels: int, values: settings.Settings
+    position: CropPosition, repetition: Repetition, channels: int, values: settings.Settings
 ) -> Tensor:
     """Return the random directions (n_projections, channels) of a crop position."""
-    n_projections = values.at_level(projection.level).n_projections
-    seed_key = projection.seed, projection.rep, projection.level, len(position.grid), position.crop
+    n_projections = values.at_level(repetition.level).n_projections
+    seed_key = repetition.seed, repetition.rep, repetition.level, len(position.grid), position.crop
     return sinbad_utils.random_directions(n_projections, channels, seed_key)
 
 
@@ -87,60 +87,60 @@ def fit_models(
 ) -> Models:
     """Fit the models of a crop position on the elements of its training images, batch by batch."""
     first, batches = _with_first_sets(batches)
-    histograms: dict[Projection, Histograms] = {}
-    descriptors: dict[Projection, Tensor] = {}
-    for projection in position.projections:
-        elements = first[projection.level]
-        directions = directions_at(position, projection, elements.shape[1], values)
+    histograms: dict[Repetition, Histograms] = {}
+    descriptors: dict[Repetition, Tensor] = {}
+    for repetition in position.repetitions:
+        elements = first[repetition.level]
+        directions = directions_at(position, repetition, elements.shape[1], values)
         directions = directions.to(elements.device)
-        histograms[projection] = sinbad_utils.fit_histograms(
+        histograms[repetition] = sinbad_utils.fit_histograms(
             directions, elements[: sinbad_utils.N_RANGE_SETS], values.n_quantiles
         )
         shape = n_train, len(directions) * values.n_quantiles
-        descriptors[projection] = torch.empty(shape, device=elements.device)
+        descriptors[repetition] = torch.empty(shape, device=elements.device)
     start = 0
     for elements_by_level in batches:
-        for projection, histogram in histograms.items():
-            elements = elements_by_level[projection.level]
+        for repetition, histogram in histograms.items():
+            elements = elements_by_level[repetition.level]
             rows = slice(start, start + len(elements))
-            descriptors[projection][rows] = histogram.describe(elements)
+            descriptors[repetition][rows] = histogram.describe(elements)
         start = rows.stop
     return {
-        projection: sinbad_utils.fit_crop_model(
+        repetition: sinbad_utils.fit_crop_model(
             histogram,
-            descriptors[projection],
-            values.at_level(projection.level).shrinkage_factor,
+            descriptors[repetition],
+            values.at_level(repetition.level).shrinkage_factor,
             values.official,
         )
-        for projection, histogram in histograms.items()
+        for repetition, histogram in histograms.items()
     }
 
 
 def score_images(
     batches: Iterator[Elements], models: Models, n_images: int, official: bool
-) -> dict[Projection, Scores]:
+) -> dict[Repetition, Scores]:
     """Score images by the models of a crop position, batch by batch; (n_images,) each.
 
     `official`: by the ranges of their own first 32 in place of the training images'.
     """
-    histograms = {projection: model.histograms for projection, model in models.items()}
+    histograms = {repetition: model.histograms for repetition, model in models.items()}
     if official:
         first, batches = _with_first_sets(batches)
-        for projection, fitted in histograms.items():
-            elements = first[projection.level][: sinbad_utils.N_RANGE_SETS]
-            histograms[projection] = sinbad_utils.fit_histograms(
+        for repetition, fitted in histograms.items():
+            elements = first[repetition.level][: sinbad_utils.N_RANGE_SETS]
+            histograms[repetition] = sinbad_utils.fit_histograms(
                 fitted.directions, elements, fitted.n_bins
             )
-    scores: dict[Projection, Tensor] = {}
+    scores: dict[Repetition, Tensor] = {}
     start = 0
     for elements_by_level in batches:
-        for projection, model in models.items():
-            elements = elements_by_level[projection.level]
-            batch_scores = sinbad_utils.score_elements(model, elements, histograms[projection])
-            if projection not in scores:  # on the device: a GPU is waited for once, at the end
-                scores[projection] = batch_scores.new_empty(n_images)
+        for repetition, model in models.items():
+            elements = elements_by_level[repetition.level]
+            batch_scores = sinbad_utils.score_elements(model, elements, histograms[repetition])
+            if repetition not in scores:  # on the device: a GPU is waited for once, at the end
+                scores[repetition] = batch_scores.new_empty(n_images)
             rows = slice(start, start + len(elements))
-            scores[projection][rows] = batch_scores
+            scores[repetition][rows] = batch_scores
         start = rows.stop
     stacked = torch.stack(list(scores.values())).cpu().numpy()
     return dict(zip(scores, stacked, strict=True))
@@ -227,8 +227,8 @@ class CropScorer:
         arrays: dict[GridTask, list[Scores]] = {}
         for position, _, scores in self.score_positions(tasks, train_ids, splits):
             n_crops = len(position.grid)
-            for projection, split_scores in scores.items():
-                task = GridTask(position.grid.ratio, projection)
+            for repetition, split_scores in scores.items():
+                task = GridTask(position.grid.ratio, repetition)
                 if task not in arrays:
                     arrays[task] = [np.zeros((n_crops, len(ids))) for ids in splits]
                 for array, crop_scores in zip(arrays[task], split_scores, strict=True):
@@ -262,8 +262,8 @@ class CropScorer:
             raise errors.UserError(
                 f"training images must be at least 2, got {len(train_ids)}; add some"
             )
-        pixels = [task for task in tasks if task.projection.level == settings.PIXEL_LEVEL]
-        network = [task for task in tasks if task.projection.level != settings.PIXEL_LEVEL]
+        pixels = [task for task in tasks if task.repetition.level == settings.PIXEL_LEVEL]
+        network = [task for task in tasks if task.repetition.level != settings.PIXEL_LEVEL]
         if network:
             extract, positions = self.extractor.extract, self._positions(network)
             yield from self._run(positions, extract, train_ids, splits, known_models)
@@ -276,9 +276,9 @@ class CropScorer:
         positions = []
         for ratio in dict.fromkeys(task.ratio for task in tasks):
             grid = self.values.grid(ratio)
-            projections = tuple(task.projection for task in tasks if task.ratio == ratio)
+            repetitions = tuple(task.repetition for task in tasks if task.ratio == ratio)
             corners = enumerate(grid.corners)
-            positions += [CropPosition(grid, i, corner, projections) for i, corner in corners]
+            positions += [CropPosition(grid, i, corner, repetitions) for i, corner in corners]
         return positions
 
     def _run(
@@ -299,23 +299,23 @@ class CropScorer:
         for position in positions:
             if self.pool.is_padding(position.corner):
                 zeros = [np.zeros(len(ids)) for ids in splits]
-                yield PositionScores(position, {}, dict.fromkeys(position.projections, zeros))
+                yield PositionScores(position, {}, dict.fromkeys(position.repetitions, zeros))
                 continue
             models: Models = {}
             if not known_models:
                 models = fit_models(next(segments), len(train_ids), position, self.values)
-            by_split: dict[Projection, dict[int, Scores]] = {p: {} for p in position.projections}
+            by_split: dict[Repetition, dict[int, Scores]] = {p: {} for p in position.repetitions}
             for group in groups:
                 batches, n_images = next(segments), len(group.image_ids)
                 if known_models:
                     first = next(batches)
                     models, batches = known_models(position, first), chain([first], batches)
                 scored = score_images(batches, models, n_images, self.values.official)
-                for projection, scores in scored.items():
-                    by_split[projection] |= group.by_split(scores, splits)
+                for repetition, scores in scored.items():
+                    by_split[repetition] |= group.by_split(scores, splits)
             ordered = {
-                projection: [scores[number] for number in range(len(splits))]
-                for projection, scores in by_split.items()
+                repetition: [scores[number] for number in range(len(splits))]
+                for repetition, scores in by_split.items()
             }
             yield PositionScores(position, models, ordered)
 

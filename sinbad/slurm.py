@@ -72,7 +72,7 @@ def array_parser(doc: str | None, defaults: settings.LevelDefaults, name: str) -
     meaning = f"repetitions, as 3 or 0-99 (default: {cli.shorten_numbers(reps)})"
     rep, mvtype = {"default": [[*reps]], "help": meaning}, {"default": ["all"]}
     paths = ("mvtype", "data_dir", "results_dir", "version_name", "rep")
-    cli.add_paths(parser, *paths, mvtype=mvtype, rep=rep)
+    cli.add_shared(parser, *paths, mvtype=mvtype, rep=rep)
     cli.add_settings(parser, ["crop_size_ratio"], crop_size_ratio=defaults.crop_ratios)
     cli.add_settings(parser, cli.TASK_FLAGS)
     return parser

@@ -179,7 +179,7 @@ def test_scoring_mixes_no_devices_and_waits_for_no_more_than_it_must(
         official=official,
     )
     tasks = [
-        scoring.GridTask(0.7, scoring.Projection(level, 0, rep))
+        scoring.GridTask(0.7, scoring.Repetition(level, 0, rep))
         for level in LEVELS
         for rep in (0, 1)
     ]

@@ -31,7 +31,7 @@ def load_pool(data_dir: Path, *mvtypes: str) -> tuple[image_pool.ImagePool, dict
 
 def pixel_task(ratio: float, rep: int = 0) -> scoring.GridTask:
     """Return the task of a crop grid of the raw pixels."""
-    return scoring.GridTask(ratio, scoring.Projection(224, 0, rep))
+    return scoring.GridTask(ratio, scoring.Repetition(224, 0, rep))
 
 
 def test_corners_of_a_grid_row_by_row() -> None:
@@ -200,7 +200,7 @@ def test_nan_features_name_image_and_level_before_anything_is_fitted(data_dir: P
 
     extractor.extract = broken
     scorer = scoring.CropScorer(pool, VALUES, extractor)
-    task = scoring.GridTask(0.99, scoring.Projection(14, 0, 0))
+    task = scoring.GridTask(0.99, scoring.Repetition(14, 0, 0))
     train, test = ids["pushpins_loco", "train"], ids["pushpins_loco", "test"]
     with pytest.raises(errors.UserError, match=r"train/good/001\.png at level 14 \(1 of 5 images"):
         list(scorer.score_grids([task], train, [test]))
@@ -230,12 +230,12 @@ def test_ranges_are_fitted_on_32_images_however_they_come(
     train, test = (torch.randn(40, 6, 49, generator=generator) for _ in range(2))
     test[32:] *= 9.0
     train[32:] *= 9.0  # their values must not widen the ranges
-    projection = scoring.Projection(7, 3, 1)
-    position = scoring.CropPosition(crops.CropGrid(64, 0.7, 4), 2, (16, 0), (projection,))
+    repetition = scoring.Repetition(7, 3, 1)
+    position = scoring.CropPosition(crops.CropGrid(64, 0.7, 4), 2, (16, 0), (repetition,))
     values = settings.Settings(n_projections=20, official=official)
     batches = [iter([{7: part} for part in sets.split(sizes)]) for sets in (train, test)]
     models = scoring.fit_models(batches[0], 40, position, values)
-    scores = scoring.score_images(batches[1], models, 40, official)[projection]
+    scores = scoring.score_images(batches[1], models, 40, official)[repetition]
     expected = sinbad_utils.score_crop(train, test, (3, 1, 7, 4, 2), 20, 5, 0.1, official)
     np.testing.assert_array_equal(scores, expected)
 

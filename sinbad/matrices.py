@@ -1,5 +1,6 @@
 """The matrices of a test subset on disk: write, check, read, gather crops from them."""
 
+import errno
 import hashlib
 import json
 import logging
@@ -141,23 +142,27 @@ def write_matrices(
     linked = SHARED_SPLITS if twin else ()
     n_images = sum(len(files[split]) for split in SPLITS if split not in linked)
     target = out_dir / subset.mvtype
-    is_new = not target.exists()
     bar = cli.progress_bar(n_images, subset.mvtype, "images")
-    with atomic.atomic_path(target) as partial, bar:
-        partial.mkdir()
-        for split, name in SPLITS.items():
-            if split not in linked:
-                write_split(partial / name, files[split], subset.settings, n_workers, bar)
-                continue
-            try:
-                (partial / name).hardlink_to(twin / name)
-            except (OSError, NotImplementedError):
-                shutil.copyfile(twin / name, partial / name)
-        np.save(partial / LABELS_FILE, subset.labels)
-        record = {**subset.paths, "files": stamps, "settings": subset.settings}
-        (partial / PATHS_FILE).write_text(atomic.to_json(record), encoding="utf-8")
-    if is_new:
-        is_current(target, subset)  # another process may have been faster: with the same settings
+    try:
+        with atomic.atomic_path(target) as partial, bar:
+            partial.mkdir()
+            for split, name in SPLITS.items():
+                if split not in linked:
+                    write_split(partial / name, files[split], subset.settings, n_workers, bar)
+                    continue
+                try:
+                    (partial / name).hardlink_to(twin / name)
+                except (OSError, NotImplementedError):
+                    shutil.copyfile(twin / name, partial / name)
+            np.save(partial / LABELS_FILE, subset.labels)
+            record = {**subset.paths, "files": stamps, "settings": subset.settings}
+            (partial / PATHS_FILE).write_text(atomic.to_json(record), encoding="utf-8")
+    except OSError as error:
+        if error.errno != errno.ECANCELED:
+            raise
+    # Another run may have been faster: then with the same settings and images, or it is an error.
+    if not is_current(target, subset):
+        raise errors.UserError(f"another run has changed {target}; run the command again, alone")
 
 
 def find_twin(

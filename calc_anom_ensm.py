@@ -26,21 +26,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
     parser = cli.ScriptParser(__doc__)
     cli.add_shared(parser, "mvtype", mvtype={"default": ["all"]})
-    add = parser.group(settings.INPUT_OUTPUT).add_argument
-    add(
-        "--version",
-        type=os.path.expanduser,
-        default=DEFAULT_VERSION,
-        metavar="DIR",
-        help="folder of the network's scores; # stands for the level",
-    )
-    add(
-        "--version_224",
-        type=os.path.expanduser,
-        default=DEFAULT_VERSION,
-        metavar="DIR",
-        help="folder of the raw-pixel scores",
-    )
+    for name, scores in (
+        ("--version", "network's scores; # stands for the level"),
+        ("--version_224", "raw-pixel scores"),
+    ):
+        parser.group(settings.INPUT_OUTPUT).add_argument(
+            name,
+            type=os.path.expanduser,
+            default=DEFAULT_VERSION,
+            metavar="DIR",
+            help=f"folder of the {scores}",
+        )
     out = {"help": "folder of tables and figures (default: `ensemble` beside the score folders)"}
     cli.add_shared(parser, "out", "dataset_dir", *cli.REPORT_FLAGS, out=out)
     parser.group(settings.COMPUTED).add_argument(

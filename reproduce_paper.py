@@ -15,6 +15,7 @@ taken for it, the same for all seeds: those of data_to_matrices.py with its defa
 """
 
 import argparse
+import logging
 import multiprocessing
 import os
 from collections import defaultdict
@@ -30,6 +31,8 @@ from data_to_matrices import make_matrices
 from sinbad import backbones, cli, errors, layouts, loco, report, score_files, settings
 from sinbad.score_tasks import ScoreTask, check_tasks
 from sinbad_single_layer import score_and_save
+
+log = logging.getLogger("sinbad")
 
 SETTINGS = ("rep_num_224", *cli.DESCRIPTOR_FLAGS, *cli.GRID_FLAGS, "official", *cli.ENSEMBLE_FLAGS)
 
@@ -133,10 +136,11 @@ def score_on_devices(
             )
         ]
         finished, pending = wait(runs, return_when=FIRST_EXCEPTION)
-        for run in pending:  # the categories that are being scored are completed
-            run.cancel()
-        for run in finished:
-            run.result()
+        failed = [error for run in finished if (error := run.exception())]
+        if failed and not all([run.cancel() for run in pending]):
+            log.error(f"{failed[0]}; the categories that are being scored are completed first")
+        for error in failed:
+            raise error
 
 
 def load_runs(

@@ -43,6 +43,7 @@ log = logging.getLogger(__name__)
 
 FORMAT = 1  # of the file
 MIN_TRAIN = 4  # images
+COPY_SCORE = 1e-4  # of the calibration set's mean; lower ones are of training images alone
 MACHINE_SETTINGS = ("device", "num_workers")  # not in the file
 Grid = tuple[int, int]  # level, number of crops
 Position = tuple[int, int, int]  # level, number of crops, crop
@@ -170,7 +171,8 @@ class Detector:
             images.preprocess_to_array(part, resizing) for part in (train, valid) if len(part)
         ]
         equal_ids = _number_equal_images(*arrays)
-        pool = _pool(arrays, resizing, values)
+        names = [images.image_name(image, i) for i, image in enumerate([*train, *valid])]
+        pool = _pool(arrays, names, resizing, values)
         train_ids, valid_ids = range(len(train)), range(len(train), len(train) + len(valid))
         folds = Folds(equal_ids, values.folds, values.seed)
         calibration = _empty_scores(tasks, values, len(valid) or len(folds.firsts))
@@ -204,21 +206,30 @@ class Detector:
     ) -> Iterator[tuple[Prediction, ensembles.Ensemble | None, int]]:
         """Yield the prediction of each image, the ensemble it is part of, and its place there."""
         self.threshold(false_alarms)  # an error before long work
+        n_copies = 0
         for first in range(0, len(inputs), images.IMAGE_CHUNK):
             chunk = inputs[first : first + images.IMAGE_CHUNK]
+            names = [images.image_name(image, number) for number, image in enumerate(chunk, first)]
             results = list(images.preprocess_images(chunk, self.metadata["matrices"], first))
-            arrays = [array for array in results if not isinstance(array, errors.UserError)]
-            ensemble = self._combine(self._score_crops(np.stack(arrays))) if arrays else None
-            places = iter(range(len(arrays)))
-            for number, (image, result) in enumerate(zip(chunk, results, strict=True), first):
-                name = images.image_name(image, number)
-                if isinstance(result, errors.UserError):
-                    yield Prediction(name, error=str(result)), None, 0
+            readable = [i for i, r in enumerate(results) if not isinstance(r, errors.UserError)]
+            ensemble = None
+            if readable:
+                array = np.stack([results[i] for i in readable])
+                ensemble = self._combine(self._score_crops(array, [names[i] for i in readable]))
+                n_copies += int((ensemble.final < COPY_SCORE).sum())
+            for i, name in enumerate(names):
+                if i not in readable:
+                    yield Prediction(name, error=str(results[i])), None, 0
                     continue
-                place = next(places)
+                place = readable.index(i)
                 yield self._predict(name, ensemble, place, false_alarms), ensemble, place
             if len(inputs) > images.IMAGE_CHUNK:
                 log.info(f"{first + len(chunk)} of {len(inputs)} images")
+        if n_copies:
+            log.warning(
+                f"{n_copies} images score 0: they are training images, or copies of some, and say "
+                "nothing about the detector"
+            )
 
     def _predict(
         self, name: str, ensemble: ensembles.Ensemble, place: int, false_alarms: float
@@ -318,9 +329,9 @@ class Detector:
 
     # ------------------------------------------------------------ scores
 
-    def _score_crops(self, array: NDArray[np.uint8]) -> dict[Grid, Scores]:
+    def _score_crops(self, array: NDArray[np.uint8], names: Sequence[str]) -> dict[Grid, Scores]:
         """Return the crop scores of preprocessed images, as `calibration_crops`."""
-        pool = _pool([array], self.metadata["matrices"], self.values)
+        pool = _pool([array], names, self.metadata["matrices"], self.values)
         scorer = scoring.CropScorer(pool, self.values, self.extractor, "score")
         tasks = _tasks(self.values)
         crop_scores = _empty_scores(tasks, self.values, len(array))
@@ -445,11 +456,13 @@ def _extent(resizing: dict[str, Any]) -> tuple[int, int]:
 
 
 def _pool(
-    arrays: Sequence[NDArray[np.uint8]], resizing: dict[str, Any], values: Settings
+    arrays: Sequence[NDArray[np.uint8]],
+    names: Sequence[str],
+    resizing: dict[str, Any],
+    values: Settings,
 ) -> image_pool.ImagePool:
     """Pool the images of some arrays, one array after the other."""
     rows = [(array, row) for array in arrays for row in range(len(array))]
-    names = [f"number {number}" for number in range(len(rows))]
     device = backbones.choose_device(values.device)
     return image_pool.ImagePool(rows, names, _extent(resizing), device, values.n_workers)
 

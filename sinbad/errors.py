@@ -17,7 +17,7 @@ EXIT_INTERRUPTED = 130
 
 KEPT = "finished outputs are kept"
 CURES = {
-    errno.ENOSPC: f"free some space and run the same command again; {KEPT}",
+    errno.ENOSPC: "free some space and run the same command again",
     errno.EDQUOT: "free some of the quota and run the same command again",
     errno.EACCES: "give this user the right to read, write and search it, or choose another",
     errno.EPERM: "give this user the right to read, write and search it, or choose another",
@@ -56,11 +56,15 @@ def log_to_stderr() -> None:
         log.propagate = False
 
 
-def run_script(main: Callable[..., Any], argv: list[str] | None = None) -> NoReturn:
+def run_script(
+    main: Callable[..., Any], argv: list[str] | None = None, resumes: bool = True
+) -> NoReturn:
     """Run a script's `main`; turn an error of the user's input into one line and exit status 2.
 
     Anything else is a bug of ours and shows its traceback; `--debug` shows every traceback.
+    `resumes`: whether the same command goes on after the outputs that are finished.
     """
+    kept = f"; {KEPT}" if resumes else ""
     debug = "--debug" in (sys.argv[1:] if argv is None else argv)
     _prepare_streams()
     log_to_stderr()
@@ -79,15 +83,16 @@ def run_script(main: Callable[..., Any], argv: list[str] | None = None) -> NoRet
             sys.exit(EXIT_USER_ERROR)
         where = error.filename if error.filename is not None else "the output"
         cure = CURES.get(error.errno, "check the path")
+        cure += kept if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
         sys.exit(_fail(f"{where}: {error.strerror or error}; {cure}"))
     except (MemoryError, RuntimeError) as error:
         is_torch = type(error).__name__ == TORCH_MEMORY_ERROR or CPU_MEMORY_ERROR in str(error)
         if debug or not (isinstance(error, MemoryError) or is_torch):
             raise
         cure = "ask for fewer --rep, levels or crop ratios at once, or a smaller --batch_size"
-        sys.exit(_fail(f"not enough memory ({str(error) or 'none left'}); {cure}; {KEPT}"))
+        sys.exit(_fail(f"not enough memory ({str(error) or 'none left'}); {cure}{kept}"))
     except KeyboardInterrupt:
-        log.info(f"interrupted; run the same command again; {KEPT}")
+        log.info(f"interrupted; run the same command again{kept}")
         sys.exit(EXIT_INTERRUPTED)
     sys.exit(status or 0)
 

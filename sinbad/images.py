@@ -4,11 +4,11 @@ import errno
 import functools
 import logging
 import os
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryFile
 from typing import Any
 
 import numpy as np
@@ -286,11 +286,15 @@ def preprocess_to_array(
 
     UserError for the first that cannot be read.
     """
-    with TemporaryFile() as file:
+    with tempfile.TemporaryFile() as file:
         for image in preprocess_images(inputs, settings):
             if isinstance(image, errors.UserError):
                 raise image
-            file.write(image.data)
-        file.flush()
+            try:
+                file.write(image.data)
+                file.flush()
+            except OSError as error:  # a full disk names none
+                error.filename = f"the folder of temporary files {tempfile.gettempdir()}"
+                raise
         shape = (len(inputs), 3, settings["im_size"], settings["im_size"])
         return np.memmap(file, np.uint8, "r", shape=shape)

@@ -328,6 +328,33 @@ def test_equal_training_images_lie_in_one_fold_and_count_once(
     assert detector.calibration.min() > 0.1  # in another fold its double would be its neighbour
 
 
+def test_training_images_asked_about_are_named(
+    class_dir: Path, detector: detectors.Detector, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train, test = (sorted((class_dir / s / "good").iterdir()) for s in ("train", "test"))
+    detector.score([*train[:2], *test[:3]], 0.3)
+    assert "warning: 2 images score 0: they are training images" in capsys.readouterr().err
+    detector.score(test[:3], 0.3)
+    assert "score 0" not in capsys.readouterr().err
+
+
+def test_an_image_whose_features_are_nan_is_named_by_its_path(
+    class_dir: Path, detector: detectors.Detector, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    test = sorted((class_dir / "test/good").iterdir())[:2]
+
+    extract = detector.extractor.extract
+
+    def second_is_nan(pixels: torch.Tensor) -> dict[int, torch.Tensor]:
+        elements = extract(pixels)
+        elements[14][1] = math.nan
+        return elements
+
+    monkeypatch.setattr(detector.extractor, "extract", second_is_nan)
+    with pytest.raises(errors.UserError, match=re.escape(f"for image {test[1]} at level 14")):
+        detector.score(test, 0.3)
+
+
 @pytest.mark.parametrize(
     ("bad", "message"),
     [

@@ -148,17 +148,26 @@ def test_other_settings_and_other_images_are_errors_that_name_them(tmp_path: Pat
         make(40)
 
 
+@pytest.mark.parametrize(("split", "part"), [("train", "train"), ("valid", "validation")])
 def test_matrices_of_images_that_have_changed_are_not_linked(
-    dataset_dir: Path, tmp_path: Path
+    split: str, part: str, dataset_dir: Path, tmp_path: Path
 ) -> None:
     folder = Path(shutil.copytree(dataset_dir, tmp_path / "images"))
     make_matrices(folder, tmp_path, ["pushpins_loco"], IM_SIZE)
-    draw_image("train/good", 4).save(folder / "pushpins/train/good/000.png")
+    draw_image("train/good", 4).save(folder / f"pushpins/{part}/good/000.png")
     make_matrices(folder, tmp_path, ["pushpins_struct"], IM_SIZE)
-    before, after = (np.load(tmp_path / f"pushpins_{k}/train_data.npy") for k in ANOMALIES)
-    np.testing.assert_array_equal(after[0], after[4])
+    before, after = (np.load(tmp_path / f"pushpins_{k}/{split}_data.npy") for k in ANOMALIES)
+    changed = np.load(tmp_path / "pushpins_struct/train_data.npy")[4]
+    np.testing.assert_array_equal(after[0], changed)
     assert not np.array_equal(after[0], before[0])
     np.testing.assert_array_equal(after[1:], before[1:])
+
+
+def test_matrices_of_another_size_are_not_linked(dataset_dir: Path, tmp_path: Path) -> None:
+    for kind, side in zip(ANOMALIES, (IM_SIZE, IM_SIZE + 8), strict=True):
+        make_matrices(dataset_dir, tmp_path, [f"pushpins_{kind}"], side)
+        for split in matrices.SPLITS.values():
+            assert np.load(tmp_path / f"pushpins_{kind}" / split).shape[-1] == side
 
 
 def test_size_times_and_sha256_of_each_image_are_recorded(

@@ -1,5 +1,6 @@
 """Nothing is lost: what is there stays, full and read-only disks, readers that go away."""
 
+import errno
 import os
 import re
 import subprocess
@@ -14,6 +15,7 @@ import torch
 from bad_places import ensemble_case, fails, matrices_case, scores_case, write_scores
 from conftest import IM_SIZE, Place, files_below
 
+import sinbad_detector
 from sinbad import atomic, errors
 
 ROOT = Path(__file__).parents[1]
@@ -127,6 +129,21 @@ def test_an_error_is_one_line_unless_it_is_a_bug_or_debug_is_on(
         errors.run_script(main, ["--debug"])
 
 
+@pytest.mark.parametrize("resumes", [True, False])
+@pytest.mark.parametrize(
+    "error", [KeyboardInterrupt(), OSError(errno.ENOSPC, "full"), MemoryError()]
+)
+def test_finished_outputs_are_kept_only_by_scripts_that_resume(
+    error: BaseException, resumes: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def main(argv: list[str] | None) -> None:
+        raise error
+
+    with pytest.raises(SystemExit):
+        errors.run_script(main, [], resumes)
+    assert ("finished outputs are kept" in capsys.readouterr().err) == resumes
+
+
 # ---------------------------------------------------------------- file systems
 
 
@@ -163,7 +180,12 @@ def test_read_only_file_system(
 
 
 @pytest.mark.parametrize("script", ["data_to_matrices", "sinbad_single_layer"])
-def test_full_disk(script: str, place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+def test_full_disk(
+    script: str,
+    place: Place,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     reps = ["--pyramid_level", "224", "--rep", "0-19", "--crop_size_ratio", ".7"]
     with mounted(place.out, "size=64k"):
         (place.out / "filler").write_bytes(bytes(32 * 1024))
@@ -172,6 +194,11 @@ def test_full_disk(script: str, place: Place, capsys: pytest.CaptureFixture[str]
         line = fails(case, capsys)
         assert "No space left on device; free some space" in line
         (place.out / "filler").unlink()
+        monkeypatch.setattr("tempfile.tempdir", str(place.out))
+        folder = f"error: the folder of temporary files {place.out}: No space left on device; free"
+        train = ["--train_dir", str(place.drawn / "pushpins/train/good")]
+        fit = ["fit", *train, "--out", str(place.root / "d.npz"), "--pyramid_level", "224"]
+        assert folder in fails((sinbad_detector.main, fit), capsys)
         for name in files_below(place.out):  # what is present is complete, nothing is hidden
             assert name.endswith(("_anom_maps.npz", "lbl.npy"))
             np.load(place.out / name)

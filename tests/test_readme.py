@@ -51,7 +51,7 @@ def commands(page: str = "README.md") -> list[str]:
 
 def scripts() -> list[Path]:
     """Return what a person runs: the docstring is the help."""
-    return [path for path in sorted(ROOT.glob("*.py")) if "run_script(main)" in path.read_text()]
+    return [path for path in sorted(ROOT.glob("*.py")) if "run_script(main" in path.read_text()]
 
 
 def load(path: Path) -> ModuleType:

@@ -149,7 +149,9 @@ def test_percent_of_no_value_one_and_several() -> None:
     assert metrics.percent([0.9, 0.92]) == "91.0 +- 1.4"
 
 
-def test_several_devices_give_the_same_bytes(dataset_dir: Path, tmp_path: Path) -> None:
+def test_several_devices_give_the_same_bytes(
+    dataset_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     dataset = tmp_path / "dataset"
     for name in ("pushpins", "screw_bag"):
         shutil.copytree(dataset_dir / "pushpins", dataset / name)
@@ -160,6 +162,14 @@ def test_several_devices_give_the_same_bytes(dataset_dir: Path, tmp_path: Path) 
     reproduce(dataset, tmp_path / "one", *pixels)
     reproduce(dataset, tmp_path / "two", *pixels, "--device", "cpu", "cpu")
     assert files_below(tmp_path / "two") == files_below(tmp_path / "one")
+    # A failure is said while the other category is still being scored, and raised after it.
+    values = settings.Settings(pyramid_level=(224,), rep_num_224=2, initial_res=IM_SIZE)
+    tasks = reproduce_paper.paper_tasks(["missing_loco", "boxes_loco"], values, [0], "ver1")
+    folders = tmp_path / "one/matrices", tmp_path / "three"
+    with pytest.raises(errors.UserError, match="missing_loco"):
+        reproduce_paper.score_on_devices(tasks, values, ["cpu", "cpu"], *folders, False)
+    assert "the categories that are being scored are completed first" in caplog.text
+    assert len(list((tmp_path / "three").rglob("*.npz"))) == 2
 
 
 # ---------------------------------------------------------------- odd data sets

@@ -9,11 +9,10 @@ from pathlib import Path
 import numpy as np
 
 import sinbad_utils
-from sinbad import errors
+from sinbad import errors, settings
 from sinbad_utils import Scores
 
 IMAGE_COLUMN, SCORE_COLUMN = "image_path", "score"
-PLAIN_DECIMAL = re.compile(r"\s*[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?\s*")
 VALIDATION_FOLDERS = ("validation", "valid", "val")
 
 
@@ -68,7 +67,7 @@ def read_extra_scores(path: Path, weight: float, norm: str) -> ExtraScores:
     image, value = columns.index(IMAGE_COLUMN), columns.index(SCORE_COLUMN)
     by_image: dict[str, list[tuple[int, float]]] = {}
     for number, row in rows:
-        is_whole = len(row) == len(columns) and PLAIN_DECIMAL.fullmatch(row[value])
+        is_whole = len(row) == len(columns) and re.fullmatch(settings.DECIMAL, row[value].strip())
         parts = Path(row[image]).parts if is_whole else ()
         if len(parts) < 2 or not math.isfinite(float(row[value])):
             raise errors.UserError(

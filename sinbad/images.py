@@ -98,7 +98,9 @@ def _decode(image: str | os.PathLike[str] | Image.Image, name: str) -> Image.Ima
             return image
         with Image.open(image) as opened:
             opened.load()
-            return opened
+    if getattr(opened, "is_animated", False) and opened.format != "MPO":  # a camera's previews
+        _warn_once("frames", f"{name} has several frames or pages, of which the first is read")
+    return opened
 
 
 @contextmanager

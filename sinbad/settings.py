@@ -44,6 +44,8 @@ def backbone_levels(levels: Iterable[int]) -> tuple[int, ...]:
 
 # ---------------------------------------------------------------- rules
 
+# A plain decimal number; float() would read 1_0, infinity and the digits of other scripts too.
+DECIMAL = r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?"
 Rule = Callable[[Any], Any]  # text or a value -> the value; ValueError says what it must be
 
 
@@ -65,12 +67,9 @@ def number(low: float, high: float, ends: str = "[]") -> Rule:
     text = f"{lower} {'and below' if ends[1] == ')' else 'to'} {high:g}"
 
     def check(value: Any) -> float:  # noqa: ANN401  what a person gives
-        try:
-            result = float(value)
-        except (TypeError, ValueError):
-            result = float("nan")
+        result = float(value) if re.fullmatch(DECIMAL, str(value)) else float("nan")
         open_end = (result == low and ends[0] == "(") or (result == high and ends[1] == ")")
-        if not low <= result <= high or open_end or isinstance(value, bool):
+        if not low <= result <= high or open_end:
             raise ValueError(f"must be {text}, got {value}")
         return result
 

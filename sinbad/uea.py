@@ -12,14 +12,13 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from sinbad import errors
+from sinbad import errors, settings
 
 log = logging.getLogger(__name__)
 
 ARCHIVE_PAGE = "https://www.timeseriesclassification.com"
 WHOLE_NUMBERS = ("@dimensions", "@serieslength")  # tags of a header
-# float() would read 1_0, infinity and the digits of other scripts too
-VALUE = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?|NaN|\?")
+VALUE = re.compile(rf"{settings.DECIMAL}|NaN|\?")
 LARGEST_VALUE = 1e307  # differences of two values stay finite in float64
 LARGEST_SCALED = 2.0**100  # sums of projected values stay finite in float32
 FAR_FROM_ZERO = 50.0  # times the usual distance of a value to its channel's median

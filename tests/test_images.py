@@ -121,6 +121,19 @@ TRANSPARENT = {
 }
 
 
+def test_of_several_frames_the_first_is_read_and_said_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(images, "_warned", set())
+    first, other = Image.fromarray(upright()), Image.new("RGB", SIZE)
+    for name in ("pages.tif", "moving.webp"):
+        options = {"lossless": True} if name.endswith("webp") else {}
+        first.save(tmp_path / name, save_all=True, append_images=[other], **options)
+        np.testing.assert_array_equal(images.open_image(tmp_path / name), upright())
+    expected = f"{tmp_path}/pages.tif has several frames or pages, of which the first is read"
+    assert caplog.messages == [f"{expected} (said once)"]
+
+
 @pytest.mark.parametrize("mode", TRANSPARENT)
 def test_transparent_pixels_are_white_and_warned_of_once(
     mode: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import shutil
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,18 @@ def test_loading_gives_back_what_was_written(data_dir: Path) -> None:
     counts = {split: len(pixels) for split, pixels in arrays.images.items()}
     assert counts == {"train": 5, "valid": 3, "test": 5}
     assert arrays.labels.tolist() == [0.0] * 3 + [1.0] * 2
+
+
+def test_the_digest_is_of_names_images_and_labels(data_dir: Path) -> None:
+    arrays = matrices.load_matrices(data_dir, "pushpins_loco")
+    train = ["train/good/other.png", *arrays.paths["train"][1:]]
+    sha256 = [[0, 0, "other", 0], *arrays.files["train"][1:]]
+    changes = [
+        {"paths": arrays.paths | {"train": train}},
+        {"files": arrays.files | {"train": sha256}},
+        {"labels": 1 - arrays.labels},
+    ]
+    assert len({arrays.digest, *(replace(arrays, **change).digest for change in changes)}) == 4
 
 
 @pytest.mark.parametrize(

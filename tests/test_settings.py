@@ -16,6 +16,7 @@ BAD_VALUES: list[tuple[str, Any, str]] = [
     ("n_projections", "1_0", "must be a whole number of at least 1, got 1_0"),
     ("n_quantiles", "٣", "must be a whole number of at least 1, got ٣"),
     ("shrinkage_factor", 0.0, "must be above 0 to 1, got 0.0"),
+    ("lambda_factor", "1_0", "must be from 0 to 1e+06, got 1_0"),
     ("seed", -1, "must be a whole number of at least 0, got -1"),
     ("rep_num_224", 0, "must be a whole number of at least 1, got 0"),
     ("lambda_factor", "nan", "must be from 0 to 1e+06, got nan"),

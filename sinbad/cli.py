@@ -235,6 +235,12 @@ SHARED_FLAGS: dict[str, dict[str, Any]] = {
         "default": "mean",
         "help": "divide --extra_scores by their validation mean, or standardise them",
     },
+    "compare": {
+        "type": path,
+        "metavar": "CSV",
+        "help": "another run's scores.csv, or image_path,score, of the same images (higher = more "
+        "anomalous): is the difference of AUROC real? 95 %% interval, paired bootstrap",
+    },
     "maps_dir": {"type": path, "metavar": "DIR", "help": "folder of anomaly maps (.tiff)"},
     "figures": {
         "action": argparse.BooleanOptionalAction,
@@ -256,7 +262,7 @@ SHARED_FLAGS: dict[str, dict[str, Any]] = {
     },
 }
 COMPUTED_FLAGS = dict.fromkeys(("rep", "valid_share"), settings.COMPUTED)
-REPORT_FLAGS = ("extra_scores", "extra_weight", "extra_norm", "maps_dir", "figures")
+REPORT_FLAGS = ("extra_scores", "extra_weight", "extra_norm", "compare", "maps_dir", "figures")
 
 
 def add_shared(parser: ScriptParser, *names: str, **changes: dict[str, Any]) -> None:

@@ -43,6 +43,8 @@ log = logging.getLogger(__name__)
 
 FORMAT = 1  # of the file
 MIN_TRAIN = 4  # images
+MIN_SHIFTED = 10  # images; more than half of them lie beyond n = 20 calibration scores by chance in
+# 0.04 % of cases: C(10, 6) / C(n + 10, 6), since the highest 6 must all be among these 10
 COPY_SCORE = 1e-4  # of the calibration set's mean; lower ones are of training images alone
 MACHINE_SETTINGS = ("device", "num_workers")  # not in the file
 Grid = tuple[int, int]  # level, number of crops
@@ -204,9 +206,12 @@ class Detector:
     def iter_predictions(
         self, inputs: Sequence[ImageInput], false_alarms: float
     ) -> Iterator[tuple[Prediction, ensembles.Ensemble | None, int]]:
-        """Yield the prediction of each image, the ensemble it is part of, and its place there."""
+        """Yield the prediction of each image, the ensemble it is part of, and its place there.
+
+        Logs a warning after the last one if most lie beyond all calibration scores.
+        """
         self.threshold(false_alarms)  # an error before long work
-        n_copies = 0
+        n_copies = n_scored = n_beyond = 0
         for first in range(0, len(inputs), images.IMAGE_CHUNK):
             chunk = inputs[first : first + images.IMAGE_CHUNK]
             names = [images.image_name(image, number) for number, image in enumerate(chunk, first)]
@@ -217,6 +222,8 @@ class Detector:
                 array = np.stack([results[i] for i in readable])
                 ensemble = self._combine(self._score_crops(array, [names[i] for i in readable]))
                 n_copies += int((ensemble.final < COPY_SCORE).sum())
+                n_scored += len(readable)
+                n_beyond += int((ensemble.final > self.calibration.max()).sum())
             for i, name in enumerate(names):
                 if i not in readable:
                     yield Prediction(name, error=str(results[i])), None, 0
@@ -229,6 +236,12 @@ class Detector:
             log.warning(
                 f"{n_copies} images score 0: they are training images, or copies of some, and say "
                 "nothing about the detector"
+            )
+        if n_scored >= MIN_SHIFTED and 2 * n_beyond > n_scored:
+            log.warning(
+                f"{n_beyond} of {n_scored} images score above all {len(self.calibration)} of the "
+                "calibration set; unless most of them are anomalous, the light or the camera has "
+                "changed since fit: fit again with normal images taken as these were"
             )
 
     def _predict(

@@ -5,6 +5,7 @@ import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -41,14 +42,45 @@ class ExtraScores:
         """Return the score of <category>/<path of the image>; UserError if it has several."""
         (line, score), *others = self.by_image[image]
         if others:
-            raise errors.UserError(
-                f"{self.path} must hold one score of {image}, got lines {line} and {others[0][0]}"
-            )
+            raise repeated(self.path, image, line, others[0][0])
         return score
 
 
+class ScoreRow(NamedTuple):
+    """A line of a CSV file of scores.
+
+    Attributes
+    ----------
+    line : its number, from 1
+    ends : every end of the image's path with its category at least, the longest first
+    data_set, label : "" where the file has no such column
+    """
+
+    line: int
+    ends: list[str]
+    score: float
+    data_set: str
+    label: str
+
+
+def repeated(path: Path, image: str, line: int, other_line: int) -> errors.UserError:
+    """Return the error of an image with two scores."""
+    return errors.UserError(
+        f"{path} must hold one score of {image}, got lines {line} and {other_line}"
+    )
+
+
 def read_extra_scores(path: Path, weight: float, norm: str) -> ExtraScores:
-    """Read a CSV file of image paths and scores (higher = more anomalous).
+    """Read a CSV file of image paths and scores (see `read_score_rows`)."""
+    by_image: dict[str, list[tuple[int, float]]] = {}
+    for row in read_score_rows(path):
+        for end in row.ends:
+            by_image.setdefault(end, []).append((row.line, row.score))
+    return ExtraScores(path, by_image, weight, norm)
+
+
+def read_score_rows(path: Path) -> list[ScoreRow]:
+    """Read the lines of a CSV file of image paths and scores (higher = more anomalous).
 
     Of a path its end counts: <category>/<path of the image in it>. With a header line its columns
     `image_path` and `score` are taken, so our own scores.csv is read too; without one the file has
@@ -65,7 +97,7 @@ def read_extra_scores(path: Path, weight: float, norm: str) -> ExtraScores:
     if rows and set(columns) <= set(rows[0][1]):
         columns = rows.pop(0)[1]
     image, value = columns.index(IMAGE_COLUMN), columns.index(SCORE_COLUMN)
-    by_image: dict[str, list[tuple[int, float]]] = {}
+    score_rows = []
     for number, row in rows:
         is_whole = len(row) == len(columns) and re.fullmatch(settings.DECIMAL, row[value].strip())
         parts = Path(row[image]).parts if is_whole else ()
@@ -74,11 +106,13 @@ def read_extra_scores(path: Path, weight: float, norm: str) -> ExtraScores:
                 f"{path} line {number} must be <category>/<path of an image>,<plain decimal "
                 f"number>, got {','.join(row)}; the first line may be {IMAGE_COLUMN},{SCORE_COLUMN}"
             )
-        for i in range(len(parts) - 1):
-            by_image.setdefault("/".join(parts[i:]), []).append((number, float(row[value])))
-    if not by_image:
+        ends = ["/".join(parts[i:]) for i in range(len(parts) - 1)]
+        others = dict(zip(columns, row, strict=True))
+        data_set, label = (others.get(name, "") for name in ("data_set", "label"))
+        score_rows.append(ScoreRow(number, ends, float(row[value]), data_set, label))
+    if not score_rows:
         raise errors.UserError(f"{path} must hold lines <image path>,<score>, got none")
-    return ExtraScores(path, by_image, weight, norm)
+    return score_rows
 
 
 def normalise(extra: ExtraScores, category: str, image_paths: list[str]) -> Scores:

@@ -6,8 +6,8 @@ import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from sinbad import atomic, extra_scores, layouts, loco, score_files
-from sinbad.report import metrics, tables
+from sinbad import atomic, errors, extra_scores, layouts, loco, score_files
+from sinbad.report import comparison, metrics, tables
 
 log = logging.getLogger(__name__)
 
@@ -15,9 +15,12 @@ NOTES = """
 Image-level AUROC in percent; the interval is a bootstrap over test images (of the first of several
 runs). Published figures are shown beside complete LOCO data sets only. Those per data set (arXiv
 2302.12245) are not of the ensemble; of the ensemble the mean is published (arXiv 2311.14773)."""
+COMPARISON = """Difference: this run (the first of several) minus {}, in points.
+Interval: paired bootstrap over test images, not over seeds; where it contains 0, these images do
+not show a difference."""
 # Every file that a report may write; those that an earlier report left are removed.
 REPORT_FILES = re.compile(
-    r"metrics\.json|table\.md|(table|classes|details|defects|scores(_(seed|rep)_\d+)?)\.csv|"
+    r"metrics\.json|table\.md|(table|compare|classes|details|defects|scores(_(seed|rep)_\d+)?)\.csv|"
     r"(score_distributions|roc_curves|auroc_by_grid|images_.+_(loco|struct|all))\.png"
 )
 
@@ -31,16 +34,24 @@ class ReportOptions:
     extra: extra_scores.ExtraScores | None  # another method's scores
     maps_dir: Path | None  # folder of anomaly maps
     figures: bool  # whether to plot figures, which takes matplotlib
+    compare: comparison.OtherRun | None = None  # another run's scores of the same images
 
 
 def report_options(args: argparse.Namespace, out: Path) -> ReportOptions:
     """Collect the flags of a report; files that they name are tried now, before long work."""
     path = args.extra_scores
     extra = path and extra_scores.read_extra_scores(path, args.extra_weight, args.extra_norm)
+    other = args.compare
+    if other and other.resolve().parent == out.resolve() and REPORT_FILES.fullmatch(other.name):
+        raise errors.UserError(
+            f"compare must be a file that this report does not replace, got {other}; choose "
+            "another --out"
+        )
+    compare = other and comparison.OtherRun(other, extra_scores.read_score_rows(other))
     out.mkdir(parents=True, exist_ok=True)
     for folder in filter(None, (out, args.maps_dir)):
         atomic.check_writable(folder / "output")
-    return ReportOptions(out, args.dataset_dir, extra, args.maps_dir, args.figures)
+    return ReportOptions(out, args.dataset_dir, extra, args.maps_dir, args.figures, compare)
 
 
 def write_report(runs: dict[str, list[score_files.SubsetScores]], options: ReportOptions) -> str:
@@ -58,7 +69,8 @@ def write_report(runs: dict[str, list[score_files.SubsetScores]], options: Repor
     Raises
     ------
     UserError
-        If data sets or runs have inconsistent settings, or the extra scores do not fit them.
+        If data sets or runs have inconsistent settings, or the extra scores or those to compare
+        with do not fit them.
     """
     score_files.check_runs(runs)
     extra = options.extra
@@ -99,7 +111,7 @@ def _with_extra(
 def _table_files(
     runs: dict[str, list[score_files.SubsetScores]], options: ReportOptions
 ) -> tuple[str, dict[str, bytes | str]]:
-    """Return the score table to print, and file name -> content of all tables."""
+    """Return the tables to print, and file name -> content of all tables."""
     defects = {
         s.mvtype: layouts.defect_images(
             options.dataset_dir / loco.split_mvtype(s.mvtype)[0], s.image_paths
@@ -109,13 +121,22 @@ def _table_files(
     metrics_of_runs = {name: metrics.all_metrics(sets, defects) for name, sets in runs.items()}
     values = list(metrics_of_runs.values())
     rows_by_table = {"table": tables.score_table(values), **tables.other_tables(values)}
+    report: metrics.Metrics
+    report = values[0] if len(runs) == 1 else {"runs": metrics_of_runs}
+    if options.compare is not None:
+        compared = comparison.compare_runs(next(iter(runs.values())), options.compare)
+        rows_by_table["compare"] = tables.comparison_table(compared)
+        report = {**report, "compare": compared}
     texts = {name: tables.markdown(rows) for name, rows in rows_by_table.items() if len(rows) > 1}
     provenance = tables.report_provenance(runs)
     if options.extra is not None:
         keys = ("name", "weight", "norm")
         provenance["extra scores"] = {key: [getattr(options.extra, key)] for key in keys}
-    is_single = len(runs) == 1
-    report = values[0] if is_single else {"runs": metrics_of_runs}
+    texts["table"] = "\n\n".join([texts["table"], *tables.low_auroc_notes(values)])
+    printed = [texts["table"]]
+    if "compare" in texts:
+        texts["compare"] += "\n\n" + COMPARISON.format(tables.legible(str(options.compare.path)))
+        printed.append(texts["compare"])
     files: dict[str, bytes | str]
     files = {f"{name}.csv": tables.csv_text(rows_by_table[name]) for name in texts}
     sections = *texts.values(), "Made from", tables.provenance_text(provenance)
@@ -123,6 +144,6 @@ def _table_files(
     text = atomic.to_json({**report, "made_from": provenance}) + "\n"
     files["metrics.json"] = text.encode("utf-8", "backslashreplace")
     for name, sets in runs.items():
-        file_name = "scores.csv" if is_single else f"scores_{name.replace(' ', '_')}.csv"
+        file_name = "scores.csv" if len(runs) == 1 else f"scores_{name.replace(' ', '_')}.csv"
         files[file_name] = tables.csv_text(tables.image_rows(sets))
-    return texts["table"], files
+    return "\n\n".join(printed), files

@@ -5,12 +5,15 @@ import io
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
+
 from sinbad import layouts, loco, score_files
 from sinbad.report import metrics
 
 ENSEMBLE_SETTINGS = ("lambda_factor", "crop_norm", "crop_pool")
 IMAGE_SETTINGS = ("n_images", "images_sha256", "matrices")
 FILE_SETTINGS = ("mvtype", "pyramid_level")
+LOW_AUROC = 0.4  # below it a data set has a note: chance is 0.5
 TYPE_NAMES = {loco.KINDS[kind]: name for kind, name in loco.KIND_NAMES.items()}
 # Columns of published figures: of SINBAD, and the mean of its ensemble, which is computed here.
 PUBLISHED = ("SINBAD (2302.12245)", "SINBAD Ens (2311.14773)")
@@ -88,6 +91,46 @@ def other_tables(runs: Sequence[metrics.Metrics]) -> dict[str, list[Row]]:
             values = [entry["auroc_by_defect"][name]["auroc"] for entry in entries]
             defects.append([mvtype, name, str(defect["n_images"]), metrics.percent(values)])
     return {"classes": classes, "details": details, "defects": defects}
+
+
+def comparison_table(comparison: metrics.Metrics) -> list[Row]:
+    """Return the table of `comparison.compare_runs`: one row per data set, the mean; percent."""
+    rows = [["data set", "this run", "other run", "difference", "95 % interval"]]
+    entries = comparison["data_sets"]
+    for name, entry in {**entries, **({"mean": comparison["mean"]} if entries else {})}.items():
+        aurocs = [metrics.percent([entry[key]]) for key in ("auroc", "auroc_other")]
+        interval = [f"{100 * end:+.1f}" for end in entry["difference_interval_95"]]
+        rows.append([name, *aurocs, f"{100 * entry['difference']:+.1f}", " to ".join(interval)])
+    return rows
+
+
+def low_auroc_notes(runs: Sequence[metrics.Metrics]) -> list[str]:
+    """Return one line for each data set with a column of `score_table` below LOW_AUROC.
+
+    Such scores are reversed: whatever the cause, it is not what the anomalies look like.
+    """
+    notes = []
+    for mvtype, first in runs[0]["data_sets"].items():
+        values = {
+            column: [run["data_sets"][mvtype]["auroc"][column] for run in runs]
+            for column in first["auroc"]
+        }
+        low = [column for column, a in values.items() if None not in a and np.mean(a) < LOW_AUROC]
+        if not low:
+            continue
+        shown = ", ".join(f"{column} ({metrics.percent(values[column])})" for column in low)
+        levels = [column for column in values if column.startswith("level ")]
+        low_levels = [column.removeprefix("level ") for column in levels if column in low]
+        note = (
+            f"{mvtype}: AUROC below {100 * LOW_AUROC:.0f} of {shown}: the good test images are "
+            "further from the training images than the anomalous ones are. Was the light or the "
+            "camera another, or are labels swapped?"
+        )
+        if low_levels and len(low_levels) < len(levels):
+            note += f" To leave out: --pyramid_level without {' and '.join(low_levels)}"
+            note += " (calc_anom_ensm.py: --rep_num_224 0 for 224)" * ("224" in low_levels)
+        notes.append(f"{legible(note)}.")
+    return notes
 
 
 def _shown_means(kinds: Iterable[str]) -> list[str]:

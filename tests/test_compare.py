@@ -157,8 +157,8 @@ FIRST, LAST = f"pushpins_loco,pushpins/{PATHS[0]}", f"pushpins/{PATHS[-1]}"
             rf"must hold every test image .* got no pushpins/{PATHS[0]} \(1 of 7 are missing\)",
         ),
         (
-            lambda text: f"{text}{FIRST.replace('000', '999')},0,1,1,1,1\n",
-            r"line 9 must be of a test image of this run's pushpins_loco, got .*/good/999\.png",
+            lambda text: f"{text}{FIRST.replace('good/000', 'new/999')},0,1,1,1,1\n",
+            r"line 9 must be of a test image of this run's pushpins_loco, got .*/new/999\.png",
         ),
         (
             lambda _: "".join(f"pushpins/{p},1\n" for p in (*PATHS, "test/good/77.png")),

@@ -107,7 +107,7 @@ def comparison_table(comparison: metrics.Metrics) -> list[Row]:
 def low_auroc_notes(runs: Sequence[metrics.Metrics]) -> list[str]:
     """Return one line for each data set with a column of `score_table` below LOW_AUROC.
 
-    Such scores are reversed: whatever the cause, it is not what the anomalies look like.
+    Far below chance, what tells the images apart is not the anomalies.
     """
     notes = []
     for mvtype, first in runs[0]["data_sets"].items():
@@ -123,13 +123,13 @@ def low_auroc_notes(runs: Sequence[metrics.Metrics]) -> list[str]:
         low_levels = [column.removeprefix("level ") for column in levels if column in low]
         note = (
             f"{mvtype}: AUROC below {100 * LOW_AUROC:.0f} of {shown}: the good test images are "
-            "further from the training images than the anomalous ones are. Was the light or the "
-            "camera another, or are labels swapped?"
+            "further from the training images than the anomalous ones are (other light, other "
+            "camera, swapped labels?)."
         )
         if low_levels and len(low_levels) < len(levels):
             note += f" To leave out: --pyramid_level without {' and '.join(low_levels)}"
-            note += " (calc_anom_ensm.py: --rep_num_224 0 for 224)" * ("224" in low_levels)
-        notes.append(f"{legible(note)}.")
+            note += " (calc_anom_ensm.py: --rep_num_224 0 for 224)" * ("224" in low_levels) + "."
+        notes.append(legible(note))
     return notes
 
 

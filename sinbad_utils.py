@@ -23,8 +23,9 @@ ENSEMBLE_SIDE = 4  # side of the map that the crop scores of a grid are resized 
 SCORE_EPSILON = 1e-5  # added to the validation mean, and to the normalised score
 # Projected values computed at a time: what stays in a processor's cache; half a GB of a GPU.
 VALUES_PER_CHUNK = {"cpu": 1 << 20, "cuda": 1 << 27}
+FLAG_TYPE = {"cpu": torch.float32, "cuda": torch.float16}  # a GPU copies bools to int64 to sum
 MANY_CHANNELS = 64  # from here on oneDNN's product (a convolution) is the faster one on a CPU
-BLOCK = 32  # rows of one product of descriptors
+BLOCK = {"cpu": 32, "cuda": 1024}  # rows of one product of descriptors
 NO_VARIANCE = 1e-24  # mean variance of descriptors that differ by rounding only
 
 Scores = NDArray[np.float64]
@@ -170,11 +171,11 @@ def cumulative_histogram(values: Tensor, low: Tensor, high: Tensor, n_bins: int)
     if n_bins < 1:
         raise ValueError(f"n_bins must be at least 1, got {n_bins}")
     fractions = torch.empty(n_sets, n_directions, n_bins, device=values.device)
-    below = torch.empty_like(values)  # reused: 0. or 1., (sets, directions, elements)
+    below = torch.empty_like(values, dtype=FLAG_TYPE[values.device.type])  # reused: 0. or 1.
     for q in range(n_bins):
         threshold = low + (high - low) * ((q + 1) / (n_bins + 1))
         torch.lt(values, threshold[:, None], out=below)
-        fractions[:, :, q] = below.sum(2)
+        fractions[:, :, q] = below.sum(2, dtype=torch.float32)
     fractions *= ((high > low) / n_elements)[:, None]
     return fractions.flatten(1)
 
@@ -213,10 +214,10 @@ class WhitenedNeighbours:
     def squared_distances(self, queries: Tensor) -> Tensor:
         """Return (n_queries, n_train) squared whitened distances to the training descriptors.
 
-        In blocks of one shape, so a query's bytes do not depend on the rest of the batch.
+        On a CPU in blocks of one shape: a query's bytes do not depend on the rest of the batch.
         """
         distances, train_norms = [], _squared_norms(self.centred, self.train_coords)
-        for block in _padded(queries.double() - self.mean).split(BLOCK):
+        for block in _padded(queries.double() - self.mean).split(BLOCK[queries.device.type]):
             products = block @ self.centred.T  # (block, training descriptors)
             coords = products @ self.projector.T
             norms = _squared_norms(block, coords)[:, None] + train_norms
@@ -230,8 +231,8 @@ def _squared_norms(centred: Tensor, coords: Tensor) -> Tensor:
 
 
 def _padded(rows: Tensor) -> Tensor:
-    """Pad both sides with zeros to multiples of BLOCK: equal shapes give equal bytes."""
-    return functional.pad(rows, (0, -rows.shape[1] % BLOCK, 0, -len(rows) % BLOCK))
+    """Pad both sides with zeros to multiples of 32, a block: equal shapes give equal bytes."""
+    return functional.pad(rows, (0, -rows.shape[1] % BLOCK["cpu"], 0, -len(rows) % BLOCK["cpu"]))
 
 
 def fit_whitening(
@@ -296,8 +297,7 @@ def score_elements(
 
     `histograms`, by default the model's, are those of the images' own ranges in the authors' code.
     """
-    descriptors = (histograms or model.histograms).describe(elements)
-    return model.neighbours.nearest(descriptors)
+    return model.neighbours.nearest((histograms or model.histograms).describe(elements))
 
 
 # ---------------------------------------------------------------- ensemble

@@ -97,7 +97,8 @@ def time_forward(values: Settings, n_crops: int) -> float:
     levels = settings.backbone_levels(values.pyramid_level)
     device = backbones.choose_device(values.device)
     weights = backbones.load_weights(values.net, values.weights)
-    backbone = backbones.build_backbone(values.net, weights, levels).to(device)
+    backbone = backbones.build_backbone(values.net, weights, levels)
+    backbone = backbones.FeatureExtractor(backbone, device, values.precision).backbone
     batch_size = scoring.batch_size_on(device, values)
     shape = batch_size, 3, backbones.INPUT_SIDE, backbones.INPUT_SIDE
     crops = torch.randn(shape, device=device).contiguous(memory_format=torch.channels_last)

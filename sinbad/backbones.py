@@ -10,12 +10,13 @@ import io
 import logging
 import re
 import sys
-from collections.abc import Iterator
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, replace
 from http.client import HTTPException
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torchvision
@@ -25,6 +26,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from sinbad import errors
 
 log = logging.getLogger(__name__)
+Result = TypeVar("Result")
 
 STAGE_OF_LEVEL = {56: 1, 28: 2, 14: 3, 7: 4}  # of a torchvision ResNet
 INPUT_SIDE = 224  # pixels
@@ -56,6 +58,55 @@ def choose_device(name: str) -> torch.device:
             f"got {name}; pass --device cpu"
         )
     return torch.device(name)
+
+
+def pin(values: Tensor, device: torch.device) -> Tensor:
+    """Return values where a GPU can copy them from on its own; for a CPU as they are."""
+    return values.pin_memory() if device.type == "cuda" and not values.is_cuda else values
+
+
+def to_device(values: Tensor, device: torch.device) -> Tensor:
+    """Return values on a device; the CPU does not wait for a GPU to copy them."""
+    return pin(values, device).to(device, non_blocking=True)
+
+
+class Halving:
+    """Computes batches in parts, halved when the GPU runs out of memory.
+
+    Attributes
+    ----------
+    sizes : what a batch consists of ("crop") -> how many a part has; missing: the whole batch
+    """
+
+    def __init__(self) -> None:
+        self.sizes: dict[str, int] = {}
+
+    def __call__(
+        self, function: Callable[[Tensor], Result], batch: Tensor, of: str = "crop"
+    ) -> list[Result]:
+        """Return the results of the parts; halving is logged, and stays for other batches.
+
+        Raises
+        ------
+        UserError
+            If the GPU's memory is too small for a part of one.
+        """
+        while True:
+            size = self.sizes.get(of, len(batch))
+            try:
+                return [function(part) for part in batch.split(size)]
+            except torch.cuda.OutOfMemoryError as error:
+                size = min(size, len(batch))
+                if size == 1:
+                    raise errors.UserError(
+                        f"out of GPU memory for a single {of}; free the GPU, or pass --device cpu"
+                    ) from error
+            # Only here, when the error with its frames is gone, is their memory free again.
+            self.sizes[of] = (size + 1) // 2
+            log.info(
+                f"GPU memory is too small for {size} {of}s at once, going on with {self.sizes[of]}"
+            )
+            torch.cuda.empty_cache()
 
 
 # ---------------------------------------------------------------- weights
@@ -202,6 +253,9 @@ class Backbone(nn.Module):
         self.register_buffer("mean", torch.tensor(tuple(mean))[:, None, None])
         self.register_buffer("std", torch.tensor(tuple(std))[:, None, None])
 
+    def fold_batch_norms(self) -> None:
+        """Fold batch norms into convolutions where that is known how: equal up to rounding."""
+
 
 def build_backbone(net: str, weights: Weights, levels: tuple[int, ...]) -> Backbone:
     """Build a network with its weights, in evaluation mode.
@@ -229,32 +283,34 @@ def _check_levels(net: str, levels: tuple[int, ...], sides: dict[int, int]) -> N
 
 
 class TorchvisionBackbone(Backbone):
-    """A ResNet or ResNeXt.
-
-    Batch norm is folded into the convolutions: faster on a CPU, equal up to rounding.
-    """
+    """A ResNet or ResNeXt."""
 
     def __init__(self, net: str, weights: Weights, levels: tuple[int, ...]) -> None:
         super().__init__(levels, PIXEL_MEAN, PIXEL_STD)
         _check_levels(net, levels, STAGE_OF_LEVEL)
-        model = getattr(torchvision.models, net)(weights=None).eval()
+        with torch.device("cpu" if weights.state is None else "meta"):  # no random numbers
+            model = getattr(torchvision.models, net)(weights=None).eval()
         all_names = set(model.state_dict())
         n_stages = max(STAGE_OF_LEVEL[level] for level in levels)
         for part in ("fc", *(f"layer{stage}" for stage in range(n_stages + 1, 5))):
             delattr(model, part)
         if weights.state is not None:
-            _load_state(model, all_names, weights)
-        for block in list(model.modules()):  # the stem's convolution first, then each block's
+            _load_state(model.to_empty(device="cpu"), all_names, weights)
+        names = "conv1", "bn1", "relu", "maxpool"
+        self.stem = nn.Sequential(OrderedDict((name, getattr(model, name)) for name in names))
+        stages = (getattr(model, f"layer{stage}") for stage in range(1, n_stages + 1))
+        self.stages = nn.ModuleList(stages)
+
+    def fold_batch_norms(self) -> None:
+        """See `Backbone`."""
+        for block in list(self.modules()):  # the stem's convolution first, then each block's
             for i in (1, 2, 3):
-                if hasattr(block, f"bn{i}"):
+                if isinstance(getattr(block, f"bn{i}", None), nn.BatchNorm2d):
                     fused = fuse_conv_bn_eval(*(getattr(block, f"{k}{i}") for k in ("conv", "bn")))
                     setattr(block, f"conv{i}", fused)
                     setattr(block, f"bn{i}", nn.Identity())
-            if getattr(block, "downsample", None) is not None:
+            if isinstance(getattr(block, "downsample", None), nn.Sequential):
                 block.downsample = fuse_conv_bn_eval(*block.downsample)
-        self.stem = nn.Sequential(model.conv1, model.relu, model.maxpool)
-        stages = (getattr(model, f"layer{stage}") for stage in range(1, n_stages + 1))
-        self.stages = nn.ModuleList(stages)
 
     def forward(self, pixels: Tensor) -> dict[int, Tensor]:
         """See `Backbone`."""
@@ -363,7 +419,7 @@ def normalise_pixels(crops: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 
 def pixel_elements(crops: Tensor) -> Tensor:
     """Return the raw pixels of crops (n, 3, h, w), uint8, as elements (n, 3, h * w)."""
-    mean, std = torch.tensor([PIXEL_MEAN, PIXEL_STD], device=crops.device)[:, :, None, None]
+    mean, std = to_device(torch.tensor([PIXEL_MEAN, PIXEL_STD]), crops.device)[:, :, None, None]
     return normalise_pixels(crops, mean, std).flatten(2)
 
 
@@ -403,37 +459,24 @@ class FeatureExtractor:
         compiled: bool = False,
     ) -> None:
         self.device, self.precision = device, precision
+        if compiled or (device.type, precision) != ("cuda", "bf16"):  # there it would be slower
+            backbone.fold_batch_norms()
         self.backbone = backbone.to(device)
         self.network = None if compiled else self.backbone  # compiled at first use
-        self.chunk = 0  # crops in a forward pass; 0 for the whole batch
+        self.in_parts = Halving()
 
     @torch.inference_mode()
     def extract(self, crops: Tensor) -> dict[int, Tensor]:
         """Return level -> (n, channels, elements), float32, of uint8 crops (n, 3, 224, 224).
 
-        If the GPU runs out of memory the batch is halved, which is logged, and stays halved.
+        If the GPU runs out of memory the batch is halved, see `Halving`.
 
         Raises
         ------
         UserError
             If the GPU's memory is too small for one crop, or the network cannot be compiled.
         """
-        while True:
-            chunk = self.chunk or len(crops)
-            try:
-                parts = [self._forward(crops[i : i + chunk]) for i in range(0, len(crops), chunk)]
-                break
-            except torch.cuda.OutOfMemoryError as error:
-                if chunk == 1:
-                    raise errors.UserError(
-                        "out of GPU memory for a single crop; free the GPU, or pass --device cpu"
-                    ) from error
-            # Only here, when the error with its frames is gone, is their memory free again.
-            self.chunk = (chunk + 1) // 2
-            log.info(
-                f"GPU memory is too small for {chunk} crops at once, going on with {self.chunk}"
-            )
-            torch.cuda.empty_cache()
+        parts = self.in_parts(self._forward, crops)
         if len(parts) == 1:
             return parts[0]
         return {level: torch.cat([part[level] for part in parts]) for level in parts[0]}

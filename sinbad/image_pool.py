@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sinbad import errors
+from sinbad import backbones, errors
 
 Row = tuple[NDArray[Any], int]  # an array (n, 3, im_size, im_size) and a row of it
 
@@ -74,16 +74,22 @@ class ImagePool:
         return y >= height or x >= width
 
     def _copy_to_gpu(self, num_workers: int) -> Tensor | None:
-        """Copy the images into the GPU's memory where they take less than half of what is free."""
+        """Copy the images into the GPU's memory where they take at most half of what is free.
+
+        Memory that torch holds without using it, as of other images before, is free.
+        """
         shape = (len(self), *self.rows[0][0].shape[1:])
         is_whole = all(array.dtype == np.uint8 for array, _ in self.rows)
-        if not is_whole or math.prod(shape) > torch.cuda.mem_get_info(self.device)[0] // 2:
+        cuda, device = torch.cuda, self.device
+        unused = cuda.memory_reserved(device) - cuda.memory_allocated(device)
+        if not is_whole or math.prod(shape) > (cuda.mem_get_info(device)[0] + unused) // 2:
             return None
         resident = torch.empty(shape, dtype=torch.uint8, device=self.device)
 
         def copy(index: int) -> None:
             array, row = self.rows[index]
-            resident[index].copy_(torch.from_numpy(np.array(array[row])))
+            pixels = torch.from_numpy(np.array(array[row]))
+            resident[index].copy_(backbones.pin(pixels, device), non_blocking=True)
 
         with ThreadPoolExecutor(num_workers) as threads:
             list(threads.map(copy, range(len(self))))
@@ -118,7 +124,8 @@ class ImagePool:
                 except ValueError as error:
                     raise errors.UserError(f"image {self.names[index]}: {error}") from None
             return torch.from_numpy(pixels)
-        rows, columns = (torch.from_numpy(start + source).to(self.device) for start in corner)
-        images_at = torch.tensor(ids, device=self.device)[:, None, None, None]
+        indices = [ids, *(start + source for start in corner)]  # one copy, not waited for
+        on_gpu = backbones.to_device(torch.from_numpy(np.concatenate(indices)), self.device)
+        images_at, rows, columns = on_gpu.split([len(part) for part in indices])
         channels = torch.arange(3, device=self.device)[:, None, None]
-        return self.resident[images_at, channels, rows[:, None], columns]
+        return self.resident[images_at[:, None, None, None], channels, rows[:, None], columns]

@@ -121,9 +121,10 @@ def write_scores(file: ScoreFile) -> None:
     hidden_in = atomic.hidden_folder(file.path.parent)
     upstream_labels = file.path.with_name(UPSTREAM_LABELS_FILE)
     if not upstream_labels.exists():
-        labels = io.BytesIO()
+        labels, labels_path = io.BytesIO(), file.path.with_name(LABELS_FILE)
         np.save(labels, file.labels)
-        atomic.atomic_write(file.path.with_name(LABELS_FILE), labels.getvalue(), hidden_in)
+        if not labels_path.is_file() or labels_path.read_bytes() != labels.getvalue():
+            atomic.atomic_write(labels_path, labels.getvalue(), hidden_in)
     elif not np.array_equal(_read_labels(upstream_labels), file.labels):
         raise errors.UserError(
             f"{upstream_labels} must hold the labels of these images, got others; choose another "

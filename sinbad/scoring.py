@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, groupby, islice
 from operator import itemgetter
 from typing import NamedTuple
@@ -24,7 +25,8 @@ from sinbad import backbones, cli, crops, errors, images, settings
 from sinbad.image_pool import ImagePool
 from sinbad_utils import CropModel, Histograms, Scores
 
-BATCHES_AHEAD = 2
+BATCHES_AHEAD = 2  # gathered, at least; one per thread while their pixels fit PIXELS_AHEAD bytes
+PIXELS_AHEAD = 1 << 29
 # Crops of one forward pass; many small batches would keep a GPU waiting for the next one.
 BATCH_SIZES = {"cpu": 32, "cuda": 256}
 
@@ -83,7 +85,11 @@ def directions_at(
 
 
 def fit_models(
-    batches: Iterator[Elements], n_train: int, position: CropPosition, values: settings.Settings
+    batches: Iterator[Elements],
+    n_train: int,
+    position: CropPosition,
+    values: settings.Settings,
+    in_parts: backbones.Halving,
 ) -> Models:
     """Fit the models of a crop position on the elements of its training images, batch by batch."""
     first, batches = _with_first_sets(batches)
@@ -92,10 +98,8 @@ def fit_models(
     for repetition in position.repetitions:
         elements = first[repetition.level]
         directions = directions_at(position, repetition, elements.shape[1], values)
-        directions = directions.to(elements.device)
-        histograms[repetition] = sinbad_utils.fit_histograms(
-            directions, elements[: sinbad_utils.N_RANGE_SETS], values.n_quantiles
-        )
+        directions = backbones.to_device(directions, elements.device)
+        histograms[repetition] = _fit_histograms(directions, elements, values.n_quantiles, in_parts)
         shape = n_train, len(directions) * values.n_quantiles
         descriptors[repetition] = torch.empty(shape, device=elements.device)
     start = 0
@@ -103,7 +107,7 @@ def fit_models(
         for repetition, histogram in histograms.items():
             elements = elements_by_level[repetition.level]
             rows = slice(start, start + len(elements))
-            descriptors[repetition][rows] = histogram.describe(elements)
+            descriptors[repetition][rows] = torch.cat(in_parts(histogram.describe, elements))
         start = rows.stop
     return {
         repetition: sinbad_utils.fit_crop_model(
@@ -117,7 +121,11 @@ def fit_models(
 
 
 def score_images(
-    batches: Iterator[Elements], models: Models, n_images: int, official: bool
+    batches: Iterator[Elements],
+    models: Models,
+    n_images: int,
+    official: bool,
+    in_parts: backbones.Halving,
 ) -> dict[Repetition, Scores]:
     """Score images by the models of a crop position, batch by batch; (n_images,) each.
 
@@ -127,16 +135,16 @@ def score_images(
     if official:
         first, batches = _with_first_sets(batches)
         for repetition, fitted in histograms.items():
-            elements = first[repetition.level][: sinbad_utils.N_RANGE_SETS]
-            histograms[repetition] = sinbad_utils.fit_histograms(
-                fitted.directions, elements, fitted.n_bins
+            histograms[repetition] = _fit_histograms(
+                fitted.directions, first[repetition.level], fitted.n_bins, in_parts
             )
     scores: dict[Repetition, Tensor] = {}
     start = 0
     for elements_by_level in batches:
         for repetition, model in models.items():
             elements = elements_by_level[repetition.level]
-            batch_scores = sinbad_utils.score_elements(model, elements, histograms[repetition])
+            score = partial(sinbad_utils.score_elements, model, histograms=histograms[repetition])
+            batch_scores = torch.cat(in_parts(score, elements))
             if repetition not in scores:  # on the device: a GPU is waited for once, at the end
                 scores[repetition] = batch_scores.new_empty(n_images)
             rows = slice(start, start + len(elements))
@@ -144,6 +152,18 @@ def score_images(
         start = rows.stop
     stacked = torch.stack(list(scores.values())).cpu().numpy()
     return dict(zip(scores, stacked, strict=True))
+
+
+def _fit_histograms(
+    directions: Tensor, elements: Tensor, n_bins: int, in_parts: backbones.Halving
+) -> Histograms:
+    """Fit the histogram ranges on the first 32 sets, of as many directions as fit the memory."""
+    fit = partial(
+        sinbad_utils.fit_histograms, elements=elements[: sinbad_utils.N_RANGE_SETS], n_bins=n_bins
+    )
+    parts = in_parts(fit, directions, "direction")
+    low, high = (torch.cat([getattr(part, end) for part in parts]) for end in ("low", "high"))
+    return Histograms(directions, low, high, n_bins)
 
 
 def _with_first_sets(batches: Iterator[Elements]) -> tuple[Elements, Iterator[Elements]]:
@@ -214,6 +234,7 @@ class CropScorer:
     ) -> None:
         self.pool, self.values, self.extractor, self.title = pool, values, extractor, title
         self.batch_size = batch_size_on(pool.device, values)
+        self.in_parts = backbones.Halving()  # the steps after the network
 
     def score_grids(
         self, tasks: Sequence[GridTask], train_ids: Sequence[int], splits: Sequence[Sequence[int]]
@@ -303,14 +324,17 @@ class CropScorer:
                 continue
             models: Models = {}
             if not known_models:
-                models = fit_models(next(segments), len(train_ids), position, self.values)
+                batches, n_images = next(segments), len(train_ids)
+                models = fit_models(batches, n_images, position, self.values, self.in_parts)
             by_split: dict[Repetition, dict[int, Scores]] = {p: {} for p in position.repetitions}
             for group in groups:
                 batches, n_images = next(segments), len(group.image_ids)
                 if known_models:
                     first = next(batches)
                     models, batches = known_models(position, first), chain([first], batches)
-                scored = score_images(batches, models, n_images, self.values.official)
+                scored = score_images(
+                    batches, models, n_images, self.values.official, self.in_parts
+                )
                 for repetition, scores in scored.items():
                     by_split[repetition] |= group.by_split(scores, splits)
             ordered = {
@@ -355,6 +379,8 @@ class CropScorer:
                 flags[level][start : start + len(values)] = torch.isfinite(values.sum((1, 2)))
             start += len(values)
             yield elements
+        if torch.stack(list(flags.values())).all():  # a GPU is waited for once
+            return
         for level, finite in flags.items():
             if not finite.all():
                 bad = [
@@ -370,12 +396,19 @@ class CropScorer:
         """Yield batches with their pixels (batch_size, 3, 224, 224), gathered ahead in threads."""
         with ThreadPoolExecutor(self.values.n_workers) as threads:
             submitted = ((batch, threads.submit(self._gather, batch)) for batch in batches)
-            ahead = deque(islice(submitted, BATCHES_AHEAD))
+            ahead = deque(islice(submitted, self._batches_ahead()))
             while ahead:
                 batch, pixels = ahead.popleft()
                 yield batch, pixels.result()
                 self.pool.drop_page_cache()
                 ahead.extend(islice(submitted, 1))
+
+    def _batches_ahead(self) -> int:
+        """Return how many batches are gathered at once."""
+        if self.pool.resident is not None:
+            return BATCHES_AHEAD
+        n_fitting = PIXELS_AHEAD // (3 * backbones.INPUT_SIDE**2 * self.batch_size)
+        return max(BATCHES_AHEAD, min(self.values.n_workers, n_fitting))
 
     def _gather(self, batch: Batch) -> Tensor:
         """Return the pixels of a batch; the last one is padded, so every batch is full."""
@@ -389,8 +422,7 @@ class CropScorer:
         ]
         n_padding = self.batch_size - sum(len(part) for part in parts)
         pixels = torch.cat([*parts, parts[0].new_zeros(n_padding, *parts[0].shape[1:])])
-        pin = self.pool.device.type == "cuda" and not pixels.is_cuda
-        return pixels.pin_memory() if pin else pixels
+        return backbones.pin(pixels, self.pool.device)
 
 
 def full_batches(segments: Iterable[Segment], batch_size: int) -> Iterator[Batch]:

@@ -462,6 +462,32 @@ def test_a_batch_too_large_for_the_memory_is_halved_and_stays_so(
         backbones.FeatureExtractor(Small(0), CPU).extract(crops[:2])
 
 
+@pytest.mark.parametrize(
+    ("device", "precision", "compiled", "folds"),
+    [
+        ("cpu", "fp32", False, True),
+        ("cpu", "bf16", False, True),
+        ("cuda", "tf32", False, True),
+        ("cuda", "bf16", False, False),
+        ("cuda", "bf16", True, True),
+    ],
+)
+def test_batch_norms_are_folded_where_that_is_faster(
+    device: str, precision: str, compiled: bool, folds: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backbone = backbones.build_backbone(
+        "resnet18", backbones.load_weights("resnet18", "random"), LEVELS
+    )
+    pixels = some_crops(1) / 255.0
+    expected = backbone(pixels)
+    monkeypatch.setattr(backbone, "to", lambda device: backbone)
+    backbones.FeatureExtractor(backbone, torch.device(device), precision, compiled)
+    n_norms = sum(isinstance(module, nn.BatchNorm2d) for module in backbone.modules())
+    assert n_norms == (0 if folds else 20)
+    for level, elements in backbone(pixels).items():
+        np.testing.assert_allclose(elements, expected[level], rtol=1e-4, atol=1e-4)
+
+
 def test_pixels_as_elements_against_loops() -> None:
     crops = some_crops(2, 3)
     elements = backbones.pixel_elements(crops)

@@ -1,13 +1,14 @@
 """Scoring for CUDA on a machine without a GPU: torch's fake tensors have devices but no numbers.
 
 Every operation is dispatched as on a GPU; one that mixes devices, or that makes the CPU wait for a
-result where none is expected, is an error. Numbers and times need a GPU.
+result or a copy where none is expected, is an error. Numbers and times need a GPU.
 """
 
 import mmap
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -19,6 +20,7 @@ from conftest import IM_SIZE
 from numpy.typing import NDArray
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sinbad import backbones, image_pool, images, matrices, scoring, settings
 
@@ -49,22 +51,62 @@ class InLine:
         return future
 
 
+@dataclass
+class Traffic(TorchDispatchMode):
+    """What passes between CPU and GPU.
+
+    Attributes
+    ----------
+    waits : shapes of what the CPU waits for
+    uploads : shapes of what is copied to the GPU without a wait
+    """
+
+    waits: list[torch.Size] = field(default_factory=list)
+    uploads: list[torch.Size] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        super().__init__()
+
+    def __torch_dispatch__(
+        self,
+        function: Callable[..., Any],
+        types: object,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:  # noqa: ANN401  whatever the operation gives
+        """Count copies; only one from pinned memory need not be waited for."""
+        kwargs = kwargs or {}
+        result = function(*args, **kwargs)
+        if function.overloadpacket in (torch.ops.aten._to_copy, torch.ops.aten.copy_):
+            source = args[:2][-1]
+            if source.is_cuda != result.is_cuda:
+                is_pinned = getattr(source, "is_in_pinned_memory", False)
+                is_free = is_pinned and (kwargs.get("non_blocking") or args[2:] == (True,))
+                (self.uploads if is_free else self.waits).append(source.shape)
+        return result
+
+
 @contextmanager
-def fake_gpu(free_bytes: int) -> Iterator[list[torch.Size]]:
-    """Let CUDA tensors be made and computed with; yield the shapes of waits for their numbers."""
-    waits = []
+def fake_gpu(free_bytes: int) -> Iterator[Traffic]:
+    """Let CUDA tensors be made and computed with; yield what passes between CPU and GPU."""
+    traffic = Traffic()
 
     def numpy(self: FakeTensor) -> NDArray[np.float64]:
         assert self.device.type == "cpu"
         return np.zeros(self.shape, np.int64 if self.dtype == torch.int64 else np.float64)
 
     def to_float(self: FakeTensor) -> float:
-        waits.append(self.shape)
+        traffic.waits.append(self.shape)
         return 1.0
 
     def to_bool(self: FakeTensor) -> bool:
-        waits.append(self.shape)
+        traffic.waits.append(self.shape)
         return True
+
+    def pin(values: Tensor) -> Tensor:
+        assert not values.is_cuda  # torch would refuse
+        values.is_in_pinned_memory = True
+        return values
 
     memory = {"return_value": (free_bytes, free_bytes)}
     with (
@@ -72,12 +114,14 @@ def fake_gpu(free_bytes: int) -> Iterator[list[torch.Size]]:
         mock.patch.object(FakeTensor, "numpy", numpy),
         mock.patch.object(FakeTensor, "__float__", to_float),
         mock.patch.object(FakeTensor, "__bool__", to_bool),
+        mock.patch.object(Tensor, "pin_memory", pin),
         mock.patch.object(image_pool, "ThreadPoolExecutor", InLine),
         mock.patch.object(scoring, "ThreadPoolExecutor", InLine),
         mock.patch("sinbad_utils.N_RANGE_SETS", 3),
         FakeTensorMode(allow_non_fake_inputs=True),
+        traffic,
     ):
-        yield waits
+        yield traffic
 
 
 def fake_extractor(backbone: backbones.Backbone) -> backbones.FeatureExtractor:
@@ -133,14 +177,18 @@ def test_the_gathered_pixels_are_those_of_the_images(resident: bool, data_dir: P
     assert torch.equal(pixels, slow_crops(data_dir, [0, 4, 2, 9, 12], corner, side))
 
 
-def copy_to_gpu(pool: image_pool.ImagePool, free_bytes: int) -> Tensor | None:
+def copy_to_gpu(
+    pool: image_pool.ImagePool, free_bytes: int, reserved: int = 0, allocated: int = 0
+) -> Tensor | None:
     """Let the pool copy its images to a GPU of some free memory, which is the CPU's."""
     empty, pool.device = torch.empty, GPU
-    memory = mock.patch.object(torch.cuda, "mem_get_info", return_value=(free_bytes, free_bytes))
-    on_cpu = mock.patch.object(
-        torch, "empty", lambda shape, dtype, device: empty(shape, dtype=dtype)
-    )
-    with memory, on_cpu:
+    with (
+        mock.patch.object(torch.cuda, "mem_get_info", return_value=(free_bytes, 1 << 40)),
+        mock.patch.object(torch.cuda, "memory_reserved", return_value=reserved),
+        mock.patch.object(torch.cuda, "memory_allocated", return_value=allocated),
+        mock.patch.object(torch, "empty", lambda shape, dtype, device: empty(shape, dtype=dtype)),
+        mock.patch.object(Tensor, "pin_memory", Tensor.clone),
+    ):
         return pool._copy_to_gpu(2)
 
 
@@ -152,6 +200,9 @@ def test_images_are_copied_where_they_take_no_more_than_half_of_the_memory(data_
     subset = matrices.load_matrices(data_dir, "pushpins_loco")
     expected = np.concatenate(list(subset.images.values()))
     np.testing.assert_array_equal(copy_to_gpu(pool, 2 * n_bytes), expected)
+    # What torch holds without using it is free.
+    assert copy_to_gpu(pool, n_bytes, n_bytes + 7, 8) is None
+    assert copy_to_gpu(pool, n_bytes, n_bytes + 7, 7) is not None
     pool.rows = [(array.astype(np.float32), row) for array, row in pool.rows]
     assert copy_to_gpu(pool, 1 << 40) is None
 
@@ -186,26 +237,28 @@ def test_scoring_mixes_no_devices_and_waits_for_no_more_than_it_must(
     backbone = backbones.build_backbone(
         "resnet18", backbones.load_weights("resnet18", "random"), (7, 14)
     )
-    pinned: list[bool] = []
-
-    def pin(pixels: Tensor) -> Tensor:
-        assert not pixels.is_cuda  # torch would refuse
-        pinned.append(True)
-        return pixels
-
-    with fake_gpu(free_bytes) as waits, mock.patch.object(Tensor, "pin_memory", pin):
+    with fake_gpu(free_bytes) as traffic:
         pool, ids = load_pool(data_dir, GPU, *MVTYPES)
         splits = [ids[mvtype, split] for mvtype in MVTYPES for split in ("valid", "test")]
         scorer = scoring.CropScorer(pool, values, fake_extractor(backbone))
+        traffic.waits.clear()  # the network's parameters
         results = dict(scorer.score_grids(tasks, ids[MVTYPES[0], "train"], splits))
     assert (pool.resident is None) == (free_bytes == 0)
-    assert bool(pinned) == (free_bytes == 0)
     shapes = [(4, len(ids)) for ids in splits]
     assert {task: [array.shape for array in results[task]] for task in results} == dict.fromkeys(
         tasks, shapes
     )
-    # A crop position waits for the flags "finite" of each of its segments, then, for each
-    # repetition, for the mean variance.
+    # A crop position waits for the flag "finite" of each of its segments, then, for each
+    # repetition, for the mean variance, and for the scores of each segment but the training one's.
     n_segments = 3 if official else 2  # training, validation and test, or both at once
-    assert len(waits) == 4 * len(LEVELS) * (2 + n_segments)
-    assert set(waits) == {()}
+    n_streams = 2  # the network's levels, the raw pixels
+    n_flags, n_scores = n_streams * n_segments, n_streams * (n_segments - 1)
+    assert len(traffic.waits) == 4 * (n_flags + len(tasks) + n_scores)
+    assert sum(shape == () for shape in traffic.waits) == 4 * (n_flags + len(tasks))
+    # What is not waited for: directions of each repetition; the normalisation of raw pixels and
+    # the crops of each batch; or each image once, and of each batch and segment where to gather.
+    n_batches = 4 * 15 // 8 + 1
+    n_gathered = n_streams * n_batches
+    if free_bytes:
+        n_gathered += len(pool) + n_streams * 4 * n_segments
+    assert len(traffic.uploads) <= 4 * len(tasks) + n_batches + n_gathered

@@ -345,6 +345,18 @@ def test_an_error_of_the_system_is_no_damage(tmp_path: Path) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
+def test_labels_are_written_where_they_differ_from_those_present(tmp_path: Path) -> None:
+    file = toy_scores.make_file(tmp_path)
+    score_files.write_scores(file)
+    labels = file.path.with_name("lbl.npy")
+    os.utime(labels, (1, 1))
+    score_files.write_scores(file)
+    assert labels.stat().st_mtime == 1
+    labels.write_bytes(labels.read_bytes()[:-1])
+    score_files.write_scores(file)
+    np.testing.assert_array_equal(np.load(labels), file.labels)
+
+
 def test_damaged_files_are_named(tmp_path: Path) -> None:
     file = toy_scores.make_file(tmp_path)
     score_files.write_scores(file)

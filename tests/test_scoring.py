@@ -3,6 +3,7 @@
 import gc
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -234,10 +235,89 @@ def test_ranges_are_fitted_on_32_images_however_they_come(
     position = scoring.CropPosition(crops.CropGrid(64, 0.7, 4), 2, (16, 0), (repetition,))
     values = settings.Settings(n_projections=20, official=official)
     batches = [iter([{7: part} for part in sets.split(sizes)]) for sets in (train, test)]
-    models = scoring.fit_models(batches[0], 40, position, values)
-    scores = scoring.score_images(batches[1], models, 40, official)[repetition]
+    in_parts = backbones.Halving()
+    models = scoring.fit_models(batches[0], 40, position, values, in_parts)
+    scores = scoring.score_images(batches[1], models, 40, official, in_parts)[repetition]
     expected = sinbad_utils.score_crop(train, test, (3, 1, 7, 4, 2), 20, 5, 0.1, official)
     np.testing.assert_array_equal(scores, expected)
+
+
+def test_steps_after_the_network_are_halved_while_memory_is_short(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    train, test = ({7: torch.randn(40, 6, 49, generator=generator)} for _ in range(2))
+    repetition = scoring.Repetition(7, 0, 0)
+    position = scoring.CropPosition(crops.CropGrid(64, 0.99, 4), 0, (0, 0), (repetition,))
+    values = settings.Settings(n_projections=20)
+
+    def scores_of(in_parts: backbones.Halving) -> np.ndarray:
+        models = scoring.fit_models(iter([train]), 40, position, values, in_parts)
+        return scoring.score_images(iter([test]), models, 40, True, in_parts)[repetition]
+
+    expected = scores_of(backbones.Halving())
+    project, selected = sinbad_utils.project, sinbad_utils.fit_ranges
+
+    def limited_project(directions: Tensor, elements: Tensor) -> Tensor:
+        if len(directions) * len(elements) > 32 * 10:
+            raise torch.OutOfMemoryError
+        return project(directions, elements)
+
+    def limited_ranges(projected: Tensor) -> tuple[Tensor, Tensor]:
+        if projected.shape[1] > 5:
+            raise torch.OutOfMemoryError
+        return selected(projected)
+
+    monkeypatch.setattr(sinbad_utils, "project", limited_project)
+    monkeypatch.setattr(sinbad_utils, "fit_ranges", limited_ranges)
+    np.testing.assert_array_equal(scores_of(backbones.Halving()), expected)
+    said = [line.split("too small for ")[1] for line in capsys.readouterr().err.splitlines()]
+    assert said == [  # each once
+        "20 directions at once, going on with 10",
+        "10 directions at once, going on with 5",
+        "40 crops at once, going on with 20",
+        "20 crops at once, going on with 10",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("n_workers", "batch_bytes", "resident", "expected"),
+    [
+        (1, 1, False, 2),
+        (3, 1, False, 3),
+        (9, 1 << 26, False, 8),
+        (9, 1 << 29, False, 2),
+        (9, 1, True, 2),
+    ],
+)
+def test_as_many_batches_are_gathered_at_once_as_threads_and_memory_allow(
+    n_workers: int,
+    batch_bytes: int,
+    resident: bool,
+    expected: int,
+    data_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pool, _ = load_pool(data_dir, "pushpins_loco")
+    pool.resident = torch.zeros(()) if resident else None
+    scorer = scoring.CropScorer(pool, replace(VALUES, num_workers=n_workers), None)
+    scorer.batch_size = max(1, batch_bytes // (3 * 224**2))
+    n_started, lock, all_started = 0, threading.Lock(), threading.Event()
+
+    def gather(batch: scoring.Batch) -> Tensor:
+        nonlocal n_started
+        with lock:
+            n_started += 1
+            if n_started == min(n_workers, expected):
+                all_started.set()
+        assert all_started.wait(20)  # these are gathered at the same time
+        return torch.zeros(1)
+
+    monkeypatch.setattr(scorer, "_gather", gather)
+    gathered = scorer._gathered(iter([[] for _ in range(30)]))
+    next(gathered)
+    assert n_started <= expected
+    assert len(list(gathered)) == 29
 
 
 def test_nothing_of_a_batch_outlives_its_crop_position(data_dir: Path) -> None:

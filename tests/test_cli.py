@@ -99,6 +99,7 @@ def test_help(command: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> N
         groups = ["positional arguments"]
     assert titles[: len(groups)] == groups
     assert titles[-1] == "help"
+    assert "--debug" in text
     flags = re.findall(r"^  (--\w+)", text, re.MULTILINE)
     assert len(flags) == len(set(flags))
     assert "True" not in text

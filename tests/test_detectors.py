@@ -160,6 +160,25 @@ def test_saved_and_loaded_in_a_fresh_process(
     assert np.asarray(Image.open(maps[0]).convert("RGB")).std() > 10
 
 
+def test_calibration_scores_that_are_equal_count_as_high(
+    class_dir: Path, detector: detectors.Detector
+) -> None:
+    valid = sorted((class_dir / "validation/good").iterdir())
+    scores = np.array([prediction.score for prediction in detector.score(valid, 0.3)])
+    np.testing.assert_array_equal(scores, detector.calibration)
+    p_values = [prediction.p_value for prediction in detector.score(valid, 0.3)]
+    assert p_values == [(1 + (scores >= score).sum()) / (len(valid) + 1) for score in scores]
+
+
+@pytest.mark.parametrize("n_elements", [255, 256, 65535])
+def test_counts_of_full_sets_fit_their_type(n_elements: int) -> None:
+    histograms = sinbad_utils.Histograms(torch.ones(2, 3), torch.zeros(2), torch.ones(2), 1)
+    descriptors = torch.tensor([[0.0, 1.0], [1.0, 1.0], [1.0, 0.0]])
+    model = sinbad_utils.fit_crop_model(histograms, descriptors, 1.0)
+    stored = detectors.StoredModels.of([model], n_elements)
+    np.testing.assert_array_equal(stored.counts[0], descriptors * n_elements)
+
+
 def test_counts_are_whole_numbers_that_give_the_descriptors_back(
     detector: detectors.Detector,
 ) -> None:

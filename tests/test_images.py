@@ -58,6 +58,15 @@ def exif(numerator: int, denominator: int, orientation: int = 6) -> bytes:
     return b"Exif\0\0II*\0" + struct.pack("<LH", 8, 2) + entries + struct.pack("<L", 0) + fraction
 
 
+def test_arrays_are_taken_as_they_are() -> None:
+    np.testing.assert_array_equal(images.open_image(upright()), upright())
+    for bad in (upright()[..., :2], upright()[..., 0], upright().astype(np.int16)):
+        with pytest.raises(
+            errors.UserError, match=r"image 0 must be \(height, width, 3\) of uint8"
+        ):
+            images.open_image(bad)
+
+
 @pytest.mark.parametrize("numerator", [72, -1])  # -1 / 0 is none, Pillow cannot write it again
 def test_exif_orientation_is_applied_to_files_and_pillow_images(
     numerator: int, tmp_path: Path

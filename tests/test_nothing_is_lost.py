@@ -112,6 +112,7 @@ def test_a_reader_that_goes_away(redirection: str, status: int, words: str) -> N
         (torch.OutOfMemoryError("CUDA out of memory."), r"error: not enough memory \(CUDA.*\n"),
         (errors.UserError("n must be 1, got 2"), "error: n must be 1, got 2\n"),
         (RuntimeError("a bug"), None),
+        (OSError("without a number: a bug"), None),
     ],
 )
 def test_an_error_is_one_line_unless_it_is_a_bug_or_debug_is_on(
@@ -127,6 +128,13 @@ def test_an_error_is_one_line_unless_it_is_a_bug_or_debug_is_on(
         assert re.fullmatch(line, capsys.readouterr().err)
     with pytest.raises(type(error)):
         errors.run_script(main, ["--debug"])
+
+
+def test_the_exit_status_is_that_of_main() -> None:
+    for returned, status in ((None, 0), (0, 0), (1, 1)):
+        with pytest.raises(SystemExit) as caught:
+            errors.run_script(lambda argv, n=returned: n, [])
+        assert caught.value.code == status
 
 
 @pytest.mark.parametrize("resumes", [True, False])

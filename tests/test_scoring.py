@@ -42,6 +42,10 @@ def test_corners_of_a_grid_row_by_row() -> None:
     assert len(crops.CropGrid(1024, 0.25, 4)) == 16
     sides = [crops.CropGrid(1024, ratio, 4).side for ratio in (0.7, 0.99, 0.999)]
     assert sides == [716, 1013, 1022]
+    assert crops.CropGrid(8, 0.13, 8).corners == [(y, x) for y in range(8) for x in range(8)]
+    for ratio, edges in ((0.12, 8), (0.5, 9)):
+        with pytest.raises(errors.UserError, match="at least 1 pixel"):
+            _ = crops.CropGrid(8, ratio, edges).corners
 
 
 def test_batches_are_full_and_may_span_segments() -> None:

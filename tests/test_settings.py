@@ -71,6 +71,15 @@ def test_every_setting_has_help_a_rule_and_a_default_that_keeps_it() -> None:
         assert declared.metadata["rule"]
 
 
+def test_defaults_are_the_papers() -> None:
+    values = settings.Settings()
+    assert (values.pyramid_level, values.n_quantiles, values.crop_num_edge) == ((7, 14, 224), 5, 4)
+    assert values.crop_size_ratio == (0.25, 0.5, 0.7, 0.99)
+    assert (values.lambda_factor, values.rep_num_224, values.initial_res) == (0.1, 100, 1024)
+    assert (values.crop_norm, values.crop_pool, values.official) == ("grid", "mean", False)
+    assert (values.net, values.weights, values.precision) == ("wide_resnet50_2", "imagenet", "fp32")
+
+
 def test_values_of_a_list_count_once_in_their_order() -> None:
     ratios, levels = (0.99, 0.5, "0.99", 0.25, 0.5), np.array([224, 7, 224])
     values = settings.Settings(crop_size_ratio=ratios, pyramid_level=levels)

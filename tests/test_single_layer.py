@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -160,6 +161,30 @@ def test_equal_images_are_computed_once_but_count_twice(dataset_dir: Path, tmp_p
     ours, theirs = (single(tmp_path / n, tmp_path / f"{n}_r", *asked) for n in ("ours", "theirs"))
     np.testing.assert_array_equal(ours.test, theirs.test)
     assert ours.test[0, 2] < 1e-9  # it is a training image
+
+
+def test_equal_images_where_they_should_not_be_are_named(
+    dataset_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = Path(shutil.copytree(dataset_dir, tmp_path / "images"))
+    folder = images / "pushpins"
+    copies = {
+        "train/good/001.png": "train/good/000.png",
+        "validation/good/000.png": "train/good/002.png",
+        "test/good/000.png": "train/good/002.png",
+        "test/logical_anomalies/000.png": "test/good/001.png",
+    }
+    for copy, original in copies.items():
+        shutil.copy(folder / original, folder / copy)
+    make_matrices(images, tmp_path / "m", ["pushpins_loco"], IM_SIZE)
+    score(tmp_path / "m", tmp_path / "r", "--mvtype", "pushpins_loco", "--pyramid_level", "224")
+    pattern = r"^warning: 1 (\w+) images of pushpins_loco are ([\w ]+)"
+    assert re.findall(pattern, capsys.readouterr().err, re.MULTILINE) == [
+        ("training", "repeated"),
+        ("test", "both good and anomalous"),
+        ("test", "training images too"),
+        ("validation", "training images too"),
+    ]
 
 
 def test_images_of_equal_names_but_other_pixels_are_not_mixed_up(

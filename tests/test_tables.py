@@ -40,6 +40,16 @@ def test_published_figures_need_splits_of_locos_size() -> None:
         assert tables.is_whole("splicing_connectors_loco", entry) == bool(whole)
 
 
+def test_facts_of_loco_add_up_to_those_of_its_paper() -> None:
+    facts = loco.LOCO_CLASSES.values()
+    splits = "train", "validation", "good", "structural", "logical"
+    totals = [sum(getattr(category, split) for category in facts) for split in splits]
+    assert totals == [1772, 304, 575, 432, 561]
+    for column in loco.PUBLISHED_LOCO.values():
+        aurocs = [auroc for name, auroc in column.items() if name != "mean"]
+        assert abs(np.mean(aurocs) - column["mean"]) <= 0.1  # of rounded figures
+
+
 @pytest.fixture
 def whole_loco(tmp_path: Path) -> metrics.Metrics:
     """Return metrics as if of all LOCO: ensembles 90 logical, 80 structural."""

@@ -2,6 +2,7 @@
 
 import csv
 import importlib.util
+import math
 import os
 import re
 import shlex
@@ -254,15 +255,30 @@ def test_numbers_of_images_are_those_measured() -> None:
 
 
 def test_the_table_of_false_positive_rates_is_that_measured() -> None:
-    table, rates = cells_of("docs/detector.md"), defaultdict(list)
+    table, counts = cells_of("docs/detector.md"), defaultdict(list)
     for row in measured("verdicts"):
-        n_train, n_valid, _, *values = row.values()
-        rates[n_train, n_valid].append([float(value) for value in values])
-    assert len(rates) == 6
-    for (n_train, n_valid), rows in rates.items():
-        assert len(rows) == 40
-        means = [f"{100 * statistics.mean(column):.1f} %" for column in zip(*rows, strict=True)]
-        assert [n_train, "folds" if n_valid == "0" else n_valid, *means] in table
+        n_train, n_valid, _, *values = map(int, row.values())
+        counts[n_train, n_valid].append(values)
+    assert len(counts) == 9
+    errors = []
+    for (n_train, n_valid), rows in counts.items():
+        n_splits, cells = len(rows), [str(n_train), str(n_valid) if n_valid else "folds"]
+        assert n_splits == 300
+        for rate, column in ((0.05, 1), (0.1, 3)):
+            exact = 100 * math.floor(rate * (n_valid + 1) + 1e-9) / (n_valid + 1)
+            cells.append(f"{exact:.1f}" if n_valid else "-")
+            alarms = [100 * row[column] / row[0] for row in rows]
+            for values in (alarms, [100 * row[column + 1] / 40 for row in rows]):
+                error = statistics.stdev(values) / math.sqrt(n_splits)
+                cells.append(f"{statistics.mean(values):.1f} +- {error:.1f}")
+            mean, error = statistics.mean(alarms), statistics.stdev(alarms) / math.sqrt(n_splits)
+            if n_valid:
+                errors.append(abs(mean - exact) / error)
+            else:
+                assert 0.48 < mean / (100 * rate) < 0.67
+        assert cells in table
+    assert max(errors) < 1.4
+    assert f"all {len(errors)} rates" in words_of("docs/detector.md").replace("twelve", "12")
 
 
 def test_the_table_of_the_ablation_is_that_measured() -> None:

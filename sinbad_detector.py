@@ -4,7 +4,7 @@ Reads   folders and files of images of one object, with the same viewpoint and a
 Writes  OUT: the detector (fit), or a CSV: path, score, p_value, is_anomalous, levels (score)
 
     python sinbad_detector.py fit --train_dir normal --out bottle.npz
-    python sinbad_detector.py score --detector bottle.npz new --out scores.csv --heatmaps maps
+    python sinbad_detector.py score --detector bottle.npz new --out scores.csv --report report
 
 An image is called anomalous if its p-value is at most --false_alarms, the false-positive rate that
 is expected among normal images. Exit status 1 if an image could not be scored.
@@ -15,8 +15,8 @@ import json
 import logging
 from pathlib import Path
 
-from sinbad import atomic, cli, detectors, ensembles, errors, layouts, settings
-from sinbad.report import tables
+from sinbad import atomic, cli, detectors, errors, layouts, settings
+from sinbad.report import page, tables
 
 log = logging.getLogger("sinbad")
 
@@ -41,7 +41,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--detector", type=cli.path, required=True, metavar="FILE", help=about)
     add("--out", type=cli.path, metavar="FILE", help="CSV to write (default: stdout)")
     add("--json", type=cli.path, metavar="FILE", help="JSON to write, same content")
-    add("--heatmaps", type=cli.path, metavar="DIR", help="folder of images with their crop scores")
+    about = "folder to write: a page, index.html, of the images with heatmaps and scores"
+    add("--report", type=cli.path, metavar="DIR", help=about)
     about = "the network's weights, if they were moved since fit"
     add("--weights", type=cli.path, metavar="FILE", help=about)
     score_parser.group(settings.COMPUTED).add_argument(
@@ -106,77 +107,31 @@ def write_table(args: argparse.Namespace, predictions: list[detectors.Prediction
         atomic.atomic_write(args.json, text.encode("utf-8", "backslashreplace"))
 
 
-def heatmap_path(args: argparse.Namespace, number: int, image: Path) -> Path:
-    """Return the file of an image's heatmap; images are numbered from 1."""
-    return args.heatmaps / f"{number:04d}_{image.name[:200]}.png"
-
-
-def check_heatmaps(args: argparse.Namespace, images: list[Path]) -> None:
-    """Raise an error if heatmaps cannot be written, or would lie among other images."""
-    folder = args.heatmaps.resolve()
-    if folder in {path.resolve().parent for path in images} | {p.resolve() for p in args.images}:
-        raise errors.UserError(f"heatmaps must lie outside the scored folders, got {args.heatmaps}")
-    expected = {heatmap_path(args, number, path).name for number, path in enumerate(images, 1)}
-    args.heatmaps.mkdir(parents=True, exist_ok=True)
-    for name in sorted(path.name for path in args.heatmaps.iterdir()):
-        if name not in expected and not name.startswith("."):
-            raise errors.UserError(
-                f"heatmaps must be a folder without other files, got {args.heatmaps} "
-                f"with {name}; remove them or choose another folder"
-            )
-    if expected:
-        atomic.check_writable(args.heatmaps / min(expected))
-
-
-def write_heatmap(
-    path: Path,
-    prediction: detectors.Prediction,
-    ensemble: ensembles.Ensemble,
-    index: int,
-    threshold: float,
-) -> bool:
-    """Write an image beside its crop scores; log an error and return False if that fails."""
-    from sinbad.report import figures  # matplotlib: slow to import, not needed for scores
-
-    caption = f"score {prediction.score:.2f}, anomalous above {threshold:.2f}; "
-    caption += f"p = {prediction.p_value:.3f}"
-    image, grids = Path(prediction.path), ensemble.grids
-    try:
-        png = figures.heatmap(image, grids, index, caption, prediction.is_anomalous)
-        atomic.atomic_write(path, png)
-    except (OSError, errors.UserError) as error:  # the scores and other heatmaps are not lost
-        log.error(f"could not write the heatmap {path}: {error}")
-        return False
-    return True
-
-
 def score(args: argparse.Namespace) -> int:
-    """Load, score, write; return 1 if an image could not be scored, or a heatmap not written."""
-    if args.out and args.json and args.out.resolve() == args.json.resolve():
-        raise errors.UserError(f"out and json must be two files, got {args.out} for both")
+    """Load, score, write; return 1 if an image has no score, or no picture in the report."""
+    outputs = {"out": args.out, "json": args.json}
+    outputs |= {"report": args.report and args.report / page.INDEX}
+    outputs = {name: path for name, path in outputs.items() if path}
+    if len({path.resolve() for path in outputs.values()}) < len(outputs):
+        names = ", ".join(f"{name} {path}" for name, path in outputs.items())
+        raise errors.UserError(f"outputs must be different files, got {names}")
     paths = []
     for path in args.images:
         paths += images_in(path) if path.is_dir() else [path]
-    for path in filter(None, (args.out, args.json)):
+    for path in outputs.values():
         check_output(path, [args.detector, *paths])
-    if args.heatmaps:
-        check_heatmaps(args, paths)
+    if args.report:
+        page.check_folder(args.report, paths, list(outputs.values()))
     detector = detectors.Detector.load(args.detector, args.weights, args.device, args.num_workers)
-    threshold = detector.threshold(args.false_alarms)
-    with_heatmaps = args.heatmaps is not None
-    if with_heatmaps and not settings.backbone_levels(detector.values.pyramid_level):
-        log.warning("no heatmaps are written: raw pixels alone (level 224) have one crop")
-        with_heatmaps = False
+    report = page.Report(args.report, args.detector, detector, args.false_alarms)
     predictions: list[detectors.Prediction] = []
-    n_lost = 0  # heatmaps
     try:
         for prediction, ensemble, index in detector.iter_predictions(paths, args.false_alarms):
             predictions.append(prediction)
             if prediction.error:
                 log.error(prediction.error)
-            elif with_heatmaps:
-                path = heatmap_path(args, len(predictions), Path(prediction.path))
-                n_lost += not write_heatmap(path, prediction, ensemble, index, threshold)
+            if args.report:
+                report.add(prediction, ensemble, index)
     finally:  # what was scored is not lost because something later fails
         if predictions:
             write_table(args, predictions)
@@ -184,7 +139,9 @@ def score(args: argparse.Namespace) -> int:
             n_anomalous = sum(prediction.is_anomalous for prediction in predictions)
             n_scored = len(predictions) - n_failed
             log.info(f"{n_scored} images scored, {n_anomalous} anomalous, {n_failed} unreadable")
-    return int(n_failed + n_lost > 0)
+            if args.report:
+                report.write(len(paths))
+    return int(n_failed + report.n_lost > 0)
 
 
 def main(argv: list[str] | None = None) -> int:

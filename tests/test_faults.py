@@ -14,19 +14,6 @@ from sinbad import errors
 from sinbad.report import figures
 
 
-def test_heatmaps_lie_among_no_other_images(tmp_path: Path) -> None:
-    images, maps = tmp_path / "new", tmp_path / "maps"
-    images.mkdir()
-    (images / "a.png").touch()
-    flags = ["score", "--detector", str(tmp_path / "d.npz"), str(images / "a.png"), "--heatmaps"]
-    with pytest.raises(errors.UserError, match="outside"):
-        sinbad_detector.main([*flags, str(images)])
-    maps.mkdir()
-    (maps / "0002_b.png.png").touch()
-    with pytest.raises(errors.UserError, match="0002_b"):
-        sinbad_detector.main([*flags, str(maps)])
-
-
 def test_an_image_of_a_scored_folder_is_no_output(tmp_path: Path) -> None:
     (tmp_path / "a.png").touch()
     flags = ["score", "--detector", str(tmp_path / "d.npz"), str(tmp_path)]
@@ -49,24 +36,26 @@ def test_a_heatmap_that_cannot_be_drawn_loses_no_score(
     tmp_path: Path, dataset_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     train, test = dataset_dir / "pushpins/train/good", dataset_dir / "pushpins/test/good"
-    detector, scores, maps = (tmp_path / name for name in ("d.npz", "s.csv", "maps"))
+    detector, scores, report = (tmp_path / name for name in ("d.npz", "s.csv", "report"))
     network = "--net test_resnet --weights random --initial_res 64 --pyramid_level 14 --device cpu"
     words = [*network.split(), "--crop_size_ratio", ".99", "--n_projections", "5"]
     sinbad_detector.main(["fit", "--train_dir", str(train), "--out", str(detector), *words])
     heatmap, calls = figures.heatmap, iter(range(9))
 
-    def broken(*arguments: object) -> bytes:
+    def broken(*arguments: object) -> object:
         if next(calls) == 1:
             raise OSError(errno.ENAMETOOLONG, "File name too long")
         return heatmap(*arguments)
 
     monkeypatch.setattr(figures, "heatmap", broken)
-    flags = ["--detector", str(detector), "--out", str(scores), "--heatmaps", str(maps)]
+    flags = ["--detector", str(detector), "--out", str(scores), "--report", str(report)]
     command = ["score", *flags, "--false_alarms", ".5", "--device", "cpu", str(test)]
     assert sinbad_detector.main(command) == 1
     n_images = len(list(test.iterdir()))
     assert len(scores.read_text().splitlines()) == 1 + n_images
-    assert len(list(maps.iterdir())) == n_images - 1
+    assert len(list((report / "pictures").iterdir())) == 2 * (n_images - 1)
+    text = (report / "index.html").read_text()
+    assert (text.count("<tr data-"), text.count("<img")) == (n_images, n_images - 1)
 
 
 @pytest.mark.parametrize("split", ["train", "test"])

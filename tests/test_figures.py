@@ -110,13 +110,12 @@ def test_names_are_shown_as_they_are(
 
 def test_a_heatmap_needs_grids_alone(tmp_path: Path) -> None:
     scores = toy_scores.load_toy(tmp_path)
-    path = write_images(tmp_path, ["0.png"]) / "pushpins" / "0.png"
-    pngs = {
-        str(label): figures.heatmap(path, scores.ensemble.grids, index, "score 1", label)
-        for index, label in ((0, False), (5, True))
-    }
-    check_figures(pngs, ["False", "True"])
-    assert pngs["False"] != pngs["True"]
+    image = Image.new("RGB", (60, 30), (200, 10, 10))
+    views = [figures.heatmap(image, scores.ensemble.grids, index) for index in (0, 5)]
+    (first, red), (second, other_red) = views
+    assert first.size == second.size == (60 + 12 + 60, 30)  # beside, though the image is wide
+    assert first.tobytes() != second.tobytes()
+    assert min(red, other_red) == 2.0
 
 
 @pytest.mark.parametrize("size", [(40, 80), (80, 40)])

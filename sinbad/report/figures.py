@@ -247,16 +247,10 @@ def load_captioned(
     name = type_name(scores.mvtype) if scores.labels[index] else NORMAL
     file_name = textwrap.fill(tables.legible(f"{path.parent.name}/{path.name}"), 36)
     caption = f"score {scores.final[index]:.2f}, label: {name}\n{file_name}"
-    image = _thumbnail(dataset_dir / loco.split_mvtype(scores.mvtype)[0] / path, THUMBNAIL)
+    image = images.open_image(dataset_dir / loco.split_mvtype(scores.mvtype)[0] / path)
+    image.thumbnail((THUMBNAIL, THUMBNAIL))
     overlay = maps.overlay_map(scores.ensemble.grids, index, image.size)
     return CaptionedImage(image, overlay, caption, STYLES[name][0])
-
-
-def _thumbnail(path: Path, side: int) -> Image.Image:
-    """Read an image, at most `side` pixels wide and high."""
-    image = images.open_image(path)
-    image.thumbnail((side, side))
-    return image
 
 
 def extremes_figure(scores: score_files.SubsetScores, dataset_dir: Path) -> Figure:
@@ -266,20 +260,25 @@ def extremes_figure(scores: score_files.SubsetScores, dataset_dir: Path) -> Figu
     return image_rows_figure(f"{tables.legible(scores.mvtype)}: test images by score", rows)
 
 
-def heatmap(path: Path, grids: maps.Grids, index: int, caption: str, is_anomalous: bool) -> bytes:
-    """Return a PNG of one image beside its overlay; `index` is its place in the crop grids."""
-    image = _thumbnail(path, 2 * THUMBNAIL)
-    label = ANOMALOUS if is_anomalous else NORMAL
-    overlay = maps.overlay_map(grids, index, image.size)
-    captioned = CaptionedImage(image, overlay, caption, STYLES[label][0])
-    title = f"{tables.legible(path.name)}: {label}"
-    return png_of(image_rows_figure, title, {"": [captioned]})
+def heatmap(image: Image.Image, grids: maps.Grids, index: int) -> tuple[Image.Image, float]:
+    """Return an image beside the same with its overlay, and the overlay's value in full red.
+
+    `index` is the image's place in the crop grids.
+    """
+    item = CaptionedImage(image, maps.overlay_map(grids, index, image.size), "", "")
+    scale = overlay_scale([item])
+    return Image.fromarray(both_views(item, scale, axis=1)), scale.vmax
+
+
+def overlay_scale(items: Sequence[CaptionedImage]) -> LogNorm:
+    """Return the colour scale of some overlays: from 1, clear, to the highest, at least 2."""
+    highest = max(float(item.overlay.max()) for item in items)
+    return LogNorm(1.0, max(2.0, highest), clip=True)
 
 
 def image_rows_figure(title: str, rows: dict[str, list[CaptionedImage]]) -> Figure:
     """Plot named rows of images, each beside (wide ones above) the same image with its overlay."""
-    highest = max(float(item.overlay.max()) for row in rows.values() for item in row)
-    scale = LogNorm(1.0, max(2.0, highest), clip=True)
+    scale = overlay_scale([item for row in rows.values() for item in row])
     views = [[both_views(item, scale) for item in row] for row in rows.values()]
     aspects = np.array([len(view) / view.shape[1] for row in views for view in row])
     n_columns = max(map(len, views))
@@ -303,13 +302,17 @@ def image_rows_figure(title: str, rows: dict[str, list[CaptionedImage]]) -> Figu
     return figure
 
 
-def both_views(item: CaptionedImage, scale: LogNorm) -> NDArray[np.uint8]:
-    """Return an image, and the same in grey under its overlay, as one (height, width, 3)."""
+def both_views(item: CaptionedImage, scale: LogNorm, axis: int | None = None) -> NDArray[np.uint8]:
+    """Return an image, and the same in grey under its overlay, as one (height, width, 3).
+
+    They are joined along `axis`, by default the shorter one.
+    """
     plain = np.asarray(item.image)
     grey = np.asarray(item.image.convert("L"))[:, :, None]
     colours = OVERLAY(scale(item.overlay))  # (height, width, RGBA), in [0, 1]
     opacity = colours[:, :, 3:]
     covered = (grey * (1.0 - opacity) + 255.0 * colours[:, :, :3] * opacity).astype(np.uint8)
-    axis = 1 if len(plain) > plain.shape[1] else 0
+    if axis is None:
+        axis = 1 if len(plain) > plain.shape[1] else 0
     gap = np.full_like(plain, 255)[:, :12] if axis else np.full_like(plain, 255)[:12]
     return np.concatenate([plain, gap, covered], axis)

@@ -5,19 +5,22 @@ Writes  tables on stdout; OUT: the same as CSV, and how they were measured
     python benchmarks/bench.py --what pipeline --net resnet18 --n_images 200
 
 pipeline: from preprocessed images of a category, or of LOCO, to files of scores; scaling: the
-same, and time series; detector: fit, load, score. The forward pass alone: the same network over as
-many crops of noise in full batches, interleaved with scoring.
+same, and time series; detector: fit, load, score; memory: anonymous memory of scoring over its run.
+The forward pass alone: the same network over as many crops of noise in full batches, interleaved
+with scoring.
 """
 
 import argparse
 import multiprocessing
+import re
 import resource
 import shlex
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -35,6 +38,7 @@ import reproduce_paper
 import sinbad_single_layer
 import sinbad_time_series
 from sinbad import atomic, backbones, cli, detectors, errors, loco, score_files, scoring, settings
+from sinbad.image_pool import ImagePool
 from sinbad.report import tables
 from sinbad.settings import Settings
 from sinbad.uea import TimeSeriesDataset
@@ -47,6 +51,7 @@ COLUMNS = {  # of the tables; detector and scaling as in their files in results/
     "pipeline": "network;precision;images;crop forwards;seconds;seconds, forward pass alone;"
     "peak memory, GB;GPU memory, GB;relative speed, %",
     "scaling": "what;number;crop forwards;seconds;seconds, bare network;peak memory, GB",
+    "memory": "network;images;crops;seconds;after a fifth, MB;last tenth, MB;peak, MB",
     "detector": "net;what;pictures;seconds;of the bare network's time;peak GB",
 }
 
@@ -196,6 +201,58 @@ def detector_rows(args: argparse.Namespace, values: Settings) -> list[list[str]]
     return rows
 
 
+def anonymous_memory() -> float:
+    """Return the memory of this process that no file backs, in MB (Linux)."""
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return int(re.search(r"^RssAnon:\s+(\d+) kB", status, re.MULTILINE)[1]) * 1024 / 1e6
+
+
+def memory_of_scoring(values: Settings, n_images: int) -> list[str]:
+    """Return a row: memory while the crops of noise images are scored, the first half training."""
+    side, ids = values.initial_res, range(n_images)
+    with tempfile.TemporaryFile() as file:
+        for number in ids:
+            file.write(np.random.default_rng(number).bytes(3 * side**2))
+        array = np.memmap(file, np.uint8, "r", shape=(n_images, 3, side, side))
+        rows, names = [(array, i) for i in ids], list(map(str, ids))
+        device = backbones.choose_device(values.device)
+        pool = ImagePool(rows, names, (side, side), device, values.n_workers)
+        weights = backbones.load_weights(values.net, values.weights)
+        backbone = backbones.build_backbone(values.net, weights, values.pyramid_level)
+        extractor = backbones.FeatureExtractor(backbone, device, values.precision)
+        tasks = [
+            scoring.GridTask(ratio, scoring.Repetition(level, 0, 0))
+            for ratio in values.crop_size_ratio
+            for level in values.pyramid_level
+        ]
+        samples, finished = [], threading.Event()
+
+        def sample() -> None:
+            while not finished.wait(0.1):
+                samples.append(anonymous_memory())
+
+        with ThreadPoolExecutor(1) as thread:
+            thread.submit(sample)
+            splits = ids[: n_images // 2], [ids[n_images // 2 :]]
+            scores = scoring.CropScorer(pool, values, extractor).score_grids(tasks, *splits)
+            seconds, _ = timed(list, scores)
+            finished.set()
+    n = len(samples)
+    figures = samples[n // 5], np.mean(samples[-n // 10 :]), max(samples)
+    n_crops = n_images * sum(len(values.grid(ratio)) for ratio in values.crop_size_ratio)
+    row = [values.net, str(n_images), str(n_crops), f"{seconds:.0f}"]
+    return [*row, *(f"{figure:.0f}" for figure in figures)]
+
+
+def memory_rows(args: argparse.Namespace, values: Settings) -> list[list[str]]:
+    """Return one row per number of images, each of a process of its own."""
+    rows, spawn = [], multiprocessing.get_context("spawn")
+    for n_images in args.n_images:
+        with ProcessPoolExecutor(1, spawn, errors.log_to_stderr) as process:
+            rows.append(process.submit(memory_of_scoring, values, n_images).result())
+    return rows
+
+
 def largest_difference(values: Settings) -> float:
     """Return the largest relative difference of the scores of 24 images from the CPU's in fp32."""
     batch_size = scoring.batch_size_on(backbones.choose_device(values.device), values)
@@ -209,7 +266,12 @@ def largest_difference(values: Settings) -> float:
     return float(abs(actual[scored] / expected[scored] - 1).max())
 
 
-MEASUREMENTS = {"pipeline": pipeline_rows, "detector": detector_rows, "scaling": scaling_rows}
+MEASUREMENTS = {
+    "pipeline": pipeline_rows,
+    "detector": detector_rows,
+    "scaling": scaling_rows,
+    "memory": memory_rows,
+}
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -223,7 +285,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--turns", type=at_least_1, default=3, metavar="N", help="repetitions, medians are shown")
     add("--agreement", action="store_true", help="compare scores with the CPU's in fp32 too")
     add("--out", type=cli.path, metavar="FILE", help="CSV to write")
-    cli.add_settings(parser, ["pyramid_level", "rep_num_224", "initial_res"])
+    cli.add_settings(parser, ["pyramid_level", "crop_size_ratio", "rep_num_224", "initial_res"])
     cli.add_settings(parser, [*cli.BACKBONE_FLAGS, *cli.MACHINE_FLAGS], weights="random")
     return parser.parse_args(argv)
 

@@ -102,10 +102,13 @@ def sample_mutants(source: str, n: int, seed: int) -> list[Mutant]:
     """Return n of all mutants of a module's text, by line; equal seeds give equal mutants."""
     tree = ast.parse(source)
     places = []
+    skipped: set[ast.AST] = set()  # decorators: nobody notices what is frozen
     for parent in ast.walk(tree):
+        for decorator in getattr(parent, "decorator_list", ()):
+            skipped.update(ast.walk(decorator))
+        if parent in skipped:
+            continue
         for name, value in ast.iter_fields(parent):
-            if name == "decorator_list":  # frozen or not, nobody notices
-                continue
             for i, node in enumerate(value if isinstance(value, list) else [value]):
                 if isinstance(node, ast.AST):
                     places += [(parent, name, i, node, other) for other in replacements(node)]

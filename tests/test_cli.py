@@ -120,6 +120,8 @@ def test_ranges_of_numbers() -> None:
     reps = parse(["--mvtype", "all", "--rep", "5", "0-2", "2", "4-5"]).rep
     assert cli.sorted_unique(reps) == [0, 1, 2, 4, 5]
     assert cli.sorted_unique(parse(["--mvtype", "all"]).rep) == [0]
+    assert cli.shorten_numbers([]) == ""
+    assert cli.shorten_numbers([0, 1, 2, 4, 7, 8]) == "0-2,4,7-8"
     for text in ("5-2", "-1", "1_0", "x", "0-", "٣", "1-2-3"):
         with pytest.raises(errors.UserError, match=f"a range like 0-99, got {text};"):
             parse(["--mvtype", "all", f"--rep={text}"])

@@ -11,6 +11,7 @@ from conftest import SHARED
 import calc_anom_ensm
 import data_to_matrices
 import sinbad_detector
+import calc_anom_ensm
 import sinbad_single_layer
 from sinbad import cli, errors, settings
 
@@ -125,6 +126,15 @@ def test_ranges_of_numbers() -> None:
     for text in ("5-2", "-1", "1_0", "x", "0-", "٣", "1-2-3"):
         with pytest.raises(errors.UserError, match=f"a range like 0-99, got {text};"):
             parse(["--mvtype", "all", f"--rep={text}"])
+
+
+def test_ends_of_shared_flags() -> None:
+    parse = calc_anom_ensm.parse_args
+    assert parse(["--mvtype", "all", "--extra_weight", "0"]).extra_weight == 0.0
+    assert parse(["--mvtype", "all", "--extra_weight", "1000000"]).extra_weight == 1e6
+    for weight in ("-0.1", "1000001"):
+        with pytest.raises(errors.UserError, match=r"must be from 0 to 1e\+06, got"):
+            parse(["--mvtype", "all", f"--extra_weight={weight}"])
 
 
 def test_progress_in_a_log_file_is_a_line_now_and_then(

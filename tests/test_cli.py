@@ -11,7 +11,6 @@ from conftest import SHARED
 import calc_anom_ensm
 import data_to_matrices
 import sinbad_detector
-import calc_anom_ensm
 import sinbad_single_layer
 from sinbad import cli, errors, settings
 

@@ -10,7 +10,7 @@ DATASET ?= ../dataset_loco
 PAPER_FLAGS ?=
 BENCH_FLAGS ?=
 PY := .venv/bin/python
-# What is imported is compiled then; compiling all of torch takes longer than the demo's steps.
+# Python compiles what it imports; compiling all of torch doubles the installation's CPU time.
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check --no-compile
 
 .PHONY: demo test mutants lint paper bench results clean

@@ -9,6 +9,8 @@ net=tf_efficientnet_lite0 size=256 reps=20
 out=demo/out
 scores=$out/results/demo_pyramid_lvl_#
 set -- --mvtype juice_bottle pushpins
+# glibc: keep freed memory, so that the activations of each batch need no new pages from the system.
+export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=4000000000
 
 step() {
     echo "== $1" >&2
@@ -30,3 +32,5 @@ step "score raw pixels, $reps repetitions" sinbad_single_layer.py "$@" \
 step "ensemble; tables and figures in $out/tables" calc_anom_ensm.py "$@" \
     --version "$scores" --version_224 "$scores" --rep_num_224 $reps \
     --dataset_dir $out/dataset --out $out/tables
+echo "Look at $out/tables/images_juice_bottle_loco.png (and *.png beside it). Next: your own images" \
+    "with sinbad_detector.py, or MVTec LOCO AD with reproduce_paper.py (README.md)." >&2

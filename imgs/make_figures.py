@@ -5,17 +5,19 @@ Reads   DEMO_DIR/{dataset,matrices,results}, DEMO_DIR/tf_efficientnet_lite0.pth 
 Writes  OUT/histograms_fig.png, OUT/LOCO_demo_fig.png, RESULTS_DIR/ablation.png
 
     python imgs/make_figures.py --out demo/out/tables
+    python imgs/make_figures.py --only ablation
 """
 
 import argparse
 import csv
+import functools
 import math
 import sys
-from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
@@ -48,6 +50,19 @@ TITLE = (
 Pixels, Numbers = NDArray[np.uint8], NDArray[np.floating]
 HEIGHT, HISTOGRAM_WIDTH, CUMULATIVE_WIDTH = 2.2, 3.4, 3.0  # inches of a panel
 N_BARS = 32
+X_TITLES = {  # of the ablation's columns
+    "n_projections": "random projections (number)",
+    "n_quantiles": "histogram bins (number)",
+    "shrinkage_factor": "shrinkage (no unit)",
+    "crop_size_ratio": "crop side / image side",
+    "training images": "training images (number)",
+}
+USUAL = {"n_projections": "1000", "n_quantiles": "5", "shrinkage_factor": ".1"}
+USUAL |= {"crop_size_ratio": ".25 .5 .7 .99", "training images": "80"}
+LINES = {  # colour, marker, line style, name
+    "resnet18": ("#0072B2", "o", "-", "ResNet-18, level 14"),
+    "tf_efficientnet_lite0": ("#D55E00", "^", "--", "EfficientNet-Lite0"),
+}
 
 
 def image_at(scores: score_files.SubsetScores, label: int, quantile: float = 0.5) -> int:
@@ -106,7 +121,7 @@ def _plot_sets(
     """Plot one row per image: pixels, elements coloured by value, histogram, cumulative one."""
     height, width = next(iter(images.values())).shape[1:]
     widths = np.array([HEIGHT * width / height] * 2 + [HISTOGRAM_WIDTH, CUMULATIVE_WIDTH])
-    figure = Figure((widths.sum() + 1.5, len(images) * (HEIGHT + 0.8) + 0.7))
+    figure = Figure((widths.sum() + 2.2, len(images) * (HEIGHT + 0.8) + 0.7))
     figure.suptitle(TITLE, x=0.01, ha="left")
     scale = Normalize(values.min(), values.max())
     bars = np.linspace(values.min(), values.max(), N_BARS + 1)
@@ -120,19 +135,22 @@ def _plot_sets(
         title = plain.annotate(path, (0, 1), (0, 5), **position, color=colour, fontweight="bold")
         title.set_in_layout(False)  # it may reach over the next panel
         grid = values[number].reshape(edge, edge)
-        cells.imshow(grid, "viridis", norm=scale, extent=(0, side, side, 0))
+        shown = cells.imshow(grid, "viridis", norm=scale, extent=(0, side, side, 0))
+        figure.colorbar(shown, ax=cells, label="projection (no unit)", fraction=0.1)
         cells.set(xlim=(0, width), ylim=(height, 0))
         plain.set_axis_off()
         cells.set_axis_off()
         histogram.hist(values[number], bars, color=colour, alpha=0.8)
-        for threshold in thresholds:
-            histogram.axvline(threshold, color="0.35", linestyle=(0, (3, 2)), linewidth=1)
-        histogram.set(xlabel="projection (no unit); dashed: bin edges", ylabel="elements")
+        dashes = {"color": "0.2", "linestyle": (0, (3, 2)), "linewidth": 1, "label": "bin edges"}
+        histogram.vlines(thresholds, 0, 1, transform=histogram.get_xaxis_transform(), **dashes)
+        histogram.legend(loc="upper right")
+        histogram.set(xlabel="projection (no unit)", ylabel="number of elements")
         spread = (train.min(0), train.max(0))
         cumulative.fill_between(thresholds, *spread, color="0.8", label="training images")
         line = {"color": colour, "marker": marker, "label": f"this image, {name}"}
         cumulative.plot(thresholds, fractions[len(train) + number], **line)
-        cumulative.set(ylim=(-0.03, 1.03), xlabel="bin edge", ylabel="fraction of elements below")
+        cumulative.set(ylim=(-0.03, 1.03), xlabel="bin edge: projection (no unit)")
+        cumulative.set_ylabel("fraction of elements below")
         cumulative.legend(frameon=False, loc="lower right")
     return figure
 
@@ -150,24 +168,52 @@ def demo_figure(sets: dict[str, score_files.SubsetScores], dataset_dir: Path) ->
 
 
 def ablation_figure(path: Path) -> Figure:
-    """Plot one panel per setting changed: a point per repetition, a line through the medians."""
-    settings_changed: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    """Plot AUROC and CPU time against one changed setting per column, one line per network."""
     lines = path.read_text(encoding="utf-8").splitlines()[1:]  # the first says how it was made
-    for name, value, _, auroc, seconds in list(csv.reader(lines))[1:]:
-        label = f"{'all' if ' ' in value else value}\n{seconds} s"
-        settings_changed[name][label].append(float(auroc))
-    figure = Figure((11.0, 3.2))
-    panels = figure.subplots(1, len(settings_changed), sharey=True)
-    for panel, (name, aurocs) in zip(panels, settings_changed.items(), strict=True):
-        panel.plot([np.median(values) for values in aurocs.values()], color="#0072B2")
-        panel.plot(list(aurocs.values()), "o", color="#0072B2", markersize=4, alpha=0.6)
-        panel.set_xticks(range(len(aurocs)), aurocs, fontsize=7)
-        panel.set_title(name, fontsize=9)
-        panel.grid(axis="y", alpha=0.3)
-    panels[0].set_ylabel("ROC-AUC (%)")
-    title = "juice_bottle (a part), logical; ResNet-18, level 14. Point: one repetition of the "
-    figure.suptitle(f"{title}random projections, line: median, s: CPU time", x=0.01, ha="left")
+    rows = list(csv.DictReader(lines))
+    for row in rows:
+        row.setdefault("network", "resnet18")
+    changed = list(dict.fromkeys(row["changed"] for row in rows))
+    figure = Figure((11.0, 4.6))
+    panels = figure.subplots(2, len(changed), sharex="col", sharey="row", height_ratios=(5, 3))
+    for name, (upper, lower) in zip(changed, panels.T, strict=True):
+        _plot_setting(upper, lower, name, [row for row in rows if row["changed"] == name])
+        lower.set_xlabel(X_TITLES.get(name, name))
+    panels[0, 0].set_ylabel("image-level AUROC (%)")
+    panels[1, 0].set_ylabel("CPU time of\n5 repetitions (s)")
+    panels[1, 0].set_ylim(bottom=0)
+    figure.suptitle("juice_bottle (a part), logical anomalies", x=0.01, ha="left")
+    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower left", ncols=5)
     return figure
+
+
+def _plot_setting(upper: Axes, lower: Axes, name: str, rows: list[dict[str, str]]) -> None:
+    """Plot the rows of one setting: AUROC above, CPU time below."""
+
+    def order(value: str) -> tuple[bool, float]:  # numbers, then all crop grids together
+        return " " in value, float(value.split()[0])
+
+    values = sorted({row["value"] for row in rows}, key=order)
+    for net in dict.fromkeys(row["network"] for row in rows):
+        colour, marker, line_style, label = LINES[net]
+        of_net = [row for row in rows if row["network"] == net]
+        at = np.array([values.index(row["value"]) for row in of_net])
+        aurocs = np.array([float(row["ROC-AUC, %"]) for row in of_net])
+        seconds = np.array([float(row["CPU seconds, 5 reps"]) for row in of_net])
+        points = {"facecolors": "none", "edgecolors": colour, "marker": marker}
+        upper.scatter(at, aurocs, 16, **points, linewidths=0.8, label=f"{label}: one repetition")
+        line = {"color": colour, "linestyle": line_style}
+        x = np.unique(at)
+        medians = [np.median(aurocs[at == place]) for place in x]
+        upper.plot(x, medians, **line, label=f"{label}: median")
+        lower.plot(x, [seconds[at == place][0] for place in x], **line, marker=marker)
+    for panel in (upper, lower):
+        if name in USUAL:
+            place = values.index(USUAL[name])
+            label = "value while another setting is changed"
+            panel.axvspan(place - 0.25, place + 0.25, color="0.9", zorder=0, label=label)
+        panel.grid(axis="y", alpha=0.3)
+    lower.set_xticks(range(len(values)), ["all four" if " " in v else v for v in values])
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -182,6 +228,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--rep_num_224", type=cli.int_at_least(0), default=20, help="raw-pixel repetitions")
     add("--results_dir", type=Path, default=Path("results"), help="folder of measured rows")
     add("--out", type=Path, default=Path("imgs"), help="folder of the README's figures")
+    names = ("histograms", "demo", "ablation")
+    add("--only", nargs="+", choices=names, default=names, help="figures; ablation needs no demo")
     return parser.parse_args(argv)
 
 
@@ -190,18 +238,27 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     folder = str(args.demo_dir / "results/demo_pyramid_lvl_#")
     selection = score_files.Selection(folder, folder, settings.PAPER_LEVELS, 0, args.rep_num_224)
-    mvtypes = [f"{category}_{kind}" for category in CATEGORIES for kind in loco.KINDS]
-    sets = {name: score_files.load_subset(selection, name, settings.Settings()) for name in mvtypes}
+
+    @functools.cache
+    def subset(name: str) -> score_files.SubsetScores:
+        return score_files.load_subset(selection, name, settings.Settings())
+
+    def demo() -> Figure:
+        names = [f"{category}_{kind}" for category in CATEGORIES for kind in loco.KINDS]
+        return demo_figure({name: subset(name) for name in names}, args.demo_dir / "dataset")
+
     weights = args.weights or str(args.demo_dir / "tf_efficientnet_lite0.pth")
     data_dir, rows = args.demo_dir / "matrices", args.results_dir / "ablation.csv"
     plots = {
-        args.out / "histograms_fig.png": lambda: histograms_figure(sets[SHOWN], data_dir, weights),
-        args.out / "LOCO_demo_fig.png": lambda: demo_figure(sets, args.demo_dir / "dataset"),
-        rows.with_suffix(".png"): lambda: ablation_figure(rows),
+        "histograms": lambda: histograms_figure(subset(SHOWN), data_dir, weights),
+        "demo": demo,
+        "ablation": lambda: ablation_figure(rows),
     }
-    for path, plot in plots.items():
-        atomic.atomic_write(path, figures.png_of(plot))
-        print(path)
+    paths = {name: args.out / f"{name}_fig.png" for name in plots}
+    paths |= {"demo": args.out / "LOCO_demo_fig.png", "ablation": rows.with_suffix(".png")}
+    for name in args.only:
+        atomic.atomic_write(paths[name], figures.png_of(plots[name]))
+        print(paths[name])
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
-from sinbad import errors, settings
+from sinbad import __version__, errors, settings
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -52,7 +52,8 @@ class ScriptParser(argparse.ArgumentParser):
             formatter_class=_Help,
             allow_abbrev=False,
             add_help=False,
-            epilog="@FILE reads more flags from a file, one per line; # begins a comment.",
+            epilog="@FILE reads more flags from a file, one per line; # begins a comment.\n\n"
+            f"sinbad {__version__}",
             **options,
         )
 

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 import sinbad_utils
 from sinbad import (
+    __version__,
     atomic,
     backbones,
     crops,
@@ -119,7 +120,7 @@ class Detector:
     Attributes
     ----------
     values : its settings
-    metadata : weights' sha256, how images are resized, numbers of images
+    metadata : version, weights' sha256, how images are resized, numbers of images
     stored : (level, number of crops, crop) -> models; positions in the padding are missing
     calibration_crops : (level, number of crops) -> (n_reps, n_crops, n), crop scores of the
         calibration set
@@ -189,7 +190,7 @@ class Detector:
                     folds.score(model.train_descriptors, values.at_level(level).shrinkage_factor)
                 ]
                 calibration[level, n_crops][rep, position.crop] = crop_scores
-        metadata = {"matrices": resizing, "weights_sha256": sha256}
+        metadata = {"sinbad": __version__, "matrices": resizing, "weights_sha256": sha256}
         metadata |= {"n_train": len(train), "n_valid": len(valid)}
         return cls(values, metadata, stored, calibration, extractor)
 

@@ -21,7 +21,7 @@ import torch
 import torchvision
 from numpy.typing import NDArray
 
-from sinbad import atomic, crops, ensembles, errors, loco, settings
+from sinbad import __version__, atomic, crops, ensembles, errors, loco, settings
 from sinbad_utils import Scores
 
 log = logging.getLogger(__name__)
@@ -103,6 +103,7 @@ def environment_info(batch_size: int, device: torch.device) -> dict[str, object]
         "machine": platform.machine(),
         "numpy": np.__version__,
         "python": platform.python_version(),
+        "sinbad": __version__,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,

@@ -12,7 +12,7 @@ import calc_anom_ensm
 import data_to_matrices
 import sinbad_detector
 import sinbad_single_layer
-from sinbad import cli, errors, settings
+from sinbad import __version__, cli, errors, settings
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = [path.stem for path in sorted(ROOT.glob("*.py")) if "run_script(" in path.read_text()]
@@ -100,6 +100,7 @@ def test_help(command: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> N
     assert titles[: len(groups)] == groups
     assert titles[-1] == "help"
     assert "--debug" in text
+    assert text.splitlines()[-1] == f"sinbad {__version__}"
     flags = re.findall(r"^  (--\w+)", text, re.MULTILINE)
     assert len(flags) == len(set(flags))
     assert "True" not in text

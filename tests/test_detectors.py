@@ -21,7 +21,7 @@ import data_to_matrices
 import sinbad_detector
 import sinbad_single_layer
 import sinbad_utils
-from sinbad import detectors, errors
+from sinbad import __version__, detectors, errors
 from sinbad.settings import Settings
 
 ROOT = Path(__file__).parents[1]
@@ -413,6 +413,23 @@ def test_a_file_with_a_missing_position_or_nan_is_damaged(
     np.savez(tmp_path / "d.npz", **arrays)
     with pytest.raises(errors.UserError, match="must be a complete file"):
         detectors.Detector.load(tmp_path / "d.npz", device="cpu")
+
+
+@pytest.mark.parametrize("version", [None, "0.9"])
+def test_a_detector_of_any_version_is_loaded(
+    detector: detectors.Detector, tmp_path: Path, version: str | None
+) -> None:
+    assert detector.metadata["sinbad"] == __version__
+    detector.save(tmp_path / "d.npz")
+    with np.load(tmp_path / "d.npz") as archive:
+        arrays = dict(archive)
+    record = json.loads(str(arrays["about"]))
+    record["about"] = {k: v for k, v in record["about"].items() if k != "sinbad"}
+    record["about"] |= {"sinbad": version} if version else {}
+    np.savez(tmp_path / "d.npz", **{**arrays, "about": np.array(json.dumps(record))})
+    loaded = detectors.Detector.load(tmp_path / "d.npz", device="cpu")
+    assert loaded.metadata.get("sinbad") == version
+    assert loaded.calibration.tolist() == detector.calibration.tolist()
 
 
 def test_the_example_of_the_docs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -118,6 +118,24 @@ def test_a_heatmap_needs_grids_alone(tmp_path: Path) -> None:
     assert min(red, other_red) == 2.0
 
 
+@pytest.mark.parametrize("pixel", [0, 120, 255])
+def test_a_higher_score_is_darker_in_grey_on_any_image(pixel: int) -> None:
+    image = Image.new("RGB", (80, 20), (pixel, pixel, pixel))
+    overlay = np.tile(np.geomspace(2, 10, 80), (20, 1))  # below 2 it is nearly clear
+    item = figures.CaptionedImage(image, overlay, "", "k")
+    view = figures.both_views(item, figures.LogNorm(1.0, 10.0, clip=True))
+    shades = np.asarray(Image.fromarray(view).convert("L"))[-1].astype(int)
+    assert (np.diff(shades) <= 1).all()
+    assert shades[0] - shades[-1] > 60
+
+
+def test_curves_of_categories_differ_without_colour(tmp_path: Path) -> None:
+    names = ["pushpins_loco", "pushpins_struct", "screw_bag_loco", "screw_bag_struct"]
+    axes = figures.roc_figure([toy_scores.load_toy(tmp_path, name) for name in names]).axes[0]
+    looks = {(line.get_marker(), line.get_linestyle()) for line in axes.lines}
+    assert len(looks) == len(names) + 1  # and chance
+
+
 @pytest.mark.parametrize("size", [(40, 80), (80, 40)])
 def test_an_image_is_beside_or_above_its_overlay(size: tuple[int, int]) -> None:
     image = Image.new("RGB", size, (200, 10, 10))
@@ -128,9 +146,9 @@ def test_an_image_is_beside_or_above_its_overlay(size: tuple[int, int]) -> None:
     wide = (size[1] * 2 + 12, size[0], 3) if size[0] > size[1] else (size[1], size[0] * 2 + 12, 3)
     assert view.shape == wide
     covered = view[-size[1] :, -size[0] :]
-    grey = np.asarray(image.convert("L"))[0, 0]
+    faded = 255 - figures.FADED * (255 - np.asarray(image.convert("L"))[0, 0])
     assert np.ptp(covered[20:, 20:]) <= 1  # as the validation images: clear
-    assert abs(int(covered[30, 30, 0]) - int(grey)) <= 1
+    assert abs(covered[30, 30, 0] - faded) <= 1
     assert covered[5, 5, 0] > covered[5, 5, 2] + 50  # red where the score is high
 
 

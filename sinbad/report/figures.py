@@ -44,12 +44,15 @@ STYLES = {  # colour and marker
     ANOMALOUS: ("#D55E00", "D"),
 }
 CURVE_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+CURVE_MARKERS = "o^sDvPX"
 CURVE_STYLES = {"loco": "-", "struct": (0, (4, 2))}
 N_EXTREMES = 4  # most, and least, anomalous images shown of a data set
 THUMBNAIL = 480  # pixels, long side of an image
-# Of a map over its image: yellow to red, clear where the score is low.
-OVERLAY = ListedColormap(colormaps["YlOrRd"](np.linspace(0.1, 0.85, 256)))
-OVERLAY.colors[:, 3] = np.linspace(0.0, 0.65, 256)  # opacity, in [0, 1]
+# Of a map over its image: yellow to dark red, clear where the score is low. Darker is higher in
+# grey too, because the image below is faded.
+OVERLAY = ListedColormap(colormaps["YlOrRd"](np.linspace(0.1, 1.0, 256)))
+OVERLAY.colors[:, 3] = np.linspace(0.0, 0.85, 256)  # opacity, in [0, 1]
+FADED = 0.4  # contrast of that image
 OVERLAY_NOTE = "overlay: crop score / mean of the validation images at the same position"
 GOLDEN_RATIO = (math.sqrt(5.0) - 1.0) / 2.0
 
@@ -128,6 +131,7 @@ def distribution_figure(sets: Sequence[score_files.SubsetScores]) -> Figure:
         axes.set_title(tables.legible(category), fontweight="bold")
     figure.suptitle("Anomaly scores of the test images (bar: median)", x=0.01, ha="left")
     figure.supxlabel("image-level anomaly score (no unit, higher = more anomalous)")
+    figure.supylabel("test images by type")
     return figure
 
 
@@ -156,27 +160,33 @@ def _plot_distributions(axes: Axes, members: list[score_files.SubsetScores]) -> 
 
 
 def roc_figure(sets: Sequence[score_files.SubsetScores]) -> Figure:
-    """Plot the ROC curves of all data sets: one colour per category, structural ones dashed."""
+    """Plot the ROC curves of all data sets: a colour and marker per category, structural dashed."""
     figure = Figure((8.0, max(5.0, 1.0 + 0.2 * len(sets))))
     axes = figure.subplots()
-    axes.plot([0, 100], [0, 100], color="0.7", linewidth=1)
+    axes.plot([0, 100], [0, 100], ":", color="0.5", linewidth=1, label="chance: 50.0")
     categories = list(metrics.group_by_category(sets))
     for scores in sets:
         category, kind = loco.split_mvtype(scores.mvtype)
         value = metrics.auroc(scores.labels, scores.final)
         rates = ([], []) if value is None else roc_curve(scores.labels, scores.final)[:2]
         name = f"{tables.legible(category)}, {type_name(scores.mvtype)}"
+        number = categories.index(category) % len(CURVE_COLOURS)
         axes.plot(
             *(100.0 * np.asarray(rate) for rate in rates),
-            color=CURVE_COLOURS[categories.index(category) % len(CURVE_COLOURS)],
-            linestyle=CURVE_STYLES.get(kind, ":"),
+            color=CURVE_COLOURS[number],
+            linestyle=CURVE_STYLES.get(kind, "-."),
+            marker=CURVE_MARKERS[number],
+            markersize=5,
+            markevery=(0.05 * number, 0.25),  # of the axes' diagonal
             label=f"{name}: {metrics.percent([value])}",
         )
     axes.set(xlabel="false-positive rate (%)", ylabel="true-positive rate (%)")
     axes.set_title("Image-level ROC curves")
     axes.grid(alpha=0.3)
     axes.set_box_aspect(1)
-    figure.legend(loc="outside right upper", title="image-level AUROC (%)", frameon=False)
+    figure.legend(
+        loc="outside right upper", title="image-level AUROC (%)", frameon=False, handlelength=4
+    )
     return figure
 
 
@@ -211,6 +221,7 @@ def grid_figure(sets: Sequence[score_files.SubsetScores]) -> Figure:
         axes.axvline(len(sets[0].ensemble.grids) - 0.5, color="white", linewidth=5)
     axes.set_xticks(range(n_columns), columns[0], fontsize=7)
     axes.set_yticks(range(n_rows), [tables.legible(scores.mvtype) for scores in sets])
+    axes.set(xlabel="crop grids of a level; levels and ensembles", ylabel="test subset")
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     figure.colorbar(image, label="AUROC (%)", extend="min", fraction=0.05)
@@ -280,13 +291,13 @@ def image_rows_figure(title: str, rows: dict[str, list[CaptionedImage]]) -> Figu
     """Plot named rows of images, each beside (wide ones above) the same image with its overlay."""
     scale = overlay_scale([item for row in rows.values() for item in row])
     views = [[both_views(item, scale) for item in row] for row in rows.values()]
-    aspects = np.array([len(view) / view.shape[1] for row in views for view in row])
     n_columns = max(map(len, views))
     slot = (WIDTH - 1.0) / n_columns  # inches
-    height = np.minimum(slot * aspects, 6.0).max()
-    width = np.minimum(slot, height / aspects).max()
-    figure = Figure((n_columns * width + 1.0, 0.6 + len(rows) * (height + 0.5)))
-    panels = figure.subplots(len(rows), n_columns, squeeze=False)
+    aspects = [max(len(view) / view.shape[1] for view in row) for row in views]
+    heights = np.minimum(slot * np.array(aspects), 6.0)
+    width = (heights / aspects).max()
+    figure = Figure((n_columns * width + 1.0, 0.6 + heights.sum() + 0.5 * len(rows)))
+    panels = figure.subplots(len(rows), n_columns, squeeze=False, height_ratios=heights)
     for panel in panels.ravel():
         panel.set(xticks=[], yticks=[])
         panel.spines[:].set_visible(False)
@@ -297,18 +308,18 @@ def image_rows_figure(title: str, rows: dict[str, list[CaptionedImage]]) -> Figu
             panel.set_title(item.caption, fontsize=8, color=item.colour)
     figure.suptitle(f"{title}\n{OVERLAY_NOTE}", x=0.01, ha="left", fontsize=10)
     bar = figure.colorbar(ScalarMappable(scale, OVERLAY), ax=panels, fraction=0.02, pad=0.01)
-    bar.set_label("crop score / validation mean")
+    bar.set_label("crop score / validation mean (no unit)")
     set_log_ticks(bar.ax.yaxis)
     return figure
 
 
 def both_views(item: CaptionedImage, scale: LogNorm, axis: int | None = None) -> NDArray[np.uint8]:
-    """Return an image, and the same in grey under its overlay, as one (height, width, 3).
+    """Return an image, and the same faded and grey under its overlay, (height, width, 3).
 
     They are joined along `axis`, by default the shorter one.
     """
     plain = np.asarray(item.image)
-    grey = np.asarray(item.image.convert("L"))[:, :, None]
+    grey = 255.0 - FADED * (255.0 - np.asarray(item.image.convert("L"))[:, :, None])
     colours = OVERLAY(scale(item.overlay))  # (height, width, RGBA), in [0, 1]
     opacity = colours[:, :, 3:]
     covered = (grey * (1.0 - opacity) + 255.0 * colours[:, :, :3] * opacity).astype(np.uint8)

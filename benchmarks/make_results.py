@@ -1,7 +1,7 @@
 """Measure the numbers of the README and of docs/, one CSV per table.
 
 Reads   LOCO_DIR/juice_bottle, UEA_DIR/<name>; what is missing is skipped
-Writes  OUT/{time_series,images,ablation,verdicts}.csv; intermediate files in WORK
+Writes  OUT/{time_series,images,ablation,subsets,verdicts}.csv; intermediate files in WORK
 
     python benchmarks/make_results.py --only time_series images
 
@@ -65,6 +65,7 @@ CHANGES = {
 AUTHORS = {"CharacterTrajectories": 99.7, "Epilepsy": 99.1, "NATOPS": 96.2, "RacketSports": 91.8}
 AUTHORS["SpokenArabicDigits"] = 97.4
 RATES = (0.05, 0.1)  # nominal false-positive rates of the verdicts
+SUBSET_SIZES = (4, 8, 10, 20, 40)
 # Training images and calibration set of the verdicts; 0: the training images in folds.
 SIZES = [(20, 0), (20, 20), (20, 40), (40, 0), (40, 20), (40, 40), (60, 40), (80, 0), (80, 40)]
 
@@ -155,6 +156,24 @@ def measure_ablation(args: argparse.Namespace) -> list[list[Any]]:
     return rows
 
 
+def measure_subsets(args: argparse.Namespace) -> list[list[Any]]:
+    """Train on random subsets of the training images; level 14, one crop, as the verdicts."""
+    subset, pool, ids, extractor = load_category(args)
+    values = Settings((14,), (0.99,), net="resnet18", device=args.device)
+    elements = one_crop_elements(pool, extractor, values)
+    rows: list[list[Any]] = [["n_train", "subset", "ROC-AUC, %"]]
+    for number in cli.progress(range(args.n_subsets), "subsets", "subsets"):
+        order = np.random.default_rng(number).permutation(ids[MVTYPE, "train"])
+        for n_train in SUBSET_SIZES:
+            n_range_sets = min(n_train, sinbad_utils.N_RANGE_SETS)
+            model = describe_all(elements, order, number, values, n_range_sets)
+            settings = replace(values, seed=number), subset.settings
+            _, scores = fit_verdicts(*model, order[:n_train], order[:0], *settings)
+            auroc = 100 * metrics.auroc(subset.labels, scores[ids[MVTYPE, "test"]])
+            rows.append([n_train, number, f"{auroc:.3f}"])
+    return rows
+
+
 def measure_verdicts(args: argparse.Namespace) -> list[list[Any]]:
     """Count false positives over random splits of the normal images; level 14, one crop."""
     subset, pool, ids, extractor = load_category(args)
@@ -239,6 +258,7 @@ MEASUREMENTS = {
     "time_series": measure_time_series,
     "images": measure_images,
     "ablation": measure_ablation,
+    "subsets": measure_subsets,
     "verdicts": measure_verdicts,
 }
 
@@ -252,6 +272,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--uea_dir", type=cli.path, default=Path("../dataset_uea"), help="UEA archive")
     add("--weights_dir", type=cli.path, help="folder of weights files (default: downloaded)")
     add("--seeds", nargs="+", type=cli.integer_ranges, default=[range(5)], help="of images")
+    add("--n_subsets", type=cli.int_at_least(1), default=50, help="of training images")
     add("--n_splits", type=cli.int_at_least(1), default=300, help="of verdicts")
     add("--work", type=cli.path, default=cli.RUNS_DIR / "measured", help="preprocessed images")
     add("--out", type=cli.path, default=Path("results"), help="folder of the tables")

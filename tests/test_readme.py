@@ -281,6 +281,18 @@ def test_the_table_of_false_positive_rates_is_that_measured() -> None:
     assert f"all {len(errors)} rates" in words_of("docs/detector.md").replace("twelve", "12")
 
 
+def test_the_table_of_random_training_images_is_that_measured() -> None:
+    table, values = cells_of("docs/ablation.md"), defaultdict(list)
+    for row in measured("subsets"):
+        values[row["n_train"]].append(float(row["ROC-AUC, %"]))
+    assert list(values) == ["4", "8", "10", "20", "40"]
+    for n_train, aurocs in values.items():
+        assert len(aurocs) == 50
+        low, *_, high = statistics.quantiles(aurocs, n=10, method="inclusive")
+        spread = f"{low:.1f} to {high:.1f}"
+        assert [n_train, f"{statistics.median(aurocs):.1f}", spread, f"{min(aurocs):.1f}"] in table
+
+
 def test_the_table_of_the_ablation_is_that_measured() -> None:
     names = {
         "n_projections": "random projections",
@@ -293,7 +305,7 @@ def test_the_table_of_the_ablation_is_that_measured() -> None:
         changed, value, _, auroc, seconds = row.values()
         values[names.get(changed, changed), value, seconds].append(float(auroc))
     table = cells_of("docs/ablation.md")
-    assert len(table) == len(values) + 2
+    assert sum(len(cells) == 5 for cells in table) == len(values) + 2
     for (changed, value, seconds), aurocs in values.items():
         assert len(aurocs) == 5
         spread = f"{min(aurocs):.1f} to {max(aurocs):.1f}"

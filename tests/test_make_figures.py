@@ -61,7 +61,7 @@ def test_equal_scores_give_equal_bytes(
 
 def test_the_ablation_is_plotted_from_its_rows_alone(tmp_path: Path) -> None:
     rows = (Path(__file__).parents[1] / "results/ablation.csv").read_text("utf-8").splitlines()
-    other = [line.replace(",80,", ",4,") for line in rows[2:] if ",80," in line]
+    other = [line.replace(",80,", ",2,") for line in rows[2:] if ",80," in line]
     both = ["network," + rows[1], *(f"resnet18,{line}" for line in rows[2:] + other)]
     both += [f"tf_efficientnet_lite0,{line}" for line in rows[2:]]
     for lines in (rows[1:], both):  # one network, then two, and a row out of order
@@ -72,7 +72,7 @@ def test_the_ablation_is_plotted_from_its_rows_alone(tmp_path: Path) -> None:
         panels = figure.axes[:5]
         assert {len(panel.lines) for panel in panels} == {1 + (lines is both)}
         ticks = [label.get_text() for label in figure.axes[9].get_xticklabels()]
-        assert ticks == ["4"] * (lines is both) + ["10", "20", "40", "80"]
+        assert ticks == ["2"] * (lines is both) + ["4", "8", "10", "20", "40", "80"]
         assert all(panel.get_xlabel() for panel in figure.axes[5:])
     assert [path.name for path in tmp_path.iterdir() if path.name != "ablation.csv"] == [
         "ablation.png"

@@ -60,23 +60,23 @@ def test_equal_scores_give_equal_bytes(
 
 
 def test_the_ablation_is_plotted_from_its_rows_alone(tmp_path: Path) -> None:
-    rows = (Path(__file__).parents[1] / "results/ablation.csv").read_text("utf-8").splitlines()
-    other = [line.replace(",80,", ",2,") for line in rows[2:] if ",80," in line]
-    both = ["network," + rows[1], *(f"resnet18,{line}" for line in rows[2:] + other)]
-    both += [f"tf_efficientnet_lite0,{line}" for line in rows[2:]]
-    for lines in (rows[1:], both):  # one network, then two, and a row out of order
-        (tmp_path / "ablation.csv").write_text("\n".join([rows[0], *lines]))
+    head = 'changed,value,rep,"ROC-AUC, %","CPU seconds, 5 reps"'
+    values = {"training images": ("80", "10", "4"), "crop_size_ratio": (".25 .5 .7 .99", ".5")}
+    rows = [f"{name},{v},{rep},9{rep},7" for name in values for v in values[name] for rep in (0, 1)]
+    nets = ("resnet18", "tf_efficientnet_lite0")
+    both = [f"network,{head}", *(f"{net},{row}" for net in nets for row in rows)]
+    for n_nets, lines in ((1, [head, *rows]), (2, both)):
+        (tmp_path / "ablation.csv").write_text("\n".join(["# made by hand", *lines]))
         flags = ["--only", "ablation", "--results_dir", str(tmp_path), "--demo_dir", "none"]
         make_figures.main([*flags, "--out", str(tmp_path / "out")])
-        figure = make_figures.ablation_figure(tmp_path / "ablation.csv")
-        panels = figure.axes[:5]
-        assert {len(panel.lines) for panel in panels} == {1 + (lines is both)}
-        ticks = [label.get_text() for label in figure.axes[9].get_xticklabels()]
-        assert ticks == ["2"] * (lines is both) + ["4", "8", "10", "20", "40", "80"]
-        assert all(panel.get_xlabel() for panel in figure.axes[5:])
-    assert [path.name for path in tmp_path.iterdir() if path.name != "ablation.csv"] == [
-        "ablation.png"
-    ]
+        upper, lower = np.split(
+            np.array(make_figures.ablation_figure(tmp_path / "ablation.csv").axes), 2
+        )
+        assert [len(panel.lines) for panel in upper] == [n_nets, n_nets]
+        assert all(panel.get_xlabel() for panel in lower)
+        ticks = [[label.get_text() for label in panel.get_xticklabels()] for panel in lower]
+        assert ticks == [["4", "10", "80"], [".5", "all four"]]
+    assert {path.name for path in tmp_path.iterdir()} == {"ablation.csv", "ablation.png"}
 
 
 def test_the_images_shown_are_those_of_median_and_of_lowest_score() -> None:

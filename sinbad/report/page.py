@@ -102,8 +102,9 @@ form :checked + span { color: white; background: #444; border-color: #444; }
 form :focus-visible + span { outline: 2px solid var(--normal); outline-offset: 1px; }
 thead { top: 3rem; border-bottom: 2px solid #bbb; }
 table, thead, tbody { display: block; min-width: 50rem; }
-tr { display: grid; column-gap: 1rem; grid-template-columns:
-    var(--picture) minmax(9rem, 1fr) 6.5rem 130px 4rem repeat($n_levels, 5.5rem); align-items: center;
+tr { display: grid; column-gap: 1rem; align-items: center;
+  grid-template-columns: var(--picture) minmax(9rem, 1fr) 6.5rem 130px 4rem
+    repeat($n_levels, 5.5rem);
   padding: .5rem 0 .5rem .6rem; border-left: 4px solid transparent; }
 tbody tr { border-bottom: 1px solid #ddd; content-visibility: auto;
   contain-intrinsic-size: auto calc(var(--row) + 2rem); }

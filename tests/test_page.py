@@ -189,8 +189,10 @@ def test_rows_are_those_of_the_csv_most_anomalous_first(report: Path) -> None:
         levels = (row["level_14"], row["level_224"])
         numbers = f"{float(row['p_value']):.3g}", *(f"{float(level):.2f}" for level in levels)
         assert others == [f"<td>{number}</td>" for number in numbers]
-        widths = re.findall(r'width="([\d.]+)" height="100%"', score)[:-1]  # the last: threshold
-        assert sum(map(float, widths)) == pytest.approx(float(row["score"]), rel=1e-3)
+        bars = re.findall(r'x="([\d.]+)" width="([\d.]+)" height="100%"', score)
+        (_, width), (x, last_width), _ = (tuple(map(float, bar)) for bar in bars)  # and threshold
+        assert x == width
+        assert x + last_width == pytest.approx(float(row["score"]), rel=1e-3)
     assert "damaged.png must be a complete image file" in cells[-1][-1]
     assert "<img" not in cells[-1][0]
     thumbnails = [Image.open(path).size for path in (report / page.PICTURES).glob("*.small.jpg")]

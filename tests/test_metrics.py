@@ -69,6 +69,8 @@ def test_means_are_of_categories_first_and_then_of_anomaly_types(tmp_path: Path)
     assert means["logical_anomalies"] == pytest.approx(logical)
     assert means["mean"] == pytest.approx((logical + aurocs["pushpins_struct"]) / 2)
     assert values["classes"]["boxes"]["classification"]["auc_roc"]["mean"] is None
+    mean = values["mean"]
+    assert mean["classification"]["auc_roc"] == mean["auc_roc_by_column"]["ensemble"]
     assert values["classes"]["boxes"]["pooled_auroc"] is None
 
 

@@ -128,6 +128,15 @@ def test_ranges_of_numbers() -> None:
             parse(["--mvtype", "all", f"--rep={text}"])
 
 
+def test_repetitions_are_sorted_and_count_once(tmp_path: Path) -> None:
+    flags = ["--mvtype", "pushpins_loco", "--rep", "2", "0-1", "1"]
+    runs = calc_anom_ensm.select_runs(calc_anom_ensm.parse_args(flags))
+    assert list(runs) == ["rep 0", "rep 1", "rep 2"]
+    args = sinbad_single_layer.parse_args([*flags, "--data_dir", str(tmp_path)])
+    tasks = sinbad_single_layer.requested_tasks(args, cli.settings_of(args))
+    assert [task.rep for task in tasks] == [0, 1, 2]
+
+
 def test_ends_of_shared_flags() -> None:
     parse = calc_anom_ensm.parse_args
     assert parse(["--mvtype", "all", "--extra_weight", "0"]).extra_weight == 0.0

@@ -39,7 +39,7 @@ def work_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     [
         (backbone, "", 80, 1, "--pyramid_level 7 --crop_size_ratio 0.25"),
         (backbone, "--group class", 5, 16, "--pyramid_level 7 14 --crop_size_ratio 0.25 0.5"),
-        (backbone, "--mvtype pushpins --rep 0-2 5 --reps_per_task 4", 16, 4, "--rep 0-2 5"),
+        (backbone, "--mvtype pushpins --rep 5 0-2 1 --reps_per_task 4", 16, 4, "--rep 0-2 5"),
         (pixels, "", 10, 100, "--rep 0-99"),
         (pixels, "--reps_per_task 30", 40, 30, "--rep 0-29"),
     ],

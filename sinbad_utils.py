@@ -25,7 +25,7 @@ SCORE_EPSILON = 1e-5  # added to the validation mean, and to the normalised scor
 VALUES_PER_CHUNK = {"cpu": 1 << 20, "cuda": 1 << 27}
 FLAG_TYPE = {"cpu": torch.float32, "cuda": torch.float16}  # a GPU copies bools to int64 to sum
 MANY_CHANNELS = 64  # from here on oneDNN's product (a convolution) is the faster one on a CPU
-BLOCK = {"cpu": 32, "cuda": 1024}  # rows of one product of descriptors
+BLOCK, QUERY_BLOCK = 32, {"cpu": 8, "cuda": 1024}  # rows of one product: training, queries
 NO_VARIANCE = 1e-24  # mean variance of descriptors that differ by rounding only
 
 Scores = NDArray[np.float64]
@@ -198,6 +198,7 @@ class WhitenedNeighbours:
     centred: Tensor  # (n', p'), Y padded with zeros, see `_padded`
     projector: Tensor  # L^-1: maps Y (x - mean) to coordinates of what the training span explains
     train_coords: Tensor  # (n', rows of projector), these coordinates of the training descriptors
+    train_norms: Tensor  # (n',), their squared norms, see `_squared_norms`
     scale: float  # 1/(s m), its square for C^-2; 1 where training descriptors do not vary at all
     n_train: int
 
@@ -212,15 +213,12 @@ class WhitenedNeighbours:
         return self.squared_distances(queries).min(1).values
 
     def squared_distances(self, queries: Tensor) -> Tensor:
-        """Return (n_queries, n_train) squared whitened distances to the training descriptors.
-
-        On a CPU in blocks of one shape: a query's bytes do not depend on the rest of the batch.
-        """
-        distances, train_norms = [], _squared_norms(self.centred, self.train_coords)
-        for block in _padded(queries.double() - self.mean).split(BLOCK[queries.device.type]):
+        """Return (n_queries, n_train) squared whitened distances to the training descriptors."""
+        centred, distances = _padded(queries.double() - self.mean, QUERY_BLOCK["cpu"]), []
+        for block in centred.split(QUERY_BLOCK[queries.device.type]):  # on a CPU of one shape
             products = block @ self.centred.T  # (block, training descriptors)
             coords = products @ self.projector.T
-            norms = _squared_norms(block, coords)[:, None] + train_norms
+            norms = _squared_norms(block, coords)[:, None] + self.train_norms
             distances.append(norms - 2.0 * (products - coords @ self.train_coords.T))
         return self.scale * torch.cat(distances)[: len(queries), : self.n_train].clamp(min=0.0)
 
@@ -230,9 +228,9 @@ def _squared_norms(centred: Tensor, coords: Tensor) -> Tensor:
     return centred.square().sum(1) - coords.square().sum(1)
 
 
-def _padded(rows: Tensor) -> Tensor:
-    """Pad both sides with zeros to multiples of 32, a block: equal shapes give equal bytes."""
-    return functional.pad(rows, (0, -rows.shape[1] % BLOCK["cpu"], 0, -len(rows) % BLOCK["cpu"]))
+def _padded(rows: Tensor, block: int = BLOCK) -> Tensor:
+    """Pad rows with zeros to multiples of `block` by BLOCK: equal shapes give equal bytes."""
+    return functional.pad(rows, (0, -rows.shape[1] % BLOCK, 0, -len(rows) % block))
 
 
 def fit_whitening(
@@ -260,7 +258,7 @@ def fit_whitening(
     mean_variance = float(gram.trace()) / (n_train * length)
     if mean_variance < NO_VARIANCE or shrinkage == 1.0:  # no covariance is left
         scale = 1.0 / mean_variance if mean_variance >= NO_VARIANCE else 1.0
-        projector = gram[:0]
+        projector = gram.new_empty(0, len(gram))  # a view would keep the Gram matrix
     else:
         scale = 1.0 / (shrinkage * mean_variance)
         ridge = n_train * shrinkage * mean_variance / (1.0 - shrinkage)  # c
@@ -269,8 +267,9 @@ def fit_whitening(
         projector = torch.linalg.solve_triangular(factor, identity, upper=False)
         if full_inverse:  # (I - Y'AY)^2 = I - Y'(2A - AGA)Y, and AG = I - cA
             projector = torch.cat([projector, math.sqrt(ridge) * projector.T @ projector])
-    scale = scale**2 if full_inverse else scale
-    return WhitenedNeighbours(mean, centred, projector, gram @ projector.T, scale, n_train)
+    scale, coords = scale**2 if full_inverse else scale, gram @ projector.T
+    norms = _squared_norms(centred, coords)
+    return WhitenedNeighbours(mean, centred, projector, coords, norms, scale, n_train)
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ import sinbad_single_layer
 import sinbad_time_series
 from sinbad import atomic, backbones, cli, detectors, errors, loco, score_files, scoring, settings
 from sinbad.image_pool import ImagePool
-from sinbad.report import tables
+from sinbad.report import metrics, tables
 from sinbad.settings import Settings
 from sinbad.uea import TimeSeriesDataset
 
@@ -52,7 +52,8 @@ COLUMNS = {  # of the tables; detector and scaling as in their files in results/
     "peak memory, GB;GPU memory, GB;relative speed, %",
     "scaling": "what;number;crop forwards;seconds;seconds, bare network;peak memory, GB",
     "memory": "network;images;crops;seconds;after a fifth, MB;last tenth, MB;peak, MB",
-    "detector": "net;what;pictures;seconds;of the bare network's time;peak GB",
+    "detector": "network and settings;step, images;seconds;of the forward pass alone;peak GB;"
+    "anonymous MB;ROC-AUC, %",
 }
 
 Counts = dict[str, loco.LocoClass]  # category -> sizes and numbers of its images
@@ -173,31 +174,73 @@ def scaling_rows(args: argparse.Namespace, values: Settings) -> list[list[str]]:
 
 
 def detector_rows(args: argparse.Namespace, values: Settings) -> list[list[str]]:
-    """Return one row per step of a detector and number of images."""
+    """Return one row per step of a detector and number of images; fit and score in two processes.
+
+    With a folder of real images also the ROC-AUC of its test images.
+    """
     rows: list[list[str]] = []
-
-    def add(what: str, n_images: int, seconds: float, forward: float = 0.0) -> None:
-        ratio = f"{seconds / forward:.2f}" if forward else ""
-        rows.append([values.net, what, str(n_images), f"{seconds:.2f}", ratio, peak_memory()])
-
     with tempfile.TemporaryDirectory() as name:
-        folder, path = Path(name), Path(name, "bottle.npz")
-        numbers = dict.fromkeys(PARTS.values(), 0)
-        numbers |= {"train": args.n_train, "good": max(args.n_images)}
-        write_images(folder, {"": replace(loco.LOCO_CLASSES["juice_bottle"], **numbers)})
-        train, test = (sorted((folder / part / "good").iterdir()) for part in ("train", "test"))
-        seconds, detector = timed(detectors.Detector.fit, train, (), values)
-        add("fit", len(train), seconds)
-        detector.save(path)
-        seconds, detector = timed(detectors.Detector.load, path, None, values.device)
-        add(f"load {path.stat().st_size / 1e6:.1f} MB", 0, seconds)
-        add("first score", 1, timed(detector.score, test[:1])[0])
-        n_crops = len({key[1:] for key in detector.stored if key[0] != settings.PIXEL_LEVEL})
-        for n in args.n_images:
-            turns = np.empty((args.turns, 2))
-            for turn in turns:
-                turn[:] = timed(detector.score, test[:n])[0], time_forward(values, n_crops * n)
-            add("score", n, *np.median(turns, axis=0))
+        folder = args.class_dir or Path(name)
+        if not args.class_dir:
+            numbers = dict.fromkeys(PARTS.values(), 0)
+            numbers |= {"train": args.n_train, "good": max(args.n_images)}
+            write_images(folder, {"": replace(loco.LOCO_CLASSES["juice_bottle"], **numbers)})
+        for function in (fit_rows, score_rows):
+            spawn = multiprocessing.get_context("spawn")
+            with ProcessPoolExecutor(1, spawn, errors.log_to_stderr) as process:
+                given = args, values, folder, Path(name, "detector.npz")
+                rows += process.submit(function, *given).result()
+    return rows
+
+
+def detector_row(
+    values: Settings, what: str, seconds: float, ratio: float = 0.0, auroc: float = 0.0
+) -> list[str]:
+    """Return a row of the table of detectors."""
+    flags = cli.flags_of(values, ["pyramid_level", "crop_size_ratio", "batch_size"])
+    columns = [
+        " ".join([values.net, *flags]),
+        what,
+        f"{seconds:.2f}",
+        f"{ratio:.2f}" if ratio else "",
+        peak_memory(),
+    ]
+    return [*columns, f"{anonymous_memory():.0f}", f"{100 * auroc:.1f}" if auroc else ""]
+
+
+def fit_rows(
+    args: argparse.Namespace, values: Settings, folder: Path, path: Path
+) -> list[list[str]]:
+    """Fit and save a detector."""
+    train, valid = (sorted((folder / part / "good").glob("*")) for part in ("train", "validation"))
+    seconds, detector = timed(detectors.Detector.fit, train[: args.n_train], valid, values)
+    detector.save(path)
+    return [detector_row(values, f"fit, {len(train[: args.n_train])}", seconds)]
+
+
+def score_rows(
+    args: argparse.Namespace, values: Settings, folder: Path, path: Path
+) -> list[list[str]]:
+    """Load a detector, and score; medians of turns beside the forward pass alone."""
+    good, anomalous = (
+        sorted((folder / "test" / kind).glob("*")) for kind in ("good", "logical_anomalies")
+    )
+    rows = [detector_row(values, "imports", 0.0)]
+    seconds, detector = timed(detectors.Detector.load, path, values.weights, values.device)
+    rows.append(detector_row(values, f"load {path.stat().st_size / 1e6:.1f} MB", seconds))
+    rows.append(detector_row(values, "first score, 1", timed(detector.score, good[:1])[0]))
+    n_crops = len({key[1:] for key in detector.stored if key[0] != settings.PIXEL_LEVEL})
+    for n in args.n_images:
+        turns = np.empty((args.turns, 2))
+        for turn in turns:
+            turn[:] = timed(detector.score, good[:n])[0], time_forward(values, n_crops * n)
+        seconds, ratio = np.median(turns[:, 0]), np.median(turns[:, 0] / turns[:, 1])
+        rows.append(detector_row(values, f"score, {n}", seconds, ratio))
+    if anomalous:
+        seconds, predictions = timed(detector.score, good + anomalous)
+        scores = np.split(np.array([p.score for p in predictions]), [len(good)])
+        auroc = metrics.auroc_against(*scores)
+        rows.append(detector_row(values, f"test, {len(predictions)}", seconds, auroc=auroc))
     return rows
 
 
@@ -281,6 +324,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--what", choices=MEASUREMENTS, default="pipeline", help="what is timed")
     add("--n_images", type=at_least_1, nargs="+", default=[16], metavar="N", help="images")
     add("--n_train", type=cli.int_at_least(19), default=40, metavar="N", help="detector: images")
+    about = "detector: a category's folder of real images in LOCO's layout"
+    add("--class_dir", type=cli.path, metavar="DIR", help=about)
     add("--loco", action="store_true", help="pipeline: images in the numbers and sizes of LOCO")
     add("--turns", type=at_least_1, default=3, metavar="N", help="repetitions, medians are shown")
     add("--agreement", action="store_true", help="compare scores with the CPU's in fp32 too")

@@ -414,7 +414,7 @@ def _timm_imagenet(net: str) -> Weights:
 
 def normalise_pixels(crops: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """Normalise uint8 pixels (n, 3, h, w) as the network expects, padding included."""
-    return (crops.float() / 255.0 - mean) / std
+    return crops.float().div_(255.0).sub_(mean).div_(std)
 
 
 def pixel_elements(crops: Tensor) -> Tensor:

@@ -38,7 +38,7 @@ from sinbad import (
 from sinbad.images import ImageInput
 from sinbad.scoring import CropPosition, GridTask, Models, Repetition
 from sinbad.settings import Settings
-from sinbad_utils import CropModel, Histograms, Scores
+from sinbad_utils import BLOCK, CropModel, Histograms, Scores
 
 log = logging.getLogger(__name__)
 
@@ -102,13 +102,40 @@ class StoredModels:
     def fit(self, rep: int, directions: torch.Tensor, values: Settings) -> CropModel:
         """Fit the model of one repetition again, on the device of its `directions`."""
         low, high = (torch.from_numpy(ends).to(directions.device) for ends in self.ranges[:, rep])
-        counts = torch.from_numpy(self.counts[rep].astype(np.float32)).to(directions.device)
-        fractions = counts.reshape(len(counts), len(low), -1)  # (images, projections, bins)
-        fractions = fractions * ((high > low) / self.n_elements)[:, None]
+        descriptors = torch.cat(list(self._descriptors(rep, directions.device)))
         histograms = Histograms(directions, low, high, values.n_quantiles)
-        return sinbad_utils.fit_crop_model(
-            histograms, fractions.flatten(1), values.shrinkage_factor
-        )
+        return sinbad_utils.fit_crop_model(histograms, descriptors, values.shrinkage_factor)
+
+    def shrink(self, model: CropModel) -> CropModel:
+        """Return a model without what `restore` derives from the counts: most of its memory.
+
+        On a GPU the centred descriptors stay: deriving them takes longer than scoring an image.
+        """
+        neighbours, empty = model.neighbours, model.train_descriptors.new_empty(0)
+        if empty.device.type == "cpu":
+            neighbours = replace(neighbours, centred=empty)
+        return replace(model, train_descriptors=empty, neighbours=neighbours)
+
+    def restore(self, model: CropModel, rep: int) -> CropModel:
+        """Return the shrunk model of a repetition, ready to score."""
+        if len(model.neighbours.centred):
+            return model
+        mean, n_train = model.neighbours.mean, model.neighbours.n_train
+        shape = (-(-number // BLOCK) * BLOCK for number in (n_train, len(mean)))
+        centred = mean.new_empty(*shape)
+        centred[n_train:], centred[:, len(mean) :] = 0.0, 0.0
+        blocks = self._descriptors(rep, mean.device)
+        for rows, block in zip(centred.split(BLOCK), blocks, strict=True):
+            torch.sub(block, mean, out=rows[: len(block), : len(mean)])
+        return replace(model, neighbours=replace(model.neighbours, centred=centred))
+
+    def _descriptors(self, rep: int, device: torch.device) -> Iterator[torch.Tensor]:
+        """Yield the training descriptors (BLOCK images, n_projections * n_bins), float32."""
+        low, high = torch.from_numpy(self.ranges[:, rep]).to(device)
+        n_bins = self.counts.shape[2] // len(low)
+        scale = ((high > low) / self.n_elements).repeat_interleave(n_bins)
+        for counts in torch.from_numpy(self.counts[rep]).to(device).split(BLOCK):  # in the cache
+            yield counts.float().mul_(scale)
 
 
 # ---------------------------------------------------------------- the detector
@@ -346,7 +373,8 @@ class Detector:
     def _score_crops(self, array: NDArray[np.uint8], names: Sequence[str]) -> dict[Grid, Scores]:
         """Return the crop scores of preprocessed images, as `calibration_crops`."""
         pool = _pool([array], names, self.metadata["matrices"], self.values)
-        scorer = scoring.CropScorer(pool, self.values, self.extractor, "score")
+        values = replace(self.values, batch_size=self._batch_size(len(array)))
+        scorer = scoring.CropScorer(pool, values, self.extractor, "score")
         tasks = _tasks(self.values)
         crop_scores = _empty_scores(tasks, self.values, len(array))
         positions = scorer.score_positions(tasks, (), [range(len(array))], self._models_at)
@@ -354,6 +382,14 @@ class Detector:
             for (level, _, rep), (image_scores,) in scores.items():
                 crop_scores[level, len(position.grid)][rep, position.crop] = image_scores
         return crop_scores
+
+    def _batch_size(self, n_images: int) -> int:
+        """Return the crops of one forward pass; a CPU's bytes, and --compile, want it constant."""
+        batch_size = scoring.batch_size_on(self.device, self.values)
+        if self.device.type == "cpu" or self.values.compile:
+            return batch_size
+        n_positions = len({key[1:] for key in self.stored if key[0] != settings.PIXEL_LEVEL})
+        return min(batch_size, max(1, n_positions * n_images))
 
     def _models_at(self, position: CropPosition, elements: scoring.Elements) -> Models:
         """Return the models of a crop position, fitted again at first use."""
@@ -366,9 +402,8 @@ class Detector:
                 directions = scoring.directions_at(position, repetition, channels, self.values)
                 at_level = self.values.at_level(level)
                 model = self.stored[key].fit(rep, directions.to(self.device), at_level)
-                # The counts are kept already.
-                self._models[key, rep] = replace(model, train_descriptors=directions.new_empty(0))
-            models[repetition] = self._models[key, rep]
+                self._models[key, rep] = self.stored[key].shrink(model)
+            models[repetition] = self.stored[key].restore(self._models[key, rep], rep)
         return models
 
     def _combine(self, crop_scores: dict[Grid, Scores]) -> ensembles.Ensemble:

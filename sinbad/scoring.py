@@ -286,8 +286,8 @@ class CropScorer:
         pixels = [task for task in tasks if task.repetition.level == settings.PIXEL_LEVEL]
         network = [task for task in tasks if task.repetition.level != settings.PIXEL_LEVEL]
         if network:
-            extract, positions = self.extractor.extract, self._positions(network)
-            yield from self._run(positions, extract, train_ids, splits, known_models)
+            positions = self._positions(network)
+            yield from self._run(positions, self._features, train_ids, splits, known_models)
         if pixels:
             positions = self._positions(pixels)
             yield from self._run(positions, _pixel_elements, train_ids, splits, known_models)
@@ -393,7 +393,7 @@ class CropScorer:
                 )
 
     def _gathered(self, batches: Iterator[Batch]) -> Iterator[tuple[Batch, Tensor]]:
-        """Yield batches with their pixels (batch_size, 3, 224, 224), gathered ahead in threads."""
+        """Yield batches with their pixels (n_crops, 3, 224, 224), gathered ahead in threads."""
         with ThreadPoolExecutor(self.values.n_workers) as threads:
             submitted = ((batch, threads.submit(self._gather, batch)) for batch in batches)
             ahead = deque(islice(submitted, self._batches_ahead()))
@@ -410,8 +410,13 @@ class CropScorer:
         n_fitting = PIXELS_AHEAD // (3 * backbones.INPUT_SIDE**2 * self.batch_size)
         return max(BATCHES_AHEAD, min(self.values.n_workers, n_fitting))
 
+    def _features(self, pixels: Tensor) -> Elements:
+        """Run the network over a batch; the last one is padded, so every batch is full."""
+        padding = pixels.new_zeros(self.batch_size - len(pixels), *pixels.shape[1:])
+        return self.extractor.extract(torch.cat([pixels, padding]) if len(padding) else pixels)
+
     def _gather(self, batch: Batch) -> Tensor:
-        """Return the pixels of a batch; the last one is padded, so every batch is full."""
+        """Return the pixels of a batch."""
         parts = [
             self.pool.gather(
                 ids,
@@ -420,9 +425,7 @@ class CropScorer:
             )
             for segment, ids in batch
         ]
-        n_padding = self.batch_size - sum(len(part) for part in parts)
-        pixels = torch.cat([*parts, parts[0].new_zeros(n_padding, *parts[0].shape[1:])])
-        return backbones.pin(pixels, self.pool.device)
+        return backbones.pin(torch.cat(parts), self.pool.device)
 
 
 def full_batches(segments: Iterable[Segment], batch_size: int) -> Iterator[Batch]:

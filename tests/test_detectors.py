@@ -7,6 +7,7 @@ import math
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -188,6 +189,49 @@ def test_counts_are_whole_numbers_that_give_the_descriptors_back(
         np.testing.assert_allclose(model.train_descriptors, exact, atol=1e-7)
         again = detectors.StoredModels.of([model], stored.n_elements)
         np.testing.assert_array_equal(again.counts[0], stored.counts[0])
+
+
+def test_a_scored_detector_keeps_no_training_descriptors_but_its_counts(
+    detector: detectors.Detector, class_dir: Path
+) -> None:
+    detector.score(test_images(class_dir)[:1], 0.5)
+    assert detector._models
+    for model in detector._models.values():
+        tensors = [part for part in vars(model.neighbours).values() if torch.is_tensor(part)]
+        assert not len(model.neighbours.centred)
+        assert not len(model.train_descriptors)
+        # A view would keep the whole of another tensor.
+        assert all(part.untyped_storage().nbytes() == part.nbytes for part in tensors)
+
+
+def test_one_picture_is_no_full_batch_on_a_gpu(
+    detector: detectors.Detector, class_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images, sizes = test_images(class_dir)[:2], []
+    (expected,) = detector.score(images[:1], 0.5)
+    extract = detector.extractor.extract
+
+    def record(crops: torch.Tensor) -> dict[int, torch.Tensor]:
+        sizes.append(len(crops))
+        return extract(crops)
+
+    monkeypatch.setattr(detector.extractor, "extract", record)
+    monkeypatch.setattr(detector, "values", replace(detector.values, batch_size=256))
+    n_crops = len({key[1:] for key in detector.stored if key[0] != 224})
+    for device, options, n_images, expected_sizes in (
+        ("cpu", {}, 1, [256]),
+        ("cuda", {}, 1, [n_crops]),
+        ("cuda", {}, 2, [2 * n_crops]),
+        ("cuda", {"batch_size": 4}, 1, [4] * math.ceil(n_crops / 4)),
+        ("cuda", {"compile": True}, 1, [256]),  # compiled for one shape
+    ):
+        monkeypatch.setattr(detector, "device", torch.device(device))  # computed on the CPU
+        with monkeypatch.context() as patch:
+            patch.setattr(detector, "values", replace(detector.values, **options))
+            prediction, *_ = detector.score(images[:n_images], 0.5)
+        assert sizes == expected_sizes
+        assert prediction.score == pytest.approx(expected.score, rel=1e-5)
+        sizes.clear()
 
 
 # ---------------------------------------------------------------- verdicts

@@ -207,8 +207,8 @@ def test_longer_products_give_the_same_distances(
 ) -> None:
     train, queries = tensors(0, 40, 70), tensors(1, 100, 70)
     distances = []
-    for n_rows in sinbad_utils.BLOCK.values():
-        monkeypatch.setattr(sinbad_utils, "BLOCK", {"cpu": n_rows})
+    for n_rows in (8, sinbad_utils.QUERY_BLOCK["cuda"]):
+        monkeypatch.setitem(sinbad_utils.QUERY_BLOCK, "cpu", n_rows)
         distances.append(sinbad_utils.fit_whitening(train, 0.1, squared).nearest(queries))
     np.testing.assert_allclose(distances[1], distances[0], rtol=1e-10)
 

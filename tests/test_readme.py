@@ -400,9 +400,17 @@ def test_times_of_a_detector_are_those_measured() -> None:
     table, rows = cells_of("docs/detector.md"), measured("detector")
     assert len(rows) > 8
     for row in rows:
-        net, step, n_images, seconds, ratio, peak = row.values()
-        name = step if step.startswith("load") else f"{step}, {n_images}"
-        assert [net, name, seconds, ratio or "-", f"{peak} GB"] in table
+        *cells, ratio, peak, memory, auroc = row.values()
+        cells += [ratio or "-", f"{peak} GB", f"{memory} MB", f"{auroc} %" if auroc else "-"]
+        assert cells in table
+    page, seconds = words_of("docs/detector.md"), {}
+    for name, step, cell, *_, auroc in (row.values() for row in rows):
+        seconds[name, step] = cell, auroc
+    quick, full = (seconds[rows[i]["network and settings"], "test, 67"] for i in (0, -1))
+    assert f"67 images in {quick[0]} s in place of {full[0]} s" in page
+    assert f"{quick[1]} % in place of {full[1]} %" in page
+    ten, thousand = (seconds[rows[0]["network and settings"], f"score, {n}"] for n in (10, 1000))
+    assert f"{thousand[0]} s for 1000, {ten[0]} s for 10" in page
 
 
 def test_times_against_size_are_those_measured() -> None:

@@ -58,6 +58,20 @@ def test_batches_are_full_and_may_span_segments() -> None:
     assert batches == [[(0, [7, 8, 9]), (1, [7])], [(1, [8, 9]), (2, [7, 8])], [(2, [9])]]
 
 
+def test_raw_pixels_are_not_padded(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pool, ids = load_pool(data_dir, "pushpins_loco")
+    train, sizes, elements = ids["pushpins_loco", "train"], [], backbones.pixel_elements
+
+    def record(pixels: Tensor) -> Tensor:
+        sizes.append(len(pixels))
+        return elements(pixels)
+
+    monkeypatch.setattr(backbones, "pixel_elements", record)
+    scorer = scoring.CropScorer(pool, replace(VALUES, batch_size=256), None)
+    list(scorer.score_grids([pixel_task(0.99)], train, [[0]]))
+    assert sizes == [len(train) + 1]
+
+
 @pytest.mark.parametrize("official", [False, True])
 def test_splits_with_the_same_ranges_are_scored_together(official: bool) -> None:
     valid, test = list(range(40, 75)), [3, *range(75, 110)]

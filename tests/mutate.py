@@ -43,7 +43,7 @@ TESTS = {  # the quickest to fail first
     "sinbad/report/maps.py": ("maps",),
     "sinbad/report/metrics.py": ("metrics", "tables"),
     "sinbad/report/page.py": ("page",),
-    "sinbad/report/tables.py": ("tables", "metrics"),
+    "sinbad/report/tables.py": ("tables", "light", "metrics"),
     "sinbad/score_files.py": ("ensembles", "bad_inputs", "single_layer"),
     "sinbad/score_tasks.py": ("slurm", "single_layer"),
     "sinbad/scoring.py": ("scoring", "cuda_dispatch", "single_layer"),

@@ -40,9 +40,12 @@ def normalise(
     return extra_scores.normalise(extra, category, list(paths))
 
 
+@pytest.mark.parametrize("scale", [1.0, 0.1])
 @pytest.mark.parametrize("lowest", [-1.0, 0.0, 0.001, 1.0])
-def test_scores_are_normalised_and_never_reversed(lowest: float, tmp_path: Path) -> None:
-    valid, test = np.array([lowest, *VALID[1:]]), np.array([lowest, *TEST[1:]])
+def test_scores_are_normalised_and_never_reversed(
+    lowest: float, scale: float, tmp_path: Path
+) -> None:
+    valid, test = (np.array([lowest, *(scale * np.array(a[1:]))]) for a in (VALID, TEST))
     path = write_csv(tmp_path / "other.csv", valid, test)
     np.testing.assert_allclose(
         normalise(path, "std"), (test - valid.mean()) / valid.std(), rtol=1e-12

@@ -97,8 +97,9 @@ def _decode(image: str | os.PathLike[str] | Image.Image, name: str) -> Image.Ima
             image.load()
             return image
         with Image.open(image) as opened:
+            has_frames = getattr(opened, "is_animated", False)  # a GIF is asked while it is open
             opened.load()
-    if getattr(opened, "is_animated", False) and opened.format != "MPO":  # a camera's previews
+    if has_frames and opened.format != "MPO":  # a camera's previews
         _warn_once("frames", f"{name} has several frames or pages, of which the first is read")
     return opened
 

@@ -135,7 +135,9 @@ def test_of_several_frames_the_first_is_read_and_said_once(
 ) -> None:
     monkeypatch.setattr(images, "_warned", set())
     first, other = Image.fromarray(upright()), Image.new("RGB", SIZE)
-    for name in ("pages.tif", "moving.webp"):
+    first.save(tmp_path / "single.gif")
+    np.testing.assert_array_equal(images.open_image(tmp_path / "single.gif"), upright())
+    for name in ("pages.tif", "moving.webp", "moving.gif"):
         options = {"lossless": True} if name.endswith("webp") else {}
         first.save(tmp_path / name, save_all=True, append_images=[other], **options)
         np.testing.assert_array_equal(images.open_image(tmp_path / name), upright())

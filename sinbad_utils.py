@@ -127,12 +127,13 @@ def fit_ranges(values: Tensor) -> tuple[Tensor, Tensor]:
     `values` (n_sets, n_directions, n_elements) are of (the first 32) training sets. Returns low and
     high, (n_directions,), float32, quantiles with linear interpolation.
     """
-    pooled = values.transpose(0, 1).flatten(1)  # (directions, sets * elements)
-    if pooled.device.type != "cpu":
+    if values.device.type != "cpu":
+        pooled = values.transpose(0, 1).flatten(1)  # (directions, sets * elements)
         return _selected_quantile(pooled, LOW_QUANTILE), _selected_quantile(pooled, HIGH_QUANTILE)
-    parts = np.array_split(pooled.numpy(), min(len(pooled), 4 * torch.get_num_threads()))
-    with ThreadPoolExecutor(torch.get_num_threads()) as threads:  # numpy releases the GIL
-        ranges = threads.map(lambda p: np.quantile(p, [LOW_QUANTILE, HIGH_QUANTILE], axis=1), parts)
+    n_threads, fractions = torch.get_num_threads(), (LOW_QUANTILE, HIGH_QUANTILE)
+    parts = np.array_split(values.numpy(), min(values.shape[1], 4 * n_threads), axis=1)
+    with ThreadPoolExecutor(n_threads) as threads:  # numpy releases the GIL
+        ranges = threads.map(lambda part: np.quantile(part, fractions, axis=(0, 2)), parts)
         low, high = torch.from_numpy(np.concatenate(list(ranges), axis=1)).float()
     return low, high
 

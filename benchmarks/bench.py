@@ -4,8 +4,9 @@ Writes  tables on stdout; OUT: the same as CSV, and how they were measured
 
     python benchmarks/bench.py --what pipeline --net resnet18 --n_images 200
 
-pipeline: from preprocessed images of a category, or of LOCO, to files of scores; scaling: the
-same, and time series; detector: fit, load, score; memory: anonymous memory of scoring over its run.
+pipeline: from preprocessed images of a category, or of LOCO, to files of scores; scaling: the same
+for several numbers of images, crops and directions, and time series; detector: fit, load, score;
+memory: anonymous memory of scoring over its run.
 The forward pass alone: the same network over as many crops of noise in full batches, interleaved
 with scoring.
 """
@@ -45,12 +46,14 @@ from sinbad.uea import TimeSeriesDataset
 
 PARTS = {"train/good": "train", "validation/good": "validation", "test/good": "good"}
 PARTS |= {f"test/{loco.KINDS[kind]}": name for kind, name in loco.KIND_NAMES.items()}
+TIMED_BATCHES = 32
+N_DIRECTIONS = (250, 1000, 4000)
 SERIES_SIZES = (500, 1000, 2000, 4000)  # training series, and as many test series
 SERIES_SHAPE = (13, 50)  # channels and steps, as SpokenArabicDigits
 COLUMNS = {  # of the tables; detector and scaling as in their files in results/
     "pipeline": "network;precision;images;crop forwards;seconds;seconds, forward pass alone;"
     "peak memory, GB;GPU memory, GB;relative speed, %",
-    "scaling": "what;number;crop forwards;seconds;seconds, bare network;peak memory, GB",
+    "scaling": "what;number;crop forwards;seconds;seconds, forward pass alone;peak memory, GB",
     "memory": "network;images;crops;seconds;after a fifth, MB;last tenth, MB;peak, MB",
     "detector": "network and settings;step, images;seconds;of the forward pass alone;peak GB;"
     "anonymous MB;ROC-AUC, %",
@@ -99,7 +102,10 @@ def timed(function: Callable[..., Any], *args: object) -> tuple[float, Any]:
 
 
 def time_forward(values: Settings, n_crops: int) -> float:
-    """Return the seconds of the forward pass alone, over `n_crops` crops of noise."""
+    """Return the seconds of the forward pass alone, over `n_crops` crops of noise.
+
+    At most TIMED_BATCHES are timed; they all take the same.
+    """
     levels = settings.backbone_levels(values.pyramid_level)
     device = backbones.choose_device(values.device)
     weights = backbones.load_weights(values.net, values.weights)
@@ -119,7 +125,9 @@ def time_forward(values: Settings, n_crops: int) -> float:
             torch.cuda.synchronize()
 
     run(1)  # warm up
-    return timed(run, -(-n_crops // batch_size))[0]
+    n_batches = -(-n_crops // batch_size)
+    n_timed = min(n_batches, TIMED_BATCHES)
+    return timed(run, n_timed)[0] * n_batches / n_timed
 
 
 def peak_memory() -> str:
@@ -151,18 +159,35 @@ def time_scoring(values: Settings, counts: Counts, n_turns: int) -> list[str]:
     return [*row, f"{forward:.1f}", peak_memory(), f"{gpu:.2f}", f"{100 * forward / seconds:.0f}"]
 
 
+def in_a_process(function: Callable[..., list[Any]], *args: object) -> list[Any]:
+    """Call a function in a process of its own, whose peak memory is that of the call."""
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, spawn, errors.log_to_stderr) as process:
+        return process.submit(function, *args).result()
+
+
 def pipeline_rows(args: argparse.Namespace, values: Settings) -> list[list[str]]:
-    """Return one row per number of images, each of a process whose peak memory is the run's."""
-    rows, spawn = [], multiprocessing.get_context("spawn")
-    for counts in [loco.LOCO_CLASSES] if args.loco else map(category_counts, args.n_images):
-        with ProcessPoolExecutor(1, spawn, errors.log_to_stderr) as process:
-            rows.append(process.submit(time_scoring, values, counts, args.turns).result())
-    return rows
+    """Return one row per number of images."""
+    cases = [loco.LOCO_CLASSES] if args.loco else map(category_counts, args.n_images)
+    return [in_a_process(time_scoring, values, counts, args.turns) for counts in cases]
 
 
 def scaling_rows(args: argparse.Namespace, values: Settings) -> list[list[str]]:
-    """Return one row per number of images, then one per number of time series of ten classes."""
-    rows = [[f"images, {row[0]}", *row[2:7]] for row in pipeline_rows(args, values)]
+    """Return rows in which one size changes: images, crops, directions, time series.
+
+    The others are those of the middle one of the numbers of images, and of the flags.
+    """
+    usual, ratios = args.n_images[len(args.n_images) // 2], values.crop_size_ratio
+    cases = [("images", n, n, values) for n in args.n_images]
+    for first in range(len(ratios)):
+        changed = replace(values, crop_size_ratio=ratios[first:])
+        n_crops = sum(len(changed.grid(ratio)) for ratio in changed.crop_size_ratio)
+        cases.append(("crops of an image", n_crops, usual, changed))
+    cases += [("directions", n, usual, replace(values, n_projections=n)) for n in N_DIRECTIONS]
+    rows = []
+    for what, number, n_images, changed in cases:
+        row = in_a_process(time_scoring, changed, category_counts(n_images), args.turns)
+        rows.append([what, str(number), *row[3:7]])
     rng, padding = np.random.default_rng(0), np.zeros(SERIES_SHAPE[0], np.float32)
     for n_series in SERIES_SIZES:
         train, test = rng.standard_normal((2, n_series, *SERIES_SHAPE), dtype=np.float32)
@@ -186,10 +211,7 @@ def detector_rows(args: argparse.Namespace, values: Settings) -> list[list[str]]
             numbers |= {"train": args.n_train, "good": max(args.n_images)}
             write_images(folder, {"": replace(loco.LOCO_CLASSES["juice_bottle"], **numbers)})
         for function in (fit_rows, score_rows):
-            spawn = multiprocessing.get_context("spawn")
-            with ProcessPoolExecutor(1, spawn, errors.log_to_stderr) as process:
-                given = args, values, folder, Path(name, "detector.npz")
-                rows += process.submit(function, *given).result()
+            rows += in_a_process(function, args, values, folder, Path(name, "detector.npz"))
     return rows
 
 
@@ -212,6 +234,7 @@ def fit_rows(
     args: argparse.Namespace, values: Settings, folder: Path, path: Path
 ) -> list[list[str]]:
     """Fit and save a detector."""
+    backbones.keep_freed_memory()
     train, valid = (sorted((folder / part / "good").glob("*")) for part in ("train", "validation"))
     seconds, detector = timed(detectors.Detector.fit, train[: args.n_train], valid, values)
     detector.save(path)
@@ -222,6 +245,7 @@ def score_rows(
     args: argparse.Namespace, values: Settings, folder: Path, path: Path
 ) -> list[list[str]]:
     """Load a detector, and score; medians of turns beside the forward pass alone."""
+    backbones.keep_freed_memory()
     good, anomalous = (
         sorted((folder / "test" / kind).glob("*")) for kind in ("good", "logical_anomalies")
     )
@@ -252,6 +276,7 @@ def anonymous_memory() -> float:
 
 def memory_of_scoring(values: Settings, n_images: int) -> list[str]:
     """Return a row: memory while the crops of noise images are scored, the first half training."""
+    backbones.keep_freed_memory()
     side, ids = values.initial_res, range(n_images)
     with tempfile.TemporaryFile() as file:
         for number in ids:
@@ -288,12 +313,8 @@ def memory_of_scoring(values: Settings, n_images: int) -> list[str]:
 
 
 def memory_rows(args: argparse.Namespace, values: Settings) -> list[list[str]]:
-    """Return one row per number of images, each of a process of its own."""
-    rows, spawn = [], multiprocessing.get_context("spawn")
-    for n_images in args.n_images:
-        with ProcessPoolExecutor(1, spawn, errors.log_to_stderr) as process:
-            rows.append(process.submit(memory_of_scoring, values, n_images).result())
-    return rows
+    """Return one row per number of images."""
+    return [in_a_process(memory_of_scoring, values, n_images) for n_images in args.n_images]
 
 
 def largest_difference(values: Settings) -> float:

@@ -46,6 +46,7 @@ CATEGORY, MVTYPE = "juice_bottle", "juice_bottle_loco"
 # Network -> file of ImageNet weights in --weights_dir, levels.
 NETS = {"resnet18": ("resnet18_imagenet_to_layer3.pth", (14, 224))}
 NETS["tf_efficientnet_lite0"] = ("tf_efficientnet_lite0.safetensors", (7, 14, 28, 224))
+NETS["tf_efficientnet_lite2"] = ("tf_efficientnet_lite2.pth", (7, 14, 28, 224))
 WAYS = {
     "ours": "",
     "official": "--official",

@@ -1,11 +1,11 @@
-"""Plot the figures of the README (from the demo) and of docs/ablation.md (from its rows).
+"""Plot the figures of the README (from the demo), and those of measured rows.
 
 Reads   DEMO_DIR/{dataset,matrices,results}, DEMO_DIR/tf_efficientnet_lite0.pth   (from make demo)
-        RESULTS_DIR/ablation.csv   (from benchmarks/make_results.py)
-Writes  OUT/histograms_fig.png, OUT/LOCO_demo_fig.png, RESULTS_DIR/ablation.png
+        RESULTS_DIR/{ablation,scaling,cpu,gpu}.csv   (from benchmarks/)
+Writes  OUT/histograms_fig.png, OUT/LOCO_demo_fig.png, RESULTS_DIR/{ablation,cost}.png
 
     python imgs/make_figures.py --out demo/out/tables
-    python imgs/make_figures.py --only ablation
+    python imgs/make_figures.py --only ablation cost
 """
 
 import argparse
@@ -63,6 +63,41 @@ LINES = {  # colour, marker, line style, name
     "resnet18": ("#0072B2", "o", "-", "ResNet-18, level 14"),
     "tf_efficientnet_lite0": ("#D55E00", "^", "--", "EfficientNet-Lite0"),
 }
+
+SIZES = {  # what is changed in a panel of the cost -> its axis title
+    "images": "images (number)",
+    "crops of an image": "crops per image (number)",
+    "directions": "random directions (number)",
+}
+TIME_STYLES = {  # column of the rows -> line or bar
+    "seconds": {
+        "color": "#0072B2",
+        "marker": "o",
+        "linestyle": "-",
+        "hatch": "",
+        "label": "scoring",
+    },
+    "seconds, forward pass alone": {
+        "color": "#E69F00",
+        "marker": "^",
+        "linestyle": "--",
+        "hatch": "///",
+        "label": "forward pass alone",
+    },
+}
+GPU_ROWS = "LOCO, scoring, seconds", "LOCO, bare network, seconds"
+DEVICES = {  # name -> file, precision, images, rows of scoring and of the forward pass alone
+    "2 CPU cores,\nfp32": (
+        "cpu.csv",
+        "fp32",
+        96,
+        "96 images, everything, seconds",
+        "96 images, bare network, seconds",
+    ),
+    "H100, tf32\n(earlier code)": ("gpu.csv", "tf32", 3644, *GPU_ROWS),
+    "H100, bf16\n(earlier code)": ("gpu.csv", "bf16", 3644, *GPU_ROWS),
+}
+POINTS = {"xycoords": "data", "textcoords": "offset points"}
 
 
 def image_at(scores: score_files.SubsetScores, label: int, quantile: float = 0.5) -> int:
@@ -167,10 +202,14 @@ def demo_figure(sets: dict[str, score_files.SubsetScores], dataset_dir: Path) ->
     return figures.image_rows_figure(f"Synthetic images: {title}", rows)
 
 
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """Read a file of measured rows, whose first line says how they were made."""
+    return list(csv.DictReader(path.read_text(encoding="utf-8").splitlines()[1:]))
+
+
 def ablation_figure(path: Path) -> Figure:
     """Plot AUROC and CPU time against one changed setting per column, one line per network."""
-    lines = path.read_text(encoding="utf-8").splitlines()[1:]  # the first says how it was made
-    rows = list(csv.DictReader(lines))
+    rows = read_rows(path)
     for row in rows:
         row.setdefault("network", "resnet18")
     changed = list(dict.fromkeys(row["changed"] for row in rows))
@@ -216,6 +255,43 @@ def _plot_setting(upper: Axes, lower: Axes, name: str, rows: list[dict[str, str]
     lower.set_xticks(range(len(values)), ["all four" if " " in v else v for v in values])
 
 
+def cost_figure(folder: Path) -> Figure:
+    """Plot wall times against one size per panel, then on devices; of scoring, and its network."""
+    rows = read_rows(folder / "scaling.csv")
+    figure = Figure((11.0, 3.2))
+    *panels, devices = figure.subplots(1, len(SIZES) + 1, width_ratios=[*[1] * len(SIZES), 1.2])
+    for panel, (what, title) in zip(panels, SIZES.items(), strict=True):
+        chosen = sorted((int(row["number"]), row) for row in rows if row["what"] == what)
+        sizes = [size for size, _ in chosen]
+        for column, style in TIME_STYLES.items():
+            line = {name: style[name] for name in ("color", "marker", "linestyle", "label")}
+            panel.plot(sizes, [float(row[column]) for _, row in chosen], **line)
+        panel.set(xlabel=title, xlim=(0, None), ylim=(0, None), xticks=sizes)
+        panel.grid(axis="y", alpha=0.3)
+    panels[0].set_ylabel("wall time (s)")
+    _plot_devices(devices, folder)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower left", ncols=2)
+    return figure
+
+
+def _plot_devices(panel: Axes, folder: Path) -> None:
+    """Plot the wall time per image on each device, of all levels of wide_resnet50_2."""
+    for place, (file, precision, n_images, *names) in enumerate(DEVICES.values()):
+        value = {
+            row["what"]: float(row["value"])
+            for row in read_rows(folder / file)
+            if (row["network"], row["precision"]) == ("wide_resnet50_2", precision)
+        }
+        for name, offset, style in zip(names, (-0.2, 0.2), TIME_STYLES.values(), strict=True):
+            width, bar = 1000 * value[name] / n_images, {"color": style["color"], "height": 0.4}
+            panel.barh(place + offset, width, **bar, hatch=style["hatch"], edgecolor="white")
+            panel.annotate(f"{width:.3g}", (width, place + offset), (3, 0), va="center", **POINTS)
+    panel.set_yticks(range(len(DEVICES)), DEVICES)
+    panel.set(xlabel="wall time per image (ms)", xscale="log")
+    panel.margins(x=0.35)
+    panel.invert_yaxis()
+
+
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
     parser = cli.ScriptParser(__doc__)
@@ -228,8 +304,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--rep_num_224", type=cli.int_at_least(0), default=20, help="raw-pixel repetitions")
     add("--results_dir", type=Path, default=Path("results"), help="folder of measured rows")
     add("--out", type=Path, default=Path("imgs"), help="folder of the README's figures")
-    names = ("histograms", "demo", "ablation")
-    add("--only", nargs="+", choices=names, default=names, help="figures; ablation needs no demo")
+    names = ("histograms", "demo", "ablation", "cost")
+    about = "figures; ablation and cost need no demo"
+    add("--only", nargs="+", choices=names, default=names, help=about)
     return parser.parse_args(argv)
 
 
@@ -248,14 +325,16 @@ def main(argv: list[str] | None = None) -> None:
         return demo_figure({name: subset(name) for name in names}, args.demo_dir / "dataset")
 
     weights = args.weights or str(args.demo_dir / "tf_efficientnet_lite0.pth")
-    data_dir, rows = args.demo_dir / "matrices", args.results_dir / "ablation.csv"
+    data_dir = args.demo_dir / "matrices"
     plots = {
         "histograms": lambda: histograms_figure(subset(SHOWN), data_dir, weights),
         "demo": demo,
-        "ablation": lambda: ablation_figure(rows),
+        "ablation": lambda: ablation_figure(args.results_dir / "ablation.csv"),
+        "cost": lambda: cost_figure(args.results_dir),
     }
     paths = {name: args.out / f"{name}_fig.png" for name in plots}
-    paths |= {"demo": args.out / "LOCO_demo_fig.png", "ablation": rows.with_suffix(".png")}
+    paths["demo"] = args.out / "LOCO_demo_fig.png"
+    paths |= {name: args.results_dir / f"{name}.png" for name in ("ablation", "cost")}
     for name in args.only:
         atomic.atomic_write(paths[name], figures.png_of(plots[name]))
         print(paths[name])

@@ -39,7 +39,8 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def plot(demo: Path, out: Path) -> dict[str, bytes]:
     """Plot the figures and return their bytes."""
     out.mkdir()
-    shutil.copy(Path(__file__).parents[1] / "results/ablation.csv", out)
+    for name in ("ablation", "scaling", "cpu", "gpu"):
+        shutil.copy(Path(__file__).parents[1] / f"results/{name}.csv", out)
     flags = ["--demo_dir", str(demo), "--rep_num_224", "0", "--weights", "random"]
     make_figures.main([*flags, "--results_dir", str(out), "--out", str(out)])
     return {path.name: path.read_bytes() for path in out.glob("*.png")}
@@ -49,7 +50,7 @@ def test_equal_scores_give_equal_bytes(
     demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pngs = plot(demo, tmp_path / "one")
-    names = ["LOCO_demo_fig.png", "ablation.png", "histograms_fig.png"]
+    names = ["LOCO_demo_fig.png", "ablation.png", "cost.png", "histograms_fig.png"]
     assert sorted(pngs) == names
     assert sorted(capsys.readouterr().out.split()) == [str(tmp_path / "one" / n) for n in names]
     for name in names:

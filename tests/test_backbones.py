@@ -511,7 +511,7 @@ def test_memory_that_is_freed_is_kept_for_the_next_batch() -> None:
         for _ in range(6):
             torch.zeros(1 << 24).add_(1)
             faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
-        print(faults[-1] - faults[1])
+        print(faults[-1] - faults[2])
     """
     words = [sys.executable, "-c", textwrap.dedent(code)]
     left, kept = (

@@ -234,7 +234,6 @@ def fit_rows(
     args: argparse.Namespace, values: Settings, folder: Path, path: Path
 ) -> list[list[str]]:
     """Fit and save a detector."""
-    backbones.keep_freed_memory()
     train, valid = (sorted((folder / part / "good").glob("*")) for part in ("train", "validation"))
     seconds, detector = timed(detectors.Detector.fit, train[: args.n_train], valid, values)
     detector.save(path)
@@ -245,7 +244,6 @@ def score_rows(
     args: argparse.Namespace, values: Settings, folder: Path, path: Path
 ) -> list[list[str]]:
     """Load a detector, and score; medians of turns beside the forward pass alone."""
-    backbones.keep_freed_memory()
     good, anomalous = (
         sorted((folder / "test" / kind).glob("*")) for kind in ("good", "logical_anomalies")
     )

@@ -266,7 +266,8 @@ def cost_figure(folder: Path) -> Figure:
         for column, style in TIME_STYLES.items():
             line = {name: style[name] for name in ("color", "marker", "linestyle", "label")}
             panel.plot(sizes, [float(row[column]) for _, row in chosen], **line)
-        panel.set(xlabel=title, xlim=(0, None), ylim=(0, None), xticks=sizes)
+        panel.set(xlabel=title, xticks=sizes, xlim=(0, 1.1 * sizes[-1]))
+        panel.set_ylim(0, 1.1 * max(float(row["seconds"]) for _, row in chosen))
         panel.grid(axis="y", alpha=0.3)
     panels[0].set_ylabel("wall time (s)")
     _plot_devices(devices, folder)
@@ -285,9 +286,10 @@ def _plot_devices(panel: Axes, folder: Path) -> None:
         for name, offset, style in zip(names, (-0.2, 0.2), TIME_STYLES.values(), strict=True):
             width, bar = 1000 * value[name] / n_images, {"color": style["color"], "height": 0.4}
             panel.barh(place + offset, width, **bar, hatch=style["hatch"], edgecolor="white")
-            panel.annotate(f"{width:.3g}", (width, place + offset), (3, 0), va="center", **POINTS)
+            panel.annotate(f"{width:,.1f}", (width, place + offset), (3, 0), va="center", **POINTS)
     panel.set_yticks(range(len(DEVICES)), DEVICES)
     panel.set(xlabel="wall time per image (ms)", xscale="log")
+    panel.xaxis.set_major_formatter("{x:,g}")
     panel.margins(x=0.35)
     panel.invert_yaxis()
 

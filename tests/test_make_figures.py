@@ -80,6 +80,21 @@ def test_the_ablation_is_plotted_from_its_rows_alone(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"ablation.csv", "ablation.png"}
 
 
+def test_the_cost_is_plotted_from_its_rows() -> None:
+    folder = Path(make_figures.__file__).parents[1] / "results"
+    *panels, devices = make_figures.cost_figure(folder).axes
+    rows = make_figures.read_rows(folder / "scaling.csv")
+    for panel, what in zip(panels, make_figures.SIZES, strict=True):
+        expected = {float(r["number"]): float(r["seconds"]) for r in rows if r["what"] == what}
+        scoring, _ = panel.lines
+        assert dict(zip(*scoring.get_data(), strict=True)) == expected
+    widths = [bar.get_width() for bar in devices.patches]
+    assert len(widths) == 6
+    assert all(
+        scoring > forward for scoring, forward in zip(widths[::2], widths[1::2], strict=True)
+    )
+
+
 def test_the_images_shown_are_those_of_median_and_of_lowest_score() -> None:
     scores: Any = SimpleNamespace(labels=np.array([0, 1, 1, 0, 1]), final=np.arange(5)[::-1])
     shown = [make_figures.image_at(scores, *which) for which in ((0,), (1,), (1, 0))]

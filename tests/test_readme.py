@@ -239,7 +239,7 @@ def test_numbers_of_images_are_those_measured() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     columns = [("ours", "network levels"), ("ours", "level 224"), ("ours", "ensemble")]
     columns.append(("official", "ensemble"))
-    for net in ("resnet18", "tf_efficientnet_lite0"):
+    for net in ("resnet18", "tf_efficientnet_lite0", "tf_efficientnet_lite2"):
         row = next(line for line in text.splitlines() if line.startswith(f"| {net}, level"))
         one_level = {"network levels": "level 14"} if net == "resnet18" else {}
         expected = [ours[net, way, one_level.get(what, what)] for way, what in columns]
@@ -414,16 +414,44 @@ def test_times_of_a_detector_are_those_measured() -> None:
 
 
 def test_times_against_size_are_those_measured() -> None:
-    page = words_of("benchmarks/README.md")
-    images, series = [], []
-    for what, number, forwards, seconds, forward, peak in (r.values() for r in measured("scaling")):
+    page, table, series = words_of("benchmarks/README.md"), cells_of("benchmarks/README.md"), []
+    rows = measured("scaling")
+    for what, number, *values, peak in (row.values() for row in rows):
         if what == "time series":
-            series.append(f"{number} {seconds} s")
+            series.append(f"{number} {values[1]} s")
         else:
-            images.append([number, forwards, seconds, forward, f"{peak} GB"])
-    assert all(row in cells_of("benchmarks/README.md") for row in images)
-    assert len(images) == 3
+            assert [what, number, *values, f"{peak} GB"] in table
+    assert len(rows) - len(series) == 10
     assert ", ".join(series).replace(" ", " take ", 1) in page
+
+
+def test_memory_over_a_run_is_that_measured() -> None:
+    table, rows = cells_of("benchmarks/README.md"), measured("memory")
+    assert [row["crops"] for row in rows] == ["2560", "10240", "20000", "2560"]
+    for row in rows:
+        net, n_images, n_crops, _, *megabytes = row.values()
+        assert [net, n_images, n_crops, *(f"{value} MB" for value in megabytes)] in table
+        early, late, peak = map(float, megabytes)
+        assert late < 1.15 * early
+        assert peak < (1000 if net == "resnet18" else 2000)
+
+
+def test_other_methods_are_those_measured() -> None:
+    values = defaultdict(list)
+    for row in measured("peers"):
+        values[row["method"]].append([float(value) for value in list(row.values())[2:]])
+    for method, runs in values.items():
+        assert len(runs) == 3
+        aurocs, *columns = zip(*runs, strict=True)
+        cells = [method, f"{statistics.mean(aurocs):.1f} +- {statistics.stdev(aurocs):.1f}"]
+        *seconds, peak = (statistics.median(column) for column in columns)
+        cells += [*(f"{value:.0f} s" for value in seconds), f"{peak:.1f} GB"]
+        assert cells in cells_of("docs/reproduction.md")
+    sinbad, *_, patchcore, _ = (
+        f"{statistics.mean(run[0] for run in runs):.1f}" for runs in values.values()
+    )
+    text = f"PatchCore {patchcore}, this repository {sinbad}"
+    assert text in words_of("README.md")
 
 
 def test_the_table_of_the_demo_is_what_it_printed() -> None:

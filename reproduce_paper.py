@@ -89,13 +89,11 @@ def paper_tasks(
     tasks = []
     for level in values.pyramid_level:
         defaults = settings.level_defaults(level)
-        is_pixels = level == settings.PIXEL_LEVEL
-        ratios = defaults.crop_ratios if is_pixels else values.crop_size_ratio
-        n_reps = values.rep_num_224 if is_pixels else defaults.n_reps
+        n_reps = values.rep_num_224 if level == settings.PIXEL_LEVEL else defaults.n_reps
         tasks += [
             ScoreTask(mvtype, level, ratio, seed, rep, version_of_seed(version, seed))
             for mvtype in mvtypes
-            for ratio in ratios
+            for ratio in defaults.crop_ratios
             for seed in dict.fromkeys(seeds)
             for rep in range(n_reps)
         ]

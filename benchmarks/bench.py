@@ -85,7 +85,9 @@ def write_images(folder: Path, counts: Counts) -> None:
 def scorer(counts: Counts, values: Settings) -> Iterator[Callable[[Settings], list[Path]]]:
     """Write and preprocess synthetic images; yield a function that scores them by some settings."""
     mvtypes = [f"{category}_{kind}" for category in counts for kind in loco.KINDS]
-    tasks = reproduce_paper.paper_tasks(mvtypes, values, [0], "bench")
+    grids = replace(settings.BACKBONE_DEFAULTS, crop_ratios=values.crop_size_ratio)
+    with mock.patch.object(settings, "BACKBONE_DEFAULTS", grids):
+        tasks = reproduce_paper.paper_tasks(mvtypes, values, [0], "bench")
     with tempfile.TemporaryDirectory() as name:
         dataset, *where = (Path(name, folder) for folder in ("dataset", "matrices", "results"))
         write_images(dataset, counts)

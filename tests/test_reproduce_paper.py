@@ -140,9 +140,6 @@ def test_the_tasks_are_the_papers() -> None:
     pixels = [(t.ratio, t.rep) for t in tasks if t.level == 224 and t.version == "ver1_seed3"]
     assert pixels == [(0.999, rep) for rep in range(100)]
     assert {t.seed for t in tasks if t.version == "ver1_seed3"} == {3}
-    few = settings.Settings((14, 224), (0.5,), rep_num_224=1)
-    tasks = reproduce_paper.paper_tasks(["pushpins_loco"], few, [0], "ver1")
-    assert [(t.level, t.ratio) for t in tasks] == [(14, 0.5), (224, 0.999)]
     names = "n_projections", "n_quantiles", "shrinkage_factor"
     descriptors = {level: [values[name] for name in names] for level, values in recorded.items()}
     assert descriptors == {7: [1000, 5, 0.1], 14: [1000, 5, 0.1], 224: [10, 5, 1.0]}

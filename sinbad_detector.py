@@ -15,7 +15,7 @@ import json
 import logging
 from pathlib import Path
 
-from sinbad import atomic, backbones, cli, detectors, errors, layouts, settings
+from sinbad import atomic, cli, detectors, errors, layouts, settings
 from sinbad.report import page, tables
 
 log = logging.getLogger("sinbad")
@@ -147,7 +147,6 @@ def score(args: argparse.Namespace) -> int:
 def main(argv: list[str] | None = None) -> int:
     """Fit, or score."""
     args = parse_args(argv)
-    backbones.keep_freed_memory()
     if args.command == "score":
         return score(args)
     fit(args)

@@ -169,7 +169,6 @@ def score_subsets(
     results_dir: Path,
 ) -> Iterator[score_files.ScoreFile]:
     """Yield the scores of every task as soon as its last crop is scored, category by category."""
-    backbones.keep_freed_memory()
     device, extractor = backbones.choose_device(values.device), None
     levels = settings.backbone_levels(sorted(task.level for task in records))
     if levels:

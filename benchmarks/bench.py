@@ -276,7 +276,6 @@ def anonymous_memory() -> float:
 
 def memory_of_scoring(values: Settings, n_images: int) -> list[str]:
     """Return a row: memory while the crops of noise images are scored, the first half training."""
-    backbones.keep_freed_memory()
     side, ids = values.initial_res, range(n_images)
     with tempfile.TemporaryFile() as file:
         for number in ids:

@@ -5,7 +5,6 @@ strides 32 to 4. The names of torchvision's ResNets mean those; any other name i
 (`timm:resnet18` where both have one). timm is imported for its own networks only.
 """
 
-import ctypes
 import hashlib
 import io
 import logging
@@ -35,7 +34,6 @@ INPUT_SIDE = 224  # pixels
 PIXEL_MEAN = (0.485, 0.456, 0.406)
 PIXEL_STD = (0.229, 0.224, 0.225)
 RANDOM_WEIGHTS_SEED = 0
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 WRAPPERS = ("state_dict", "model", "model_state_dict")  # keys under which trainers save it
 PREFIXES = ("module.", "backbone.", "model.")
 # Arguments of timm's forward pass: maps (n, channels, side, side), no layer after the last of them.
@@ -60,17 +58,6 @@ def choose_device(name: str) -> torch.device:
             f"got {name}; pass --device cpu"
         )
     return torch.device(name)
-
-
-def keep_freed_memory() -> None:
-    """Let glibc keep freed memory, so that no batch's activations need new pages of the system.
-
-    For scripts: it acts on the whole process. Other C libraries are left as they are.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt:
-        mallopt(M_MMAP_MAX, 0)
-        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def pin(values: Tensor, device: torch.device) -> Tensor:

@@ -2,11 +2,8 @@
 
 import errno
 import hashlib
-import platform
 import shutil
-import subprocess
 import sys
-import textwrap
 from pathlib import Path
 from urllib.error import URLError
 
@@ -498,24 +495,3 @@ def test_pixels_as_elements_against_loops() -> None:
     for image, channel, y, x in np.ndindex(2, 3, 3, 3):
         expected = (int(crops[image, channel, y, x]) / 255 - MEAN[channel]) / STD[channel]
         assert float(elements[image, channel, 3 * y + x]) == pytest.approx(expected, abs=1e-6)
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="acts on glibc")
-def test_memory_that_is_freed_is_kept_for_the_next_batch() -> None:
-    code = """
-        import resource, sys, torch
-        from sinbad import backbones
-        if sys.argv[1] == "keep":
-            backbones.keep_freed_memory()
-        faults = []
-        for _ in range(6):
-            torch.zeros(1 << 24).add_(1)
-            faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
-        print(faults[-1] - faults[2])
-    """
-    words = [sys.executable, "-c", textwrap.dedent(code)]
-    left, kept = (
-        int(subprocess.run([*words, what], capture_output=True, text=True, check=True).stdout)
-        for what in ("leave", "keep")
-    )
-    assert kept < 0.1 * left

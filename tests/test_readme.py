@@ -248,9 +248,13 @@ def test_numbers_of_images_are_those_measured() -> None:
     rows = {"level 14, 16 crops": "level 14, 16 crops", "level 14, all grids": "level 14"}
     rows |= {"level 14, 1 crop": "level 14, 1 crops", "ensemble": "ensemble"}
     ways = ("ours", "official", "crop_norm crop", "crop_pool max", "both")
-    for name, what in rows.items():
+    of = {name: ("resnet18", what) for name, what in rows.items()}
+    of |= {
+        f"EfficientNet-Lite{n}, ensemble": (f"tf_efficientnet_lite{n}", "ensemble") for n in (0, 2)
+    }
+    for name, (net, what) in of.items():
         row = next(line for line in text.splitlines() if line.startswith(f"| {name} |"))
-        expected = [ours["resnet18", way, what] for way in ways]
+        expected = [ours[net, way, what] for way in ways]
         assert [cell.strip() for cell in row.split("|")[2:-1]] == expected
 
 

@@ -307,6 +307,7 @@ def progress_bar(total: int, desc: str, unit: str = "it") -> "tqdm":
         mininterval=interval,
         maxinterval=interval,
         delay=interval,
+        position=0,  # else a second bar moves a terminal's cursor
     )
 
 

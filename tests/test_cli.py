@@ -151,8 +151,9 @@ def test_progress_in_a_log_file_is_a_line_now_and_then(
 ) -> None:
     monkeypatch.setattr(cli, "SECONDS_BETWEEN_LOG_LINES", 0.2)
     started = time.monotonic()
-    for _ in cli.progress(list(range(60)), "level 7", "crops"):
-        time.sleep(0.01)
+    with cli.progress_bar(1, "another bar"):
+        for _ in cli.progress(list(range(60)), "level 7", "crops"):
+            time.sleep(0.01)
     most = (time.monotonic() - started) / 0.2 + 1  # and the last one
     lines = capsys.readouterr().err.splitlines()
     assert 2 <= len(lines) <= most

@@ -24,6 +24,7 @@ from sinbad import (
     backbones,
     cli,
     errors,
+    image_pool,
     loco,
     matrices,
     score_files,
@@ -177,26 +178,30 @@ def score_subsets(
     categories: dict[str, dict[ScoreTask, score_files.Record]] = defaultdict(dict)
     for task, task_record in records.items():
         categories[loco.split_mvtype(task.mvtype)[0]][task] = task_record
-    for category, category_records in categories.items():
-        mvtypes = dict.fromkeys(task.mvtype for task in category_records)
-        members = {mvtype: subsets[mvtype] for mvtype in mvtypes}
-        files = score_category(category, category_records, members, values, extractor, results_dir)
-        yield from files
+
+    def pool_images(category: str) -> tuple[image_pool.ImagePool, dict[tuple[str, str], list[int]]]:
+        mvtypes = dict.fromkeys(task.mvtype for task in categories[category])
+        return matrices.pool_subsets([subsets[m] for m in mvtypes], device, values.n_workers)
+
+    # While one category is scored, the images of the next are copied to the GPU.
+    for category, (pool, ids) in scoring.map_ahead(pool_images, categories, n_ahead=2, n_threads=1):
+        scorer = scoring.CropScorer(pool, values, extractor, category)
+        yield from score_category(categories[category], scorer, ids, subsets, results_dir)
 
 
 def score_category(
-    category: str,
     records: dict[ScoreTask, score_files.Record],
+    scorer: scoring.CropScorer,
+    ids: dict[tuple[str, str], list[int]],
     subsets: dict[str, matrices.MatrixSet],
-    values: settings.Settings,
-    extractor: backbones.FeatureExtractor | None,
     results_dir: Path,
 ) -> Iterator[score_files.ScoreFile]:
-    """Yield the scores of one category's tasks; test subsets with equal training images at once."""
-    device = backbones.choose_device(values.device)
-    pool, ids = matrices.pool_subsets(subsets.values(), device, values.n_workers)
-    scorer = scoring.CropScorer(pool, values, extractor, category)
-    for train_ids in {tuple(ids[mvtype, "train"]): None for mvtype in subsets}:
+    """Yield the scores of one category's tasks; test subsets with equal training images at once.
+
+    `ids` : (mvtype, split) -> numbers of the images that `scorer` scores
+    """
+    train_sets = {tuple(part): None for (_, split), part in ids.items() if split == "train"}
+    for train_ids in train_sets:
         splits = {
             key: split_ids
             for key, split_ids in ids.items()
@@ -214,7 +219,7 @@ def score_category(
             for task in files[grid_task]:
                 subset = subsets[task.mvtype]
                 yield score_files.ScoreFile(
-                    task.path(results_dir, values),
+                    task.path(results_dir, scorer.values),
                     task.level,
                     scores[task.mvtype, "test"],
                     scores[task.mvtype, "valid"],

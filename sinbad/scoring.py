@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import chain, groupby, islice
 from operator import itemgetter
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from sinbad import backbones, cli, crops, errors, images, settings
 from sinbad.image_pool import ImagePool
 from sinbad_utils import CropModel, Histograms, Scores
 
+Item, Result = TypeVar("Item"), TypeVar("Result")
 BATCHES_AHEAD = 2  # gathered, at least; one per thread while their pixels fit PIXELS_AHEAD bytes
 PIXELS_AHEAD = 1 << 29
 # Crops of one forward pass; many small batches would keep a GPU waiting for the next one.
@@ -394,14 +395,10 @@ class CropScorer:
 
     def _gathered(self, batches: Iterator[Batch]) -> Iterator[tuple[Batch, Tensor]]:
         """Yield batches with their pixels (n_crops, 3, 224, 224), gathered ahead in threads."""
-        with ThreadPoolExecutor(self.values.n_workers) as threads:
-            submitted = ((batch, threads.submit(self._gather, batch)) for batch in batches)
-            ahead = deque(islice(submitted, self._batches_ahead()))
-            while ahead:
-                batch, pixels = ahead.popleft()
-                yield batch, pixels.result()
-                self.pool.drop_page_cache()
-                ahead.extend(islice(submitted, 1))
+        n_ahead, n_threads = self._batches_ahead(), self.values.n_workers
+        for batch, pixels in map_ahead(self._gather, batches, n_ahead, n_threads):
+            yield batch, pixels
+            self.pool.drop_page_cache()
 
     def _batches_ahead(self) -> int:
         """Return how many batches are gathered at once."""
@@ -426,6 +423,19 @@ class CropScorer:
             for segment, ids in batch
         ]
         return backbones.pin(torch.cat(parts), self.pool.device)
+
+
+def map_ahead(
+    function: Callable[[Item], Result], items: Iterable[Item], n_ahead: int, n_threads: int
+) -> Iterator[tuple[Item, Result]]:
+    """Yield each item with its result; `n_ahead` are computed at a time, in threads."""
+    with ThreadPoolExecutor(n_threads) as threads:
+        submitted = ((item, threads.submit(function, item)) for item in items)
+        ahead = deque(islice(submitted, n_ahead))
+        while ahead:
+            yield ahead[0][0], ahead[0][1].result()
+            ahead.popleft()  # and with it the result
+            ahead.extend(islice(submitted, 1))
 
 
 def full_batches(segments: Iterable[Segment], batch_size: int) -> Iterator[Batch]:

@@ -1,10 +1,12 @@
 """Crops in full batches: equal to `score_crop` byte for byte; each image is forwarded once."""
 
 import gc
+import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+import weakref
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +18,17 @@ from runs import N_PROJECTIONS, read, score
 from torch import Tensor
 
 import sinbad_utils
-from sinbad import backbones, crops, errors, image_pool, images, matrices, scoring, settings
+from sinbad import (
+    backbones,
+    crops,
+    errors,
+    image_pool,
+    images,
+    loco,
+    matrices,
+    scoring,
+    settings,
+)
 
 CPU = torch.device("cpu")
 VALUES = settings.Settings(
@@ -336,6 +348,37 @@ def test_as_many_batches_are_gathered_at_once_as_threads_and_memory_allow(
     next(gathered)
     assert n_started <= expected
     assert len(list(gathered)) == 29
+
+
+def test_the_next_category_is_loaded_while_one_is_scored(
+    data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = [f"{category}_loco" for category in list(loco.LOCO_CLASSES)[:4]]
+    for name in names:
+        shutil.copytree(data_dir / "pushpins_loco", tmp_path / name)
+    loaded = [threading.Event() for _ in names]
+    pools, load = [], matrices.pool_subsets
+    score_positions = scoring.CropScorer.score_positions
+    n_alive = []
+
+    def load_and_tell(*args: object) -> tuple[image_pool.ImagePool, dict]:
+        pool, ids = load(*args)
+        n_alive.append(sum(other() is not None for other in pools))
+        pools.append(weakref.ref(pool))
+        loaded[len(pools) - 1].set()
+        return pool, ids
+
+    def wait_and_score(scorer: scoring.CropScorer, *args: object) -> Iterator:
+        n_scored = [other() for other in pools].index(scorer.pool) + 1
+        assert all(event.wait(20) for event in loaded[: n_scored + 1])
+        assert not any(event.is_set() for event in loaded[n_scored + 1 :])
+        return score_positions(scorer, *args)
+
+    monkeypatch.setattr(matrices, "pool_subsets", load_and_tell)
+    monkeypatch.setattr(scoring.CropScorer, "score_positions", wait_and_score)
+    score(tmp_path, tmp_path / "out", "--mvtype", *names, "--pyramid_level", "224")
+    assert len(list((tmp_path / "out").rglob("*.npz"))) == len(names)
+    assert n_alive == [0, 1, 1, 1]
 
 
 def test_nothing_of_a_batch_outlives_its_crop_position(data_dir: Path) -> None:

@@ -199,14 +199,14 @@ class WhitenedNeighbours:
     mean: Tensor  # (p,), float64
     centred: Tensor  # (n', p'), Y padded with zeros, see `_padded`
     projector: Tensor  # L^-1: maps Y (x - mean) to coordinates of what the training span explains
-    train_coords: Tensor  # (n', rows of projector), these coordinates of the training descriptors
-    train_norms: Tensor  # (n',), their squared norms, see `_squared_norms`
+    train_norms: Tensor  # (n',), squared norms of the training descriptors, see `_squared_norms`
+    ridge: float  # c
     scale: float  # 1/(s m), its square for C^-2; 1 where training descriptors do not vary at all
     n_train: int
 
     def squared_norms(self, queries: Tensor) -> Tensor:
         """Return (n_queries,) squared whitened distances to the training mean, float64."""
-        centred = _padded(queries.double() - self.mean)
+        centred = _padded(queries - self.mean)
         norms = _squared_norms(centred, centred @ self.centred.T @ self.projector.T)
         return self.scale * norms[: len(queries)].clamp(min=0.0)
 
@@ -216,12 +216,14 @@ class WhitenedNeighbours:
 
     def squared_distances(self, queries: Tensor) -> Tensor:
         """Return (n_queries, n_train) squared whitened distances to the training descriptors."""
-        centred, distances = _padded(queries.double() - self.mean, QUERY_BLOCK["cpu"]), []
+        centred, distances = _padded(queries - self.mean, QUERY_BLOCK["cpu"]), []
+        last = self.projector[-len(self.centred) :]  # I - A G = c A, its square for C^-2
         for block in centred.split(QUERY_BLOCK[queries.device.type]):  # on a CPU of one shape
             products = block @ self.centred.T  # (block, training descriptors)
             coords = products @ self.projector.T
             norms = _squared_norms(block, coords)[:, None] + self.train_norms
-            distances.append(norms - 2.0 * (products - coords @ self.train_coords.T))
+            inner = self.ridge * coords[:, -len(last) :] @ last if len(last) else products
+            distances.append(norms - 2.0 * inner)
         return self.scale * torch.cat(distances)[: len(queries), : self.n_train].clamp(min=0.0)
 
 
@@ -253,14 +255,13 @@ def fit_whitening(
         raise ValueError(f"train_descriptors must be at least 2, got {n_train}")
     if not 0.0 < shrinkage <= 1.0:
         raise ValueError(f"shrinkage must be above 0 and at most 1, got {shrinkage}")
-    descriptors = train_descriptors.double()
-    mean = descriptors.mean(0)
-    centred = _padded(descriptors - mean)
+    mean = train_descriptors.double().mean(0)
+    centred = _padded(train_descriptors - mean)
     gram = centred @ centred.T
     mean_variance = float(gram.trace()) / (n_train * length)
     if mean_variance < NO_VARIANCE or shrinkage == 1.0:  # no covariance is left
         scale = 1.0 / mean_variance if mean_variance >= NO_VARIANCE else 1.0
-        projector = gram.new_empty(0, len(gram))  # a view would keep the Gram matrix
+        ridge, projector = math.inf, gram.new_empty(0, len(gram))  # a view would keep `gram`
     else:
         scale = 1.0 / (shrinkage * mean_variance)
         ridge = n_train * shrinkage * mean_variance / (1.0 - shrinkage)  # c
@@ -269,9 +270,8 @@ def fit_whitening(
         projector = torch.linalg.solve_triangular(factor, identity, upper=False)
         if full_inverse:  # (I - Y'AY)^2 = I - Y'(2A - AGA)Y, and AG = I - cA
             projector = torch.cat([projector, math.sqrt(ridge) * projector.T @ projector])
-    scale, coords = scale**2 if full_inverse else scale, gram @ projector.T
-    norms = _squared_norms(centred, coords)
-    return WhitenedNeighbours(mean, centred, projector, coords, norms, scale, n_train)
+    scale, norms = scale**2 if full_inverse else scale, _squared_norms(centred, gram @ projector.T)
+    return WhitenedNeighbours(mean, centred, projector, norms, ridge, scale, n_train)
 
 
 @dataclass(frozen=True)

@@ -123,19 +123,18 @@ def fit_ranges(values: Tensor) -> Tensor:
         return torch.stack([_selected_quantile(pooled, fraction) for fraction in RANGE])
     parts = np.array_split(values.numpy(), 4 * torch.get_num_threads(), axis=1)  # some empty
     with ThreadPoolExecutor(torch.get_num_threads()) as threads:  # numpy releases the GIL
-        quantiles = np.concatenate(list(threads.map(_partitioned_quantiles, parts)), axis=1)
+        quantiles = np.concatenate(list(threads.map(_sorted_quantiles, parts)), axis=1)
     return torch.from_numpy(quantiles).float()
 
 
-def _partitioned_quantiles(values: NDArray[np.float32]) -> Scores:
-    """Return the range of every direction on a CPU; np.quantile's, which takes 5 times as long."""
+def _sorted_quantiles(values: NDArray[np.float32]) -> Scores:
+    """Return the range of every direction on a CPU; np.quantile's, which takes twice as long."""
     rows, quantiles = np.concatenate(values, axis=1), []  # a copy (directions, sets * elements)
+    rows.sort()  # numpy sorts by SIMD; its np.partition does not, or is slow where many are equal
     for fraction in RANGE:
         position = fraction * (rows.shape[1] - 1)
-        below = math.floor(position)
-        rows.partition(below)  # fast for one place at a time
-        around = rows[:, below], rows[:, below + (position > below) :].min(1)
-        quantiles.append(np.quantile(around, [position - below], axis=0))
+        around = rows[:, [math.floor(position), math.ceil(position)]]
+        quantiles.append(np.quantile(around, [position % 1.0], axis=1))
     return np.concatenate(quantiles)
 
 

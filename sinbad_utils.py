@@ -20,7 +20,7 @@ RANGE = 0.01, 0.99  # quantiles of the projected values
 ENSEMBLE_SIDE = 4  # side of the map that the crop scores of a grid are resized to
 SCORE_EPSILON = 1e-5  # added to the validation mean, and to the normalised score
 # Projected values computed at a time: what stays in a processor's cache; half a GB of a GPU.
-VALUES_PER_CHUNK = {"cpu": 1 << 20, "cuda": 1 << 27}
+VALUES_PER_CHUNK = {"cpu": 1 << 19, "cuda": 1 << 27}
 FLAG_TYPE = {"cpu": torch.float32, "cuda": torch.float16}  # a GPU copies bools to int64 to sum
 BLOCK, QUERY_BLOCK = 32, {"cpu": 8, "cuda": 1024}  # rows of one product: training, queries
 NO_VARIANCE = 1e-24  # mean variance of descriptors that differ by rounding only
@@ -173,9 +173,9 @@ def cumulative_histogram(values: Tensor, low: Tensor, high: Tensor, n_bins: int)
         raise ValueError(f"n_bins must be at least 1, got {n_bins}")
     fractions = torch.empty(n_sets, n_directions, n_bins, device=values.device)
     below = torch.empty_like(values, dtype=FLAG_TYPE[values.device.type])  # reused: 0. or 1.
-    for q in range(n_bins):
-        threshold = low + (high - low) * ((q + 1) / (n_bins + 1))
-        torch.lt(values, threshold[:, None], out=below)
+    steps = torch.arange(1, n_bins + 1, device=values.device) / (n_bins + 1)
+    for q, thresholds in enumerate(low + (high - low) * steps[:, None]):
+        torch.lt(values, thresholds[:, None], out=below)
         fractions[:, :, q] = below.sum(2, dtype=torch.float32)
     fractions *= ((high > low) / n_elements)[:, None]
     return fractions.flatten(1)

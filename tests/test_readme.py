@@ -406,14 +406,31 @@ def test_times_of_a_detector_are_those_measured() -> None:
         *cells, ratio, peak, memory, auroc = row.values()
         cells += [ratio or "-", f"{peak} GB", f"{memory} MB", f"{auroc} %" if auroc else "-"]
         assert cells in table
-    page, seconds = words_of("docs/detector.md"), {}
-    for name, step, cell, *_, auroc in (row.values() for row in rows):
+    page, seconds, ratios, megabytes = words_of("docs/detector.md"), {}, {}, {}
+    for name, step, cell, ratio, _, memory, auroc in (row.values() for row in rows):
         seconds[name, step] = cell, auroc
+        ratios[name, step], megabytes[name, step] = ratio, float(memory)
     quick, full = (seconds[rows[i]["network and settings"], "test, 67"] for i in (0, -1))
     assert f"67 images in {quick[0]} s in place of {full[0]} s" in page
     assert f"{quick[1]} % in place of {full[1]} %" in page
     ten, thousand = (seconds[rows[0]["network and settings"], f"score, {n}"] for n in (10, 1000))
     assert f"{thousand[0]} s for 1000, {ten[0]} s for 10" in page
+    default, many, full = (
+        next(name for name, _ in seconds if name.startswith(start))
+        for start in (
+            "wide_resnet50_2",
+            "resnet18 --pyramid_level 7",
+            "resnet18 --pyramid_level 14 2",
+        )
+    )
+    one_image = [ratios[name, "score, 1"] for name in (default, full, many)]
+    assert f"all levels takes {one_image[0]} times the forward pass of its crops" in page
+    assert f"takes {one_image[1]} times (level 14 and raw pixels) and {one_image[2]} times" in page
+    imports, first, later = (
+        megabytes[many, step] for step in ("imports", "first score, 1", "score, 1")
+    )
+    assert f"takes {first - imports:.0f} MB after its first image and" in page
+    assert f"and {later - imports:.0f} MB while it scores one at a time" in page
 
 
 def test_times_against_size_are_those_measured() -> None:

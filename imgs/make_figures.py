@@ -87,7 +87,7 @@ TIME_STYLES = {  # column of the rows -> line or bar
 }
 GPU_ROWS = "LOCO, scoring, seconds", "LOCO, bare network, seconds"
 DEVICES = {  # name -> file, precision, images, rows of scoring and of the forward pass alone
-    "2 CPU cores, fp32\n(earlier code)": (
+    "2 CPU cores, fp32": (
         "cpu.csv",
         "fp32",
         96,

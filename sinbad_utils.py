@@ -86,8 +86,9 @@ class Histograms:
         """Describe sets (n_sets, channels, n_elements): (n_sets, n_directions * n_bins)."""
         n_values = len(self.directions) * elements.shape[2]  # of one set
         chunks = elements.split(max(1, VALUES_PER_CHUNK[elements.device.type] // n_values))
-        ranges, projected = (self.low, self.high), (project(self.directions, c) for c in chunks)
-        return torch.cat([cumulative_histogram(v, *ranges, self.n_bins) for v in projected])
+        ranges = self.low, self.high, self.n_bins
+        projected = (project(self.directions, chunk) for chunk in chunks)
+        return torch.cat([cumulative_histogram(values, *ranges) for values in projected])
 
 
 def fit_histograms(directions: Tensor, elements: Tensor, n_bins: int) -> Histograms:

@@ -22,10 +22,11 @@ from torch import Tensor
 
 import sinbad_utils
 from sinbad import backbones, cli, crops, errors, images, settings
+from sinbad.backbones import Result
 from sinbad.image_pool import ImagePool
 from sinbad_utils import CropModel, Histograms, Scores
 
-Item, Result = TypeVar("Item"), TypeVar("Result")
+Item = TypeVar("Item")
 BATCHES_AHEAD = 2  # gathered, at least; one per thread while their pixels fit PIXELS_AHEAD bytes
 PIXELS_AHEAD = 1 << 29
 # Crops of one forward pass; many small batches would keep a GPU waiting for the next one.
@@ -428,7 +429,7 @@ class CropScorer:
 def map_ahead(
     function: Callable[[Item], Result], items: Iterable[Item], n_ahead: int, n_threads: int
 ) -> Iterator[tuple[Item, Result]]:
-    """Yield each item with its result; `n_ahead` are computed at a time, in threads."""
+    """Yield each item with its result; `n_ahead` are held at a time, computed in threads."""
     with ThreadPoolExecutor(n_threads) as threads:
         submitted = ((item, threads.submit(function, item)) for item in items)
         ahead = deque(islice(submitted, n_ahead))

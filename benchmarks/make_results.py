@@ -211,7 +211,7 @@ def one_crop_elements(
     source = images.nearest_source(grid.side, backbones.INPUT_SIDE)
     parts = []
     for ids in np.array_split(np.arange(len(pool)), math.ceil(len(pool) / 32)):
-        pixels = pool.gather(ids.tolist(), grid.corners[0], source).to(pool.device)
+        pixels = pool.gather([(ids.tolist(), grid.corners[0], source)]).to(pool.device)
         parts.append(extractor.extract(pixels)[values.pyramid_level[0]])
     return torch.cat(parts)
 

@@ -133,7 +133,7 @@ def histograms_figure(scores: score_files.SubsetScores, data_dir: Path, weights:
     position = scoring.CropPosition(grid, 0, grid.corners[0], (repetition,))
     source = images.nearest_source(grid.side, backbones.INPUT_SIDE)
     ids = [*train_ids, *(test_ids[index] for index in shown)]
-    elements = extractor.extract(pool.gather(ids, position.corner, source))[LEVEL]
+    elements = extractor.extract(pool.gather([(ids, position.corner, source)]))[LEVEL]
     directions = scoring.directions_at(position, repetition, elements.shape[1], values)
     n_fitted = min(sinbad_utils.N_RANGE_SETS, len(train_ids))
     histograms = sinbad_utils.fit_histograms(directions, elements[:n_fitted], values.n_quantiles)

@@ -14,6 +14,8 @@ from torch import Tensor
 from sinbad import backbones, errors
 
 Row = tuple[NDArray[Any], int]  # an array (n, 3, im_size, im_size) and a row of it
+# One crop of several images: their numbers, its corner (y, x), `images.nearest_source` of its side.
+Crops = tuple[Sequence[int], tuple[int, int], NDArray[np.int64]]
 
 
 def crop_pixels(
@@ -106,24 +108,33 @@ class ImagePool:
             if mapped is not None and hasattr(mmap, "MADV_DONTNEED"):
                 mapped.madvise(mmap.MADV_DONTNEED)
 
-    def gather(
-        self, ids: Sequence[int], corner: tuple[int, int], source: NDArray[np.int64]
-    ) -> Tensor:
-        """Return the nearest-sampled pixels of one crop of several images.
+    def gather(self, crops: Sequence[Crops]) -> Tensor:
+        """Return the nearest-sampled pixels of crops, one after the other.
+
+        Threads call it, so there is no torch operation on a CPU: each thread would get a team of
+        OpenMP threads, and those of all others then sleep between operations instead of spinning.
 
         Returns
         -------
         (n, 3, 224, 224), uint8, on the GPU if the images are there, else on the CPU
         """
-        if self.resident is None:
-            pixels = np.empty((len(ids), 3, len(source), len(source)), np.uint8)
-            for out, index in zip(pixels, ids, strict=True):
-                array, row = self.rows[index]
-                try:
-                    out[:] = crop_pixels(array[row], corner, source)
-                except ValueError as error:
-                    raise errors.UserError(f"image {self.names[index]}: {error}") from None
-            return torch.from_numpy(pixels)
+        if self.resident is not None:
+            return torch.cat([self._gather_on_gpu(*of_images) for of_images in crops])
+        of_image = [(index, corner, source) for ids, corner, source in crops for index in ids]
+        side = len(of_image[0][2])
+        pixels = np.empty((len(of_image), 3, side, side), np.uint8)
+        for out, (index, corner, source) in zip(pixels, of_image, strict=True):
+            array, row = self.rows[index]
+            try:
+                out[:] = crop_pixels(array[row], corner, source)
+            except ValueError as error:
+                raise errors.UserError(f"image {self.names[index]}: {error}") from None
+        return torch.from_numpy(pixels)
+
+    def _gather_on_gpu(
+        self, ids: Sequence[int], corner: tuple[int, int], source: NDArray[np.int64]
+    ) -> Tensor:
+        """Return the pixels of one crop of several images that are on the GPU."""
         indices = [ids, *(start + source for start in corner)]  # one copy, not waited for
         on_gpu = backbones.to_device(torch.from_numpy(np.concatenate(indices)), self.device)
         images_at, rows, columns = on_gpu.split([len(part) for part in indices])

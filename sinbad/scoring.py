@@ -415,15 +415,14 @@ class CropScorer:
 
     def _gather(self, batch: Batch) -> Tensor:
         """Return the pixels of a batch."""
-        parts = [
-            self.pool.gather(
-                ids,
-                segment.position.corner,
-                images.nearest_source(segment.position.grid.side, backbones.INPUT_SIDE),
-            )
-            for segment, ids in batch
-        ]
-        return backbones.pin(torch.cat(parts), self.pool.device)
+        positions = [(ids, segment.position) for segment, ids in batch]
+        pixels = self.pool.gather(
+            [
+                (ids, at.corner, images.nearest_source(at.grid.side, backbones.INPUT_SIDE))
+                for ids, at in positions
+            ]
+        )
+        return backbones.pin(pixels, self.pool.device)
 
 
 def map_ahead(

@@ -173,7 +173,7 @@ def test_the_gathered_pixels_are_those_of_the_images(resident: bool, data_dir: P
     if resident:
         pool.resident = torch.from_numpy(np.stack([array[row] for array, row in pool.rows]))
     corner, side = (3, 17), 30
-    pixels = pool.gather([0, 4, 2, 9, 12], corner, images.nearest_source(side, 20))
+    pixels = pool.gather([([0, 4, 2, 9, 12], corner, images.nearest_source(side, 20))])
     assert torch.equal(pixels, slow_crops(data_dir, [0, 4, 2, 9, 12], corner, side))
 
 

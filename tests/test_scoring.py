@@ -1,12 +1,14 @@
 """Crops in full batches: equal to `score_crop` byte for byte; each image is forwarded once."""
 
 import gc
+import os
 import shutil
 import subprocess
 import sys
 import threading
 import weakref
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -348,6 +350,22 @@ def test_as_many_batches_are_gathered_at_once_as_threads_and_memory_allow(
     next(gathered)
     assert n_started <= expected
     assert len(list(gathered)) == 29
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="Linux counts its threads there")
+def test_gathering_threads_start_no_threads_of_openmp(data_dir: Path) -> None:
+    """With more of them than processors, all of them sleep between any two operations."""
+    pool, _ = load_pool(data_dir, "pushpins_loco")
+    scorer = scoring.CropScorer(pool, VALUES, None)
+    here, there, *_ = scorer._positions([pixel_task(0.7)])
+    ids = tuple(range(8))
+    batch = [(scoring.Segment(here, ids), list(ids)), (scoring.Segment(there, ids), [3, 1])]
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(int).result()  # it runs
+        n_threads = len(os.listdir("/proc/self/task"))
+        pixels = thread.submit(scorer._gather, batch).result()
+        assert len(os.listdir("/proc/self/task")) == n_threads
+    assert pixels.shape == (10, 3, 224, 224)
 
 
 def test_the_next_category_is_loaded_while_one_is_scored(

@@ -21,6 +21,7 @@ ENSEMBLE_SIDE = 4  # side of the map that the crop scores of a grid are resized 
 SCORE_EPSILON = 1e-5  # added to the validation mean, and to the normalised score
 # Projected values computed at a time: what stays in a processor's cache; half a GB of a GPU.
 VALUES_PER_CHUNK = {"cpu": 1 << 19, "cuda": 1 << 27}
+MANY_CHANNELS = 64  # projected by a convolution: a third quicker than torch.mm on an AMD CPU
 FLAG_TYPE = {"cpu": torch.float32, "cuda": torch.float16}  # a GPU copies bools to int64 to sum
 BLOCK, QUERY_BLOCK = 32, {"cpu": 8, "cuda": 1024}  # rows of one product: training, queries
 NO_VARIANCE = 1e-24  # mean variance of descriptors that differ by rounding only
@@ -43,8 +44,7 @@ def score_crop(
     ----------
     train_elements, elements : (n_train, channels, n_elements), (n_images, channels, n_elements)
         Sets of the normal training images and of the images to score.
-    seed_key : tuple of int
-        (seed, rep, level, n_crops, crop), see `random_directions`.
+    seed_key : (seed, rep, level, n_crops, crop), see `random_directions`
     n_directions, n_bins : numbers of random directions, and of thresholds of each
     shrinkage : of the covariance, in (0, 1], see `fit_whitening`
     official : the authors' numerics: ranges of the images' own first 32, C^-1 for C^(-1/2)
@@ -107,6 +107,9 @@ def project(directions: Tensor, elements: Tensor) -> Tensor:
         raise ValueError(f"directions must have {channels} channels, got {directions.shape[1]}")
     if elements.device.type != "cpu":
         return torch.matmul(directions, elements)
+    if elements.shape[1] >= MANY_CHANNELS:
+        kernels = directions[:, :, None]
+        return torch.cat([functional.conv1d(part, kernels) for part in elements.split(1)])
     values = torch.empty(len(elements), len(directions), elements.shape[2])
     for set_elements, set_values in zip(elements, values, strict=True):
         torch.mm(directions, set_elements, out=set_values)
@@ -156,16 +159,13 @@ def cumulative_histogram(values: Tensor, low: Tensor, high: Tensor, n_bins: int)
 
     Parameters
     ----------
-    values : (n_sets, n_directions, n_elements)
-        Elements projected on the random directions, no unit.
-    low, high : (n_directions,)
-        Range of each direction, from training sets only.
+    values : (n_sets, n_directions, n_elements), elements projected on the directions, no unit
+    low, high : (n_directions,), range of each direction, from training sets only
     n_bins : number of thresholds
 
     Returns
     -------
-    (n_sets, n_directions * n_bins), float32
-        Fractions in [0, 1]; the bins of one direction are neighbours.
+    (n_sets, n_directions * n_bins), float32, in [0, 1]; the bins of one direction are neighbours
     """
     n_sets, n_directions, n_elements = values.shape
     if low.shape != (n_directions,) or high.shape != (n_directions,):

@@ -228,7 +228,7 @@ class Settings:
         BACKBONE_FILES,
     )
     batch_size: int | None = setting(
-        None, whole_number(1), "crops per forward pass (default: 32, on a GPU 256)", BACKBONE
+        None, whole_number(1), "crops per forward pass (default: 8, on a GPU 256)", BACKBONE
     )
     device: str = setting("auto", text, "auto, cpu, cuda or cuda:<i>", MACHINE)
     num_workers: int | None = setting(

@@ -9,8 +9,6 @@ net=tf_efficientnet_lite0 size=256 reps=20
 out=demo/out
 scores=$out/results/demo_pyramid_lvl_#
 set -- --mvtype juice_bottle pushpins
-# glibc: keep freed memory, so that the activations of each batch need no new pages from the system.
-export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=4000000000
 
 step() {
     echo "== $1" >&2

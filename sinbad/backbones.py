@@ -23,7 +23,7 @@ import torchvision
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from sinbad import errors
+from sinbad import errors, freed_memory
 
 log = logging.getLogger(__name__)
 Result = TypeVar("Result")
@@ -443,6 +443,8 @@ def _kernel_switches(tf32: bool) -> Iterator[None]:
 class FeatureExtractor:
     """Runs a backbone over full batches on a device.
 
+    On a CPU the process keeps freed memory for the next batch, see `freed_memory`.
+
     Parameters
     ----------
     backbone : Backbone
@@ -459,6 +461,8 @@ class FeatureExtractor:
         compiled: bool = False,
     ) -> None:
         self.device, self.precision = device, precision
+        if device.type == "cpu":
+            freed_memory.keep()
         if compiled or (device.type, precision) != ("cuda", "bf16"):  # there it would be slower
             backbone.fold_batch_norms()
         self.backbone = backbone.to(device)

@@ -6,7 +6,6 @@ their number. Predictions are conformal: among normal images exchangeable with t
 at most the fraction `false_alarms` is expected to be called anomalous.
 """
 
-import ctypes
 import hashlib
 import io
 import json
@@ -14,7 +13,6 @@ import logging
 import math
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +30,7 @@ from sinbad import (
     crops,
     ensembles,
     errors,
+    freed_memory,
     image_pool,
     images,
     scoring,
@@ -385,7 +384,7 @@ class Detector:
             for (level, _, rep), (image_scores,) in scores.items():
                 crop_scores[level, len(position.grid)][rep, position.crop] = image_scores
         if len(self._models) > n_models:
-            _return_freed_memory()
+            freed_memory.give_back()  # the holes that fitting leaves between models
         return crop_scores
 
     def _batch_size(self, n_images: int) -> int:
@@ -502,12 +501,6 @@ def _store(position: CropPosition, models: Models) -> dict[Position, StoredModel
         key = level, len(position.grid), position.crop
         stored[key] = StoredModels.of(repetitions, n_elements=side**2)
     return stored
-
-
-def _return_freed_memory() -> None:
-    """Give the holes that fitting leaves between the models it keeps back to the system (glibc)."""
-    with suppress(AttributeError, OSError, TypeError):  # another C library
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _extent(resizing: dict[str, Any]) -> tuple[int, int]:

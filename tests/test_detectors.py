@@ -22,7 +22,7 @@ import data_to_matrices
 import sinbad_detector
 import sinbad_single_layer
 import sinbad_utils
-from sinbad import __version__, detectors, errors
+from sinbad import __version__, detectors, errors, freed_memory
 from sinbad.settings import Settings
 
 ROOT = Path(__file__).parents[1]
@@ -213,31 +213,10 @@ def test_what_fitting_freed_goes_back_to_the_system_once(
     n_models = []
     detector.save(tmp_path / "detector.npz")
     loaded = detectors.Detector.load(tmp_path / "detector.npz", device="cpu")
-    monkeypatch.setattr(
-        detectors, "_return_freed_memory", lambda: n_models.append(len(loaded._models))
-    )
+    monkeypatch.setattr(freed_memory, "give_back", lambda: n_models.append(len(loaded._models)))
     for _ in range(2):
         loaded.score(test_images(class_dir)[:1], 0.5)
     assert n_models == [len(loaded._models)]
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="of glibc")
-def test_holes_between_small_blocks_go_back_to_the_system() -> None:
-    code = """
-import re, numpy as np
-from pathlib import Path
-from sinbad import detectors
-def held():
-    status = Path("/proc/self/status").read_text()
-    return int(re.search(r"RssAnon:\\s+([0-9]+)", status)[1]) / 1024
-small = [np.ones(100_000 if i % 100 == 99 else 1_000) for i in range(40_000)]
-del small[::2]
-before = held()
-detectors._return_freed_memory()
-print(before - held())
-"""
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-    assert float(result.stdout) > 50, result.stderr  # MB
 
 
 def test_one_picture_is_no_full_batch_on_a_gpu(

@@ -1,0 +1,102 @@
+"""What glibc does with freed memory: kept for the next batch, large blocks and holes given back."""
+
+import platform
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+
+from sinbad import backbones, freed_memory
+
+pytestmark = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc")
+ROOT = Path(__file__).resolve().parents[1]
+PREAMBLE = """
+    import re, resource, sys
+    import numpy as np
+    from pathlib import Path
+    from sinbad import freed_memory
+
+    def held():  # MB
+        status = Path("/proc/self/status").read_text()
+        return int(re.search(r"RssAnon:\\s+([0-9]+)", status)[1]) / 1024
+
+    def faults():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+    if sys.argv[1] == "keep":
+        freed_memory.keep()
+"""
+
+
+def output_of(code: str, what: str = "leave") -> float:
+    """Run some code in a process of its own, with or without `freed_memory.keep`."""
+    code = textwrap.dedent(PREAMBLE) + textwrap.dedent(code)
+    words = [sys.executable, "-c", code, what]
+    result = subprocess.run(words, capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 0, result.stderr
+    return float(result.stdout)
+
+
+def test_what_is_freed_is_kept_for_the_next_batch() -> None:
+    code = """
+        def batch():
+            activations = [np.ones(3 << 20) for _ in range(5)]  # 24 MB each
+        batch()
+        before = faults()
+        for _ in range(5):
+            batch()
+        print(faults() - before)
+    """
+    assert output_of(code, "keep") < 0.1 * output_of(code)
+
+
+def test_large_blocks_go_back_at_once() -> None:
+    code = """
+        before = held()
+        for _ in range(3):
+            large, small = np.ones(8 << 20), np.ones(1000)  # 64 MB
+            del large
+        print(held() - before)
+    """
+    assert output_of(code, "keep") < 10
+
+
+def test_no_more_is_kept_at_the_end_of_the_heap_than_said() -> None:
+    code = """
+        before = held()
+        [np.ones(1 << 20) for _ in range(100)]  # 8 MB each
+        print(held() - before)
+    """
+    assert output_of(code, "keep") < freed_memory.KEPT_BYTES / 1e6 + 20
+
+
+def test_holes_between_small_blocks_go_back() -> None:
+    code = """
+        small = [np.ones(100_000 if i % 100 == 99 else 1_000) for i in range(40_000)]
+        del small[::2]
+        before = held()
+        freed_memory.give_back()
+        print(before - held())
+    """
+    assert output_of(code) > 50
+
+
+@pytest.mark.parametrize(("device", "expected"), [("cpu", 1), ("meta", 0)])
+def test_a_network_on_a_cpu_keeps_it(
+    device: str, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[None] = []
+    monkeypatch.setattr(freed_memory, "keep", lambda: calls.append(None))
+    weights = backbones.load_weights("resnet18", "random")
+    backbone = backbones.build_backbone("resnet18", weights, (7,))
+    backbones.FeatureExtractor(backbone, torch.device(device))
+    assert len(calls) == expected
+
+
+def test_another_c_library_is_left_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(freed_memory.ctypes, "CDLL", lambda name: object())
+    freed_memory.keep()
+    freed_memory.give_back()

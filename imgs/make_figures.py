@@ -90,9 +90,9 @@ DEVICES = {  # name -> file, precision, images, rows of scoring and of the forwa
     "2 CPU cores, fp32": (
         "cpu.csv",
         "fp32",
-        96,
-        "96 images, everything, seconds",
-        "96 images, bare network, seconds",
+        384,
+        "384 images, everything, seconds",
+        "384 images, bare network, seconds",
     ),
     "H100, tf32\n(earlier code)": ("gpu.csv", "tf32", 3644, *GPU_ROWS),
     "H100, bf16\n(earlier code)": ("gpu.csv", "bf16", 3644, *GPU_ROWS),

@@ -362,14 +362,14 @@ def test_numbers_of_a_gpu_are_those_measured() -> None:
 def test_numbers_of_a_cpu_are_those_measured() -> None:
     value = {row["what"]: float(row["value"]) for row in measured("cpu")}
     text, page = words_of("README.md"), words_of("benchmarks/README.md")
-    forward, fractions = value["96 images, bare network, seconds"], []
+    forward, fractions = value["384 images, bare network, seconds"], []
     for what in ("bare network", "everything"):
-        seconds = value[f"96 images, {what}, seconds"]
+        seconds = value[f"384 images, {what}, seconds"]
         fractions.append(f"{100 * forward / seconds:.0f} %")
         name = what.replace("bare network", "forward pass alone")
         (row,) = (cells for cells in cells_of("benchmarks/README.md") if cells[0].startswith(name))
-        assert row[1:] == [f"{seconds:.1f}", f"{96 / seconds:.2f}", fractions[-1]]
-    peak = f"{value['96 images, peak memory, GB']} GB"
+        assert row[1:] == [f"{seconds:.1f}", f"{384 / seconds:.2f}", fractions[-1]]
+    peak = f"{value['384 images, peak memory, GB']} GB"
     assert f"scoring, writing) at {fractions[1]} of the speed of the forward pass alone" in text
     assert f"in {peak}" in text
     assert f"peak memory is {peak}" in page

@@ -231,18 +231,23 @@ def detector_rows(args: argparse.Namespace, values: Settings) -> list[list[str]]
 
 
 def detector_row(
-    values: Settings, what: str, seconds: float, ratio: float = 0.0, auroc: float = 0.0
+    values: Settings,
+    what: str,
+    seconds: float,
+    ratio: float = 0.0,
+    auroc: float = 0.0,
+    memory: list[str] | None = None,
 ) -> list[str]:
-    """Return a row of the table of detectors."""
+    """Return a row of the table of detectors; `memory` is by default that of now."""
     flags = cli.flags_of(values, ["pyramid_level", "crop_size_ratio", "batch_size"])
-    columns = [
-        " ".join([values.net, *flags]),
-        what,
-        f"{seconds:.2f}",
-        f"{ratio:.2f}" if ratio else "",
-        peak_memory(),
-    ]
-    return [*columns, f"{anonymous_memory():.0f}", f"{100 * auroc:.1f}" if auroc else ""]
+    columns = [" ".join([values.net, *flags]), what, f"{seconds:.2f}"]
+    columns += [f"{ratio:.2f}" if ratio else "", *(memory or memory_now())]
+    return [*columns, f"{100 * auroc:.1f}" if auroc else ""]
+
+
+def memory_now() -> list[str]:
+    """Return the peak memory so far in GB, and the anonymous memory in MB."""
+    return [peak_memory(), f"{anonymous_memory():.0f}"]
 
 
 def fit_rows(
@@ -267,12 +272,16 @@ def score_rows(
     rows.append(detector_row(values, f"load {path.stat().st_size / 1e6:.1f} MB", seconds))
     rows.append(detector_row(values, "first score, 1", timed(detector.score, good[:1])[0]))
     n_crops = len({key[1:] for key in detector.stored if key[0] != settings.PIXEL_LEVEL})
+    memory = {}  # of scoring; the forward pass alone has a network of its own
+    for n in args.n_images:
+        detector.score(good[:n])
+        memory[n] = memory_now()
     for n in args.n_images:
         turns = np.empty((args.turns, 2))
         for turn in turns:
             turn[:] = timed(detector.score, good[:n])[0], time_forward(values, n_crops * n)
         seconds, ratio = np.median(turns[:, 0]), np.median(turns[:, 0] / turns[:, 1])
-        rows.append(detector_row(values, f"score, {n}", seconds, ratio))
+        rows.append(detector_row(values, f"score, {n}", seconds, ratio, memory=memory[n]))
     if anomalous:
         seconds, predictions = timed(detector.score, good + anomalous)
         scores = np.split(np.array([p.score for p in predictions]), [len(good)])

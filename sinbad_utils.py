@@ -21,7 +21,7 @@ ENSEMBLE_SIDE = 4  # side of the map that the crop scores of a grid are resized 
 SCORE_EPSILON = 1e-5  # added to the validation mean, and to the normalised score
 # Projected values computed at a time: what stays in a processor's cache; half a GB of a GPU.
 VALUES_PER_CHUNK = {"cpu": 1 << 19, "cuda": 1 << 27}
-MANY_CHANNELS = 64  # projected by a convolution: a third quicker than torch.mm on an AMD CPU
+MANY_CHANNELS = 64  # projected by a convolution: 40 % less time than torch.mm on an AMD CPU
 FLAG_TYPE = {"cpu": torch.float32, "cuda": torch.float16}  # a GPU copies bools to int64 to sum
 BLOCK, QUERY_BLOCK = 32, {"cpu": 8, "cuda": 1024}  # rows of one product: training, queries
 NO_VARIANCE = 1e-24  # mean variance of descriptors that differ by rounding only

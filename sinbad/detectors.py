@@ -1,9 +1,9 @@
 """A detector for one's own images: fit once, save, load, score one image or a thousand.
 
 The scores are the ensemble's of the step-by-step scripts, by the same code. What is kept of the
-training images are their descriptors, as whole numbers: a fraction is a count of elements over
-their number. Predictions are conformal: among normal images exchangeable with the calibration set
-at most the fraction `false_alarms` is expected to be called anomalous.
+training images are their descriptors, see `stored_models`. Predictions are conformal: among normal
+images exchangeable with the calibration set at most the fraction `false_alarms` is expected to be
+called anomalous.
 """
 
 import hashlib
@@ -35,11 +35,13 @@ from sinbad import (
     images,
     scoring,
     settings,
+    stored_models,
 )
 from sinbad.images import ImageInput
 from sinbad.scoring import CropPosition, GridTask, Models, Repetition
 from sinbad.settings import Settings
-from sinbad_utils import BLOCK, CropModel, Histograms, Scores
+from sinbad.stored_models import Position, StoredModels
+from sinbad_utils import CropModel, Scores
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +52,6 @@ MIN_SHIFTED = 10  # images; more than half of them lie beyond n = 20 calibration
 COPY_SCORE = 1e-4  # of the calibration set's mean; lower ones are of training images alone
 MACHINE_SETTINGS = ("device", "num_workers")  # not in the file
 Grid = tuple[int, int]  # level, number of crops
-Position = tuple[int, int, int]  # level, number of crops, crop
 
 
 @dataclass(frozen=True)
@@ -73,73 +74,6 @@ class Prediction:
     is_anomalous: bool = False
     levels: dict[int, float] = field(default_factory=dict)
     error: str = ""
-
-
-@dataclass(frozen=True)
-class StoredModels:
-    """The models of one level and crop position, of all repetitions, as they are saved.
-
-    Attributes
-    ----------
-    ranges : (2, n_reps, n_projections), float32, low and high
-    counts : (n_reps, n_train, n_projections * n_bins), elements below each threshold
-    n_elements : of a set
-    """
-
-    ranges: NDArray[np.float32]
-    counts: NDArray[Any]
-    n_elements: int
-
-    @classmethod
-    def of(cls, models: Sequence[CropModel], n_elements: int) -> "StoredModels":
-        """Keep fitted models; exact, since a fraction is a count over `n_elements`."""
-        low = torch.stack([model.histograms.low for model in models])
-        high = torch.stack([model.histograms.high for model in models])
-        descriptors = torch.stack([model.train_descriptors for model in models])
-        counts = (descriptors.double() * n_elements).round().cpu().numpy()
-        dtype = np.uint8 if n_elements <= 255 else np.uint16
-        return cls(torch.stack([low, high]).cpu().numpy(), counts.astype(dtype), n_elements)
-
-    def fit(self, rep: int, directions: torch.Tensor, values: Settings) -> CropModel:
-        """Fit the model of one repetition again, on the device of its `directions`."""
-        low, high = (torch.from_numpy(ends).to(directions.device) for ends in self.ranges[:, rep])
-        descriptors = torch.cat(list(self._descriptors(rep, directions.device)))
-        histograms = Histograms(directions, low, high, values.n_quantiles)
-        return sinbad_utils.fit_crop_model(histograms, descriptors, values.shrinkage_factor)
-
-    def shrink(self, model: CropModel) -> CropModel:
-        """Return a model without what `restore` derives from the counts: most of its memory.
-
-        On a GPU the centred descriptors stay: deriving them takes longer than scoring an image.
-        """
-        neighbours, empty = model.neighbours, model.train_descriptors.new_empty(0)
-        if empty.device.type == "cpu":
-            neighbours = replace(neighbours, centred=empty)
-        return replace(model, train_descriptors=empty, neighbours=neighbours)
-
-    def restore(self, model: CropModel, rep: int) -> CropModel:
-        """Return the shrunk model of a repetition, ready to score."""
-        if len(model.neighbours.centred):
-            return model
-        mean, n_train = model.neighbours.mean, model.neighbours.n_train
-        shape = (-(-number // BLOCK) * BLOCK for number in (n_train, len(mean)))
-        centred = mean.new_empty(*shape)
-        centred[n_train:], centred[:, len(mean) :] = 0.0, 0.0
-        blocks = self._descriptors(rep, mean.device)
-        for rows, block in zip(centred.split(BLOCK), blocks, strict=True):
-            rows[: len(block), : len(mean)].copy_(block).sub_(mean)  # faster than of two types
-        return replace(model, neighbours=replace(model.neighbours, centred=centred))
-
-    def _descriptors(self, rep: int, device: torch.device) -> Iterator[torch.Tensor]:
-        """Yield the training descriptors (BLOCK images, n_projections * n_bins), float32."""
-        low, high = torch.from_numpy(self.ranges[:, rep]).to(device)
-        n_bins = self.counts.shape[2] // len(low)
-        scale = ((high > low) / self.n_elements).repeat_interleave(n_bins)
-        for counts in torch.from_numpy(self.counts[rep]).to(device).split(BLOCK):  # in the cache
-            yield counts.float().mul_(scale)
-
-
-# ---------------------------------------------------------------- the detector
 
 
 class Detector:
@@ -212,7 +146,7 @@ class Detector:
         splits = [valid_ids] if len(valid) else []
         for position, models, scores in scorer.score_positions(tasks, train_ids, splits):
             n_crops = len(position.grid)
-            stored |= _store(position, models)
+            stored |= stored_models.store(position, models)
             for (level, _, rep), model in models.items():
                 (crop_scores,) = scores[level, values.seed, rep] or [
                     folds.score(model.train_descriptors, values.at_level(level).shrinkage_factor)
@@ -490,17 +424,6 @@ def _empty_scores(tasks: Sequence[GridTask], values: Settings, n: int) -> dict[G
         n_crops = len(values.grid(ratio))
         shapes[level, n_crops] = rep + 1, n_crops, n
     return {grid: np.zeros(shape) for grid, shape in shapes.items()}
-
-
-def _store(position: CropPosition, models: Models) -> dict[Position, StoredModels]:
-    """Return the models of a crop position as they are saved, those of a level together."""
-    stored = {}
-    for level in dict.fromkeys(repetition.level for repetition in models):
-        repetitions = [model for p, model in models.items() if p.level == level]
-        side = backbones.INPUT_SIDE if level == settings.PIXEL_LEVEL else level
-        key = level, len(position.grid), position.crop
-        stored[key] = StoredModels.of(repetitions, n_elements=side**2)
-    return stored
 
 
 def _extent(resizing: dict[str, Any]) -> tuple[int, int]:

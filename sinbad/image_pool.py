@@ -111,8 +111,9 @@ class ImagePool:
     def gather(self, crops: Sequence[Crops]) -> Tensor:
         """Return the nearest-sampled pixels of crops, one after the other.
 
-        Threads call it, so there is no torch operation on a CPU: each thread would get a team of
-        OpenMP threads, and those of all others then sleep between operations instead of spinning.
+        Threads call it, so no torch operation here works on the pixels of a CPU: each thread would
+        get a team of OpenMP threads, and with more of them than processors all sleep between
+        operations instead of spinning.
 
         Returns
         -------

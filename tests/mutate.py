@@ -47,6 +47,7 @@ TESTS = {  # the quickest to fail first
     "sinbad/score_files.py": ("ensembles", "bad_inputs", "single_layer"),
     "sinbad/score_tasks.py": ("slurm", "single_layer"),
     "sinbad/scoring.py": ("scoring", "cuda_dispatch", "single_layer"),
+    "sinbad/stored_models.py": ("detectors",),
     "sinbad/settings.py": ("settings", "cli", "detectors"),
     "sinbad/slurm.py": ("slurm",),
     "sinbad/uea.py": ("uea", "time_series"),

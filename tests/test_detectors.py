@@ -22,7 +22,7 @@ import data_to_matrices
 import sinbad_detector
 import sinbad_single_layer
 import sinbad_utils
-from sinbad import __version__, detectors, errors, freed_memory
+from sinbad import __version__, detectors, errors, freed_memory, stored_models
 from sinbad.settings import Settings
 
 ROOT = Path(__file__).parents[1]
@@ -174,7 +174,7 @@ def test_counts_of_full_sets_fit_their_type(n_elements: int) -> None:
     histograms = sinbad_utils.Histograms(torch.ones(2, 3), torch.zeros(2), torch.ones(2), 1)
     descriptors = torch.tensor([[0.0, 1.0], [1.0, 1.0], [1.0, 0.0]])
     model = sinbad_utils.fit_crop_model(histograms, descriptors, 1.0)
-    stored = detectors.StoredModels.of([model], n_elements)
+    stored = stored_models.StoredModels.of([model], n_elements)
     np.testing.assert_array_equal(stored.counts[0], descriptors * n_elements)
 
 
@@ -187,7 +187,7 @@ def test_counts_are_whole_numbers_that_give_the_descriptors_back(
         model = stored.fit(0, torch.ones(20, channels), detector.values.at_level(level))
         exact = torch.from_numpy(stored.counts[0].astype(np.float64)) / stored.n_elements
         np.testing.assert_allclose(model.train_descriptors, exact, atol=1e-7)
-        again = detectors.StoredModels.of([model], stored.n_elements)
+        again = stored_models.StoredModels.of([model], stored.n_elements)
         np.testing.assert_array_equal(again.counts[0], stored.counts[0])
 
 

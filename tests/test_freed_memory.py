@@ -85,7 +85,7 @@ def test_holes_between_small_blocks_go_back() -> None:
 
 
 @pytest.mark.parametrize(("device", "expected"), [("cpu", 1), ("meta", 0)])
-def test_a_network_on_a_cpu_keeps_it(
+def test_a_network_on_a_cpu_keeps_freed_memory(
     device: str, expected: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[None] = []

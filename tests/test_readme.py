@@ -424,6 +424,8 @@ def test_times_of_a_detector_are_those_measured() -> None:
         )
     )
     one_image = [ratios[name, "score, 1"] for name in (default, full, many)]
+    latency = float(seconds[default, "score, 1"][0])
+    assert f"default network took {latency:.1f} s per image" in words_of("README.md")
     assert f"all levels takes {one_image[0]} times the forward pass of its crops" in page
     assert f"takes {one_image[1]} times (level 14 and raw pixels) and {one_image[2]} times" in page
     imports, first, later = (

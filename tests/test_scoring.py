@@ -364,7 +364,7 @@ def test_gathering_threads_start_no_threads_of_openmp(data_dir: Path) -> None:
         thread.submit(int).result()  # it runs
         n_threads = len(os.listdir("/proc/self/task"))
         pixels = thread.submit(scorer._gather, batch).result()
-        assert len(os.listdir("/proc/self/task")) == n_threads
+        assert len(os.listdir("/proc/self/task")) <= n_threads
     assert pixels.shape == (10, 3, 224, 224)
 
 

@@ -20,8 +20,8 @@ RANGE = 0.01, 0.99  # quantiles of the projected values
 ENSEMBLE_SIDE = 4  # side of the map that the crop scores of a grid are resized to
 SCORE_EPSILON = 1e-5  # added to the validation mean, and to the normalised score
 # Projected values computed at a time: what stays in a processor's cache; half a GB of a GPU.
-VALUES_PER_CHUNK = {"cpu": 1 << 19, "cuda": 1 << 27}
-MANY_CHANNELS = 64  # projected by a convolution: 40 % less time than torch.mm on an AMD CPU
+VALUES_PER_CHUNK = {"cpu": 1 << 21, "cuda": 1 << 27}
+MANY_CHANNELS = 64  # projected by oneDNN itself: conv1d chooses by the number of sets, mm is slow
 FLAG_TYPE = {"cpu": torch.float32, "cuda": torch.float16}  # a GPU copies bools to int64 to sum
 BLOCK, QUERY_BLOCK = 32, {"cpu": 8, "cuda": 1024}  # rows of one product: training, queries
 NO_VARIANCE = 1e-24  # mean variance of descriptors that differ by rounding only
@@ -102,14 +102,14 @@ def project(directions: Tensor, elements: Tensor) -> Tensor:
     Directions (n_directions, channels) and elements (n_sets, channels, n_elements) give float32,
     (n_sets, n_directions, n_elements). On a CPU a set's bytes do not depend on the other sets.
     """
-    if directions.shape[1] != elements.shape[1]:
-        channels = elements.shape[1]
+    channels = elements.shape[1]
+    if directions.shape[1] != channels:
         raise ValueError(f"directions must have {channels} channels, got {directions.shape[1]}")
     if elements.device.type != "cpu":
         return torch.matmul(directions, elements)
-    if elements.shape[1] >= MANY_CHANNELS:
-        kernels = directions[:, :, None]
-        return torch.cat([functional.conv1d(part, kernels) for part in elements.split(1)])
+    if channels >= MANY_CHANNELS and torch.backends.mkldnn.is_available():
+        images, kernels = elements[..., None], directions[..., None, None]
+        return torch.mkldnn_convolution(images, kernels, None, [0, 0], [1, 1], [1, 1], 1).squeeze(3)
     values = torch.empty(len(elements), len(directions), elements.shape[2])
     for set_elements, set_values in zip(elements, values, strict=True):
         torch.mm(directions, set_elements, out=set_values)

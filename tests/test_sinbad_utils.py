@@ -105,13 +105,22 @@ def test_projection_is_the_sum_over_channels() -> None:
 
 
 @pytest.mark.parametrize("channels", [3, 64, 1024])
-def test_projection_of_a_set_does_not_depend_on_the_other_sets(channels: int) -> None:
-    directions, elements = tensors(0, 20, channels), tensors(1, 5, channels, 49)
-    values = sinbad_utils.project(directions, elements)
-    exact = torch.matmul(directions.double(), elements.double())
-    np.testing.assert_allclose(values, exact, atol=1e-6 * channels)
-    for part in (slice(0, 1), slice(1, 3), slice(2, 5)):
-        assert torch.equal(sinbad_utils.project(directions, elements[part]), values[part])
+@pytest.mark.parametrize("n_elements", [1, 49, 200])
+@pytest.mark.parametrize("n_threads", [1, 2])
+def test_projection_of_a_set_does_not_depend_on_the_other_sets(
+    channels: int, n_elements: int, n_threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads_before = torch.get_num_threads()
+    torch.set_num_threads(n_threads)
+    try:
+        directions, elements = tensors(0, 20, channels), tensors(1, 20, channels, n_elements)
+        values = sinbad_utils.project(directions, elements)
+        exact = torch.matmul(directions.double(), elements.double())
+        np.testing.assert_allclose(values, exact, atol=1e-6 * channels)
+        for part in (slice(0, 1), slice(1, 3), slice(2, 10), slice(3, 20)):
+            assert torch.equal(sinbad_utils.project(directions, elements[part]), values[part])
+    finally:
+        torch.set_num_threads(threads_before)
 
 
 @pytest.mark.parametrize("n_elements", [1, 2, 7, 60, 5000])

@@ -28,7 +28,7 @@ from pathlib import Path
 from threading import Thread
 
 from data_to_matrices import make_matrices
-from sinbad import backbones, cli, errors, layouts, loco, report, score_files, settings
+from sinbad import backbones, cli, devices, errors, layouts, loco, report, score_files, settings
 from sinbad.score_tasks import ScoreTask, check_tasks
 from sinbad_single_layer import score_and_save
 
@@ -170,7 +170,7 @@ def main(argv: list[str] | None = None) -> None:
         )
     values = cli.settings_of(args, device="auto")
     for device in args.device:
-        backbones.choose_device(device)
+        devices.choose_device(device)
     options = report.report_options(args, args.out)
     levels = settings.backbone_levels(values.pyramid_level)
     if levels:  # errors now, before the long work

@@ -23,6 +23,7 @@ from sinbad import (
     atomic,
     backbones,
     cli,
+    devices,
     errors,
     image_pool,
     loco,
@@ -137,7 +138,7 @@ def score_and_save(
     """
     check_tasks(tasks, values)
     atomic.check_writable(results_dir / "scores")
-    device = backbones.choose_device(values.device)
+    device = devices.choose_device(values.device)
     subsets = load_subsets(tasks, data_dir, values)
     needs_network = settings.backbone_levels(task.level for task in tasks)
     weights = backbones.load_weights(values.net, values.weights) if needs_network else None
@@ -170,7 +171,7 @@ def score_subsets(
     results_dir: Path,
 ) -> Iterator[score_files.ScoreFile]:
     """Yield the scores of every task as soon as its last crop is scored, category by category."""
-    device, extractor = backbones.choose_device(values.device), None
+    device, extractor = devices.choose_device(values.device), None
     levels = settings.backbone_levels(sorted(task.level for task in records))
     if levels:
         backbone = backbones.build_backbone(values.net, weights, levels)

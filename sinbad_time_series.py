@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn import functional
 
 import sinbad_utils
-from sinbad import atomic, backbones, cli, errors, settings, uea
+from sinbad import atomic, cli, devices, errors, settings, uea
 from sinbad.report import tables
 
 log = logging.getLogger("sinbad")
@@ -195,7 +195,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     """Read every data set, score its classes with every seed, save, print the table."""
     args = parse_args(argv)
-    device = backbones.choose_device(args.device)
+    device = devices.choose_device(args.device)
     seeds = cli.sorted_unique(args.seeds)
     options = {"n_projections": args.n_projections, "n_quantiles": args.n_quantiles}
     names = itertools.chain(*(PUBLISHED if name == "all" else [name] for name in args.dataset))

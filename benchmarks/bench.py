@@ -38,7 +38,18 @@ import data_to_matrices
 import reproduce_paper
 import sinbad_single_layer
 import sinbad_time_series
-from sinbad import atomic, backbones, cli, detectors, errors, loco, score_files, scoring, settings
+from sinbad import (
+    atomic,
+    backbones,
+    cli,
+    detectors,
+    devices,
+    errors,
+    loco,
+    score_files,
+    scoring,
+    settings,
+)
 from sinbad.image_pool import ImagePool
 from sinbad.report import metrics, tables
 from sinbad.settings import Settings
@@ -109,7 +120,7 @@ def time_forward(values: Settings, n_crops: int) -> float:
     At most TIMED_BATCHES are timed; they all take the same.
     """
     levels = settings.backbone_levels(values.pyramid_level)
-    device = backbones.choose_device(values.device)
+    device = devices.choose_device(values.device)
     weights = backbones.load_weights(values.net, values.weights)
     backbone = backbones.build_backbone(values.net, weights, levels)
     extractor = backbones.FeatureExtractor(backbone, device, values.precision)
@@ -123,7 +134,7 @@ def time_forward(values: Settings, n_crops: int) -> float:
 
 def noise_batch(values: Settings) -> torch.Tensor:
     """Return a full batch of noise as the network takes it."""
-    device = backbones.choose_device(values.device)
+    device = devices.choose_device(values.device)
     shape = scoring.batch_size_on(device, values), 3, backbones.INPUT_SIDE, backbones.INPUT_SIDE
     return torch.randn(shape, device=device).contiguous(memory_format=torch.channels_last)
 
@@ -145,7 +156,7 @@ def peak_memory() -> str:
 
 def time_scoring(values: Settings, counts: Counts, n_turns: int) -> list[str]:
     """Return a row: medians of seconds; crop forwards with the padding of the last batch."""
-    device = backbones.choose_device(values.device)
+    device = devices.choose_device(values.device)
     extract = backbones.FeatureExtractor.extract
     n_crops: list[int] = []
     alone: list[float] = []
@@ -304,7 +315,7 @@ def memory_of_scoring(values: Settings, n_images: int) -> list[str]:
             file.write(np.random.default_rng(number).bytes(3 * side**2))
         array = np.memmap(file, np.uint8, "r", shape=(n_images, 3, side, side))
         rows, names = [(array, i) for i in ids], list(map(str, ids))
-        device = backbones.choose_device(values.device)
+        device = devices.choose_device(values.device)
         pool = ImagePool(rows, names, (side, side), device, values.n_workers)
         weights = backbones.load_weights(values.net, values.weights)
         backbone = backbones.build_backbone(values.net, weights, values.pyramid_level)
@@ -340,7 +351,7 @@ def memory_rows(args: argparse.Namespace, values: Settings) -> list[list[str]]:
 
 def largest_difference(values: Settings) -> float:
     """Return the largest relative difference of the scores of 24 images from the CPU's in fp32."""
-    batch_size = scoring.batch_size_on(backbones.choose_device(values.device), values)
+    batch_size = scoring.batch_size_on(devices.choose_device(values.device), values)
     on_cpu = replace(values, device="cpu", precision="fp32", batch_size=batch_size)
     with scorer(category_counts(24), values) as score:
         expected, actual = (
@@ -386,7 +397,7 @@ def main(argv: list[str] | None = None) -> None:
     rows = [COLUMNS[args.what].split(";"), *MEASUREMENTS[args.what](args, values)]
     print(tables.markdown(rows))
     if args.out:
-        flags, device = sys.argv[1:] if argv is None else argv, backbones.choose_device(args.device)
+        flags, device = sys.argv[1:] if argv is None else argv, devices.choose_device(args.device)
         about = score_files.environment_info(scoring.batch_size_on(device, values), device)
         head = f"# python benchmarks/bench.py {shlex.join(flags)}; {about}\n"
         atomic.atomic_write(args.out, head + tables.csv_text(rows))

@@ -32,7 +32,7 @@ import data_to_matrices
 import reproduce_paper
 import sinbad_time_series
 import sinbad_utils
-from sinbad import atomic, backbones, cli, detectors, ensembles, errors, images, matrices
+from sinbad import atomic, backbones, cli, detectors, devices, ensembles, errors, images, matrices
 from sinbad.image_pool import ImagePool
 from sinbad.report import metrics, tables
 from sinbad.score_files import environment_info
@@ -122,7 +122,7 @@ def load_category(
 ]:
     """Preprocess the category; return it, its images, their numbers, and ResNet-18, level 14."""
     data_to_matrices.make_matrices(args.loco_dir, args.work, [MVTYPE])
-    subset, device = matrices.load_matrices(args.work, MVTYPE), backbones.choose_device(args.device)
+    subset, device = matrices.load_matrices(args.work, MVTYPE), devices.choose_device(args.device)
     pool, ids = matrices.pool_subsets([subset], device, Settings().n_workers)
     weights = backbones.load_weights("resnet18", weights_of(args, "resnet18"))
     backbone = backbones.build_backbone("resnet18", weights, (14,))
@@ -290,7 +290,7 @@ def main(argv: list[str] | None = None) -> None:
             log.info(f"{name} skipped: no folder {folder}")
             continue
         rows = MEASUREMENTS[name](args)
-        about = environment_info(32, backbones.choose_device(args.device))
+        about = environment_info(32, devices.choose_device(args.device))
         head = f"# python benchmarks/make_results.py --only {name}; {about}\n"
         atomic.atomic_write(args.out / f"{name}.csv", head + tables.csv_text(rows))
 

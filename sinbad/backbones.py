@@ -8,25 +8,23 @@ strides 32 to 4. The names of torchvision's ResNets mean those; any other name i
 import hashlib
 import io
 import logging
-import re
 import sys
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, replace
 from http.client import HTTPException
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torchvision
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from sinbad import errors, freed_memory
+from sinbad import devices, errors
 
 log = logging.getLogger(__name__)
-Result = TypeVar("Result")
 
 STAGE_OF_LEVEL = {56: 1, 28: 2, 14: 3, 7: 4}  # of a torchvision ResNet
 INPUT_SIDE = 224  # pixels
@@ -38,75 +36,6 @@ WRAPPERS = ("state_dict", "model", "model_state_dict")  # keys under which train
 PREFIXES = ("module.", "backbone.", "model.")
 # Arguments of timm's forward pass: maps (n, channels, side, side), no layer after the last of them.
 MAP_OPTIONS = {"output_fmt": "NCHW", "intermediates_only": True, "stop_early": True}
-
-
-def choose_device(name: str) -> torch.device:
-    """Return the device named `auto` (CUDA if present), `cpu`, `cuda` or `cuda:<i>`.
-
-    Raises
-    ------
-    UserError
-        If the device is not one of these, or is not on this machine.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    match = re.fullmatch(r"cpu|cuda(?::([0-9]{1,4}))?", name)
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if match is None or (name != "cpu" and int(match[1] or 0) >= count):
-        raise errors.UserError(
-            f"device must be auto, cpu, cuda or cuda:<i> of this machine ({count} CUDA devices), "
-            f"got {name}; pass --device cpu"
-        )
-    return torch.device(name)
-
-
-def pin(values: Tensor, device: torch.device) -> Tensor:
-    """Return values where a GPU can copy them from on its own; for a CPU as they are."""
-    return values.pin_memory() if device.type == "cuda" and not values.is_cuda else values
-
-
-def to_device(values: Tensor, device: torch.device) -> Tensor:
-    """Return values on a device; the CPU does not wait for a GPU to copy them."""
-    return pin(values, device).to(device, non_blocking=True)
-
-
-class Halving:
-    """Computes batches in parts, halved when the GPU runs out of memory.
-
-    Attributes
-    ----------
-    sizes : what a batch consists of ("crop") -> how many a part has; missing: the whole batch
-    """
-
-    def __init__(self) -> None:
-        self.sizes: dict[str, int] = {}
-
-    def __call__(
-        self, function: Callable[[Tensor], Result], batch: Tensor, of: str = "crop"
-    ) -> list[Result]:
-        """Return the results of the parts; halving is logged, and stays for other batches.
-
-        Raises
-        ------
-        UserError
-            If the GPU's memory is too small for a part of one.
-        """
-        while True:
-            size = self.sizes.get(of, len(batch))
-            try:
-                return [function(part) for part in batch.split(size)]
-            except torch.cuda.OutOfMemoryError as error:
-                size = min(size, len(batch))
-                if size == 1:
-                    raise errors.UserError(
-                        f"out of GPU memory for a single {of}; free the GPU, or pass --device cpu"
-                    ) from error
-            # Only here, when the error with its frames is gone, is their memory free again.
-            self.sizes[of] = (size + 1) // 2
-            log.info(
-                f"GPU memory is too small for {size} {of}s at once, going on with {self.sizes[of]}"
-            )
-            torch.cuda.empty_cache()
 
 
 # ---------------------------------------------------------------- weights
@@ -419,7 +348,8 @@ def normalise_pixels(crops: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 
 def pixel_elements(crops: Tensor) -> Tensor:
     """Return the raw pixels of crops (n, 3, h, w), uint8, as elements (n, 3, h * w)."""
-    mean, std = to_device(torch.tensor([PIXEL_MEAN, PIXEL_STD]), crops.device)[:, :, None, None]
+    statistics = torch.tensor([PIXEL_MEAN, PIXEL_STD])[:, :, None, None]
+    mean, std = devices.to_device(statistics, crops.device)
     return normalise_pixels(crops, mean, std).flatten(2)
 
 
@@ -443,7 +373,7 @@ def _kernel_switches(tf32: bool) -> Iterator[None]:
 class FeatureExtractor:
     """Runs a backbone over full batches on a device.
 
-    On a CPU the process keeps freed memory for the next batch, see `freed_memory`.
+    On a CPU the process keeps freed memory for the next batch, see `devices`.
 
     Parameters
     ----------
@@ -462,18 +392,18 @@ class FeatureExtractor:
     ) -> None:
         self.device, self.precision = device, precision
         if device.type == "cpu":
-            freed_memory.keep()
+            devices.keep_freed_memory()
         if compiled or (device.type, precision) != ("cuda", "bf16"):  # there it would be slower
             backbone.fold_batch_norms()
         self.backbone = backbone.to(device)
         self.network = None if compiled else self.backbone  # compiled at first use
-        self.in_parts = Halving()
+        self.in_parts = devices.Halving()
 
     @torch.inference_mode()
     def extract(self, crops: Tensor) -> dict[int, Tensor]:
         """Return level -> (n, channels, elements), float32, of uint8 crops (n, 3, 224, 224).
 
-        If the GPU runs out of memory the batch is halved, see `Halving`.
+        If the GPU runs out of memory the batch is halved, see `devices.Halving`.
 
         Raises
         ------

@@ -28,9 +28,9 @@ from sinbad import (
     atomic,
     backbones,
     crops,
+    devices,
     ensembles,
     errors,
-    freed_memory,
     image_pool,
     images,
     scoring,
@@ -99,7 +99,7 @@ class Detector:
     ) -> None:
         self.values, self.metadata, self.stored = values, metadata, stored
         self.calibration_crops, self.extractor = calibration_crops, extractor
-        self.device = backbones.choose_device(values.device)
+        self.device = devices.choose_device(values.device)
         self._models: dict[tuple[Position, int], CropModel] = {}
         self.calibration = self._combine(calibration_crops).final
 
@@ -318,7 +318,7 @@ class Detector:
             for (level, _, rep), (image_scores,) in scores.items():
                 crop_scores[level, len(position.grid)][rep, position.crop] = image_scores
         if len(self._models) > n_models:
-            freed_memory.give_back()  # the holes that fitting leaves between models
+            devices.give_freed_memory_back()  # the holes that fitting leaves between models
         return crop_scores
 
     def _batch_size(self, n_images: int) -> int:
@@ -439,7 +439,7 @@ def _pool(
 ) -> image_pool.ImagePool:
     """Pool the images of some arrays, one array after the other."""
     rows = [(array, row) for array in arrays for row in range(len(array))]
-    device = backbones.choose_device(values.device)
+    device = devices.choose_device(values.device)
     return image_pool.ImagePool(rows, names, _extent(resizing), device, values.n_workers)
 
 
@@ -476,7 +476,7 @@ def _number_equal_images(
 def _load_network(values: Settings) -> tuple[backbones.FeatureExtractor | None, str | None]:
     """Return the network and its weights' sha256; None and None for raw pixels alone."""
     levels = settings.backbone_levels(values.pyramid_level)
-    device = backbones.choose_device(values.device)
+    device = devices.choose_device(values.device)
     if not levels:
         return None, None
     weights = backbones.load_weights(values.net, values.weights)

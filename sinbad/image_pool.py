@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sinbad import backbones, errors
+from sinbad import devices, errors
 
 Row = tuple[NDArray[Any], int]  # an array (n, 3, im_size, im_size) and a row of it
 # One crop of several images: their numbers, its corner (y, x), `images.nearest_source` of its side.
@@ -91,7 +91,7 @@ class ImagePool:
         def copy(index: int) -> None:
             array, row = self.rows[index]
             pixels = torch.from_numpy(np.array(array[row]))
-            resident[index].copy_(backbones.pin(pixels, device), non_blocking=True)
+            resident[index].copy_(devices.pin(pixels, device), non_blocking=True)
 
         with ThreadPoolExecutor(num_workers) as threads:
             list(threads.map(copy, range(len(self))))
@@ -137,7 +137,7 @@ class ImagePool:
     ) -> Tensor:
         """Return the pixels of one crop of several images that are on the GPU."""
         indices = [ids, *(start + source for start in corner)]  # one copy, not waited for
-        on_gpu = backbones.to_device(torch.from_numpy(np.concatenate(indices)), self.device)
+        on_gpu = devices.to_device(torch.from_numpy(np.concatenate(indices)), self.device)
         images_at, rows, columns = on_gpu.split([len(part) for part in indices])
         channels = torch.arange(3, device=self.device)[:, None, None]
         return self.resident[images_at[:, None, None, None], channels, rows[:, None], columns]

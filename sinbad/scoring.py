@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 import sinbad_utils
-from sinbad import backbones, cli, crops, errors, images, settings
-from sinbad.backbones import Result
+from sinbad import backbones, cli, crops, devices, errors, images, settings
+from sinbad.devices import Result
 from sinbad.image_pool import ImagePool
 from sinbad_utils import CropModel, Histograms, Scores
 
@@ -92,7 +92,7 @@ def fit_models(
     n_train: int,
     position: CropPosition,
     values: settings.Settings,
-    in_parts: backbones.Halving,
+    in_parts: devices.Halving,
 ) -> Models:
     """Fit the models of a crop position on the elements of its training images, batch by batch."""
     first, batches = _with_first_sets(batches)
@@ -101,7 +101,7 @@ def fit_models(
     for repetition in position.repetitions:
         elements = first[repetition.level]
         directions = directions_at(position, repetition, elements.shape[1], values)
-        directions = backbones.to_device(directions, elements.device)
+        directions = devices.to_device(directions, elements.device)
         histograms[repetition] = _fit_histograms(directions, elements, values.n_quantiles, in_parts)
         shape = n_train, len(directions) * values.n_quantiles
         descriptors[repetition] = torch.empty(shape, device=elements.device)
@@ -128,7 +128,7 @@ def score_images(
     models: Models,
     n_images: int,
     official: bool,
-    in_parts: backbones.Halving,
+    in_parts: devices.Halving,
 ) -> dict[Repetition, Scores]:
     """Score images by the models of a crop position, batch by batch; (n_images,) each.
 
@@ -158,7 +158,7 @@ def score_images(
 
 
 def _fit_histograms(
-    directions: Tensor, elements: Tensor, n_bins: int, in_parts: backbones.Halving
+    directions: Tensor, elements: Tensor, n_bins: int, in_parts: devices.Halving
 ) -> Histograms:
     """Fit the histogram ranges on the first 32 sets, of as many directions as fit the memory."""
     fit = partial(
@@ -237,7 +237,7 @@ class CropScorer:
     ) -> None:
         self.pool, self.values, self.extractor, self.title = pool, values, extractor, title
         self.batch_size = batch_size_on(pool.device, values)
-        self.in_parts = backbones.Halving()  # the steps after the network
+        self.in_parts = devices.Halving()  # the steps after the network
 
     def score_grids(
         self, tasks: Sequence[GridTask], train_ids: Sequence[int], splits: Sequence[Sequence[int]]
@@ -423,7 +423,7 @@ class CropScorer:
                 for ids, at in positions
             ]
         )
-        return backbones.pin(pixels, self.pool.device)
+        return devices.pin(pixels, self.pool.device)
 
 
 def map_ahead(

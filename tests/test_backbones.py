@@ -329,21 +329,7 @@ def test_a_net_of_another_size_only(weights: str) -> None:
         backbones.build_backbone(net, backbones.load_weights(net, weights), (14,))
 
 
-# ---------------------------------------------------------------- devices, precision, memory
-
-
-def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
-    for present, names in ((0, ["cpu", "auto"]), (2, ["cpu", "auto", "cuda", "cuda:1"])):
-        monkeypatch.setattr(torch.cuda, "is_available", lambda n=present: n > 0)
-        monkeypatch.setattr(torch.cuda, "device_count", lambda n=present: n)
-        chosen = [str(backbones.choose_device(name)) for name in names]
-        assert chosen == ["cpu", "cuda" if present else "cpu", "cuda", "cuda:1"][: len(names)]
-        absent = ["cuda:2", "cuda:9999", *(() if present else ("cuda", "cuda:0"))]
-        for name in (*absent, "gpu", "cuda:", "cuda:x", "cuda:10000", "cpu:0"):
-            with pytest.raises(
-                errors.UserError, match=rf"\({present} CUDA devices\), got {name}; "
-            ):
-                backbones.choose_device(name)
+# ---------------------------------------------------------------- precision, memory
 
 
 def test_bf16_rounds_and_tf32_is_fp32_on_a_cpu() -> None:

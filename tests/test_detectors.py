@@ -22,7 +22,7 @@ import data_to_matrices
 import sinbad_detector
 import sinbad_single_layer
 import sinbad_utils
-from sinbad import __version__, detectors, errors, freed_memory, stored_models
+from sinbad import __version__, detectors, devices, errors, stored_models
 from sinbad.settings import Settings
 
 ROOT = Path(__file__).parents[1]
@@ -213,7 +213,9 @@ def test_what_fitting_freed_goes_back_to_the_system_once(
     n_models = []
     detector.save(tmp_path / "detector.npz")
     loaded = detectors.Detector.load(tmp_path / "detector.npz", device="cpu")
-    monkeypatch.setattr(freed_memory, "give_back", lambda: n_models.append(len(loaded._models)))
+    monkeypatch.setattr(
+        devices, "give_freed_memory_back", lambda: n_models.append(len(loaded._models))
+    )
     for _ in range(2):
         loaded.score(test_images(class_dir)[:1], 0.5)
     assert n_models == [len(loaded._models)]

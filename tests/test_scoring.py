@@ -23,6 +23,7 @@ import sinbad_utils
 from sinbad import (
     backbones,
     crops,
+    devices,
     errors,
     image_pool,
     images,
@@ -267,7 +268,7 @@ def test_ranges_are_fitted_on_32_images_however_they_come(
     position = scoring.CropPosition(crops.CropGrid(64, 0.7, 4), 2, (16, 0), (repetition,))
     values = settings.Settings(n_projections=20, official=official)
     batches = [iter([{7: part} for part in sets.split(sizes)]) for sets in (train, test)]
-    in_parts = backbones.Halving()
+    in_parts = devices.Halving()
     models = scoring.fit_models(batches[0], 40, position, values, in_parts)
     scores = scoring.score_images(batches[1], models, 40, official, in_parts)[repetition]
     expected = sinbad_utils.score_crop(train, test, (3, 1, 7, 4, 2), 20, 5, 0.1, official)
@@ -283,11 +284,11 @@ def test_steps_after_the_network_are_halved_while_memory_is_short(
     position = scoring.CropPosition(crops.CropGrid(64, 0.99, 4), 0, (0, 0), (repetition,))
     values = settings.Settings(n_projections=20)
 
-    def scores_of(in_parts: backbones.Halving) -> np.ndarray:
+    def scores_of(in_parts: devices.Halving) -> np.ndarray:
         models = scoring.fit_models(iter([train]), 40, position, values, in_parts)
         return scoring.score_images(iter([test]), models, 40, True, in_parts)[repetition]
 
-    expected = scores_of(backbones.Halving())
+    expected = scores_of(devices.Halving())
     project, selected = sinbad_utils.project, sinbad_utils.fit_ranges
 
     def limited_project(directions: Tensor, elements: Tensor) -> Tensor:
@@ -302,7 +303,7 @@ def test_steps_after_the_network_are_halved_while_memory_is_short(
 
     monkeypatch.setattr(sinbad_utils, "project", limited_project)
     monkeypatch.setattr(sinbad_utils, "fit_ranges", limited_ranges)
-    np.testing.assert_array_equal(scores_of(backbones.Halving()), expected)
+    np.testing.assert_array_equal(scores_of(devices.Halving()), expected)
     said = [line.split("too small for ")[1] for line in capsys.readouterr().err.splitlines()]
     assert said == [  # each once
         "20 directions at once, going on with 10",

@@ -1,4 +1,4 @@
-"""What glibc does with freed memory: kept for the next batch, large blocks and holes given back."""
+"""Choice of the device, and freed memory: kept for the next batch, large blocks given back."""
 
 import platform
 import subprocess
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sinbad import backbones, freed_memory
+from sinbad import backbones, devices, errors
 
 pytestmark = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc")
 ROOT = Path(__file__).resolve().parents[1]
@@ -17,7 +17,7 @@ PREAMBLE = """
     import re, resource, sys
     import numpy as np
     from pathlib import Path
-    from sinbad import freed_memory
+    from sinbad import devices
 
     def held():  # MB
         status = Path("/proc/self/status").read_text()
@@ -27,17 +27,31 @@ PREAMBLE = """
         return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
     if sys.argv[1] == "keep":
-        freed_memory.keep()
+        devices.keep_freed_memory()
 """
 
 
 def output_of(code: str, what: str = "leave") -> float:
-    """Run some code in a process of its own, with or without `freed_memory.keep`."""
+    """Run some code in a process of its own, with or without `devices.keep_freed_memory`."""
     code = textwrap.dedent(PREAMBLE) + textwrap.dedent(code)
     words = [sys.executable, "-c", code, what]
     result = subprocess.run(words, capture_output=True, text=True, cwd=ROOT)
     assert result.returncode == 0, result.stderr
     return float(result.stdout)
+
+
+def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    for present, names in ((0, ["cpu", "auto"]), (2, ["cpu", "auto", "cuda", "cuda:1"])):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda n=present: n > 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda n=present: n)
+        chosen = [str(devices.choose_device(name)) for name in names]
+        assert chosen == ["cpu", "cuda" if present else "cpu", "cuda", "cuda:1"][: len(names)]
+        absent = ["cuda:2", "cuda:9999", *(() if present else ("cuda", "cuda:0"))]
+        for name in (*absent, "gpu", "cuda:", "cuda:x", "cuda:10000", "cpu:0"):
+            with pytest.raises(
+                errors.UserError, match=rf"\({present} CUDA devices\), got {name}; "
+            ):
+                devices.choose_device(name)
 
 
 def test_what_is_freed_is_kept_for_the_next_batch() -> None:
@@ -70,7 +84,7 @@ def test_no_more_is_kept_at_the_end_of_the_heap_than_said() -> None:
         [np.ones(1 << 20) for _ in range(100)]  # 8 MB each
         print(held() - before)
     """
-    assert output_of(code, "keep") < freed_memory.KEPT_BYTES / 1e6 + 20
+    assert output_of(code, "keep") < devices.KEPT_BYTES / 1e6 + 20
 
 
 def test_holes_between_small_blocks_go_back() -> None:
@@ -78,7 +92,7 @@ def test_holes_between_small_blocks_go_back() -> None:
         small = [np.ones(100_000 if i % 100 == 99 else 1_000) for i in range(40_000)]
         del small[::2]
         before = held()
-        freed_memory.give_back()
+        devices.give_freed_memory_back()
         print(before - held())
     """
     assert output_of(code) > 50
@@ -89,7 +103,7 @@ def test_a_network_on_a_cpu_keeps_freed_memory(
     device: str, expected: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[None] = []
-    monkeypatch.setattr(freed_memory, "keep", lambda: calls.append(None))
+    monkeypatch.setattr(devices, "keep_freed_memory", lambda: calls.append(None))
     weights = backbones.load_weights("resnet18", "random")
     backbone = backbones.build_backbone("resnet18", weights, (7,))
     backbones.FeatureExtractor(backbone, torch.device(device))
@@ -97,6 +111,6 @@ def test_a_network_on_a_cpu_keeps_freed_memory(
 
 
 def test_another_c_library_is_left_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(freed_memory.ctypes, "CDLL", lambda name: object())
-    freed_memory.keep()
-    freed_memory.give_back()
+    monkeypatch.setattr(devices.ctypes, "CDLL", lambda name: object())
+    devices.keep_freed_memory()
+    devices.give_freed_memory_back()

@@ -6,6 +6,7 @@ Source: "Set Features for Fine-grained Anomaly Detection", arXiv 2302.12245 and 
 """
 
 import math
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -84,16 +85,20 @@ class Histograms:
 
     def describe(self, elements: Tensor) -> Tensor:
         """Describe sets (n_sets, channels, n_elements): (n_sets, n_directions * n_bins)."""
-        n_values = len(self.directions) * elements.shape[2]  # of one set
-        chunks = elements.split(max(1, VALUES_PER_CHUNK[elements.device.type] // n_values))
-        ranges = self.low, self.high, self.n_bins
-        projected = (project(self.directions, chunk) for chunk in chunks)
-        return torch.cat([cumulative_histogram(values, *ranges) for values in projected])
+        chunks, ranges = projected(self.directions, elements), (self.low, self.high, self.n_bins)
+        return torch.cat([cumulative_histogram(values, *ranges) for values in chunks])
 
 
 def fit_histograms(directions: Tensor, elements: Tensor, n_bins: int) -> Histograms:
     """Fit the histogram ranges on (the first 32) sets (n_sets, channels, n_elements)."""
-    return Histograms(directions, *fit_ranges(project(directions, elements)), n_bins)
+    return Histograms(directions, *fit_ranges(*projected(directions, elements)), n_bins)
+
+
+def projected(directions: Tensor, elements: Tensor) -> Iterator[Tensor]:
+    """Project sets chunk by chunk, see `project`."""
+    n_values = len(directions) * elements.shape[2]  # of one set
+    for chunk in elements.split(max(1, VALUES_PER_CHUNK[elements.device.type] // n_values)):
+        yield project(directions, chunk)
 
 
 def project(directions: Tensor, elements: Tensor) -> Tensor:
@@ -116,30 +121,29 @@ def project(directions: Tensor, elements: Tensor) -> Tensor:
     return values
 
 
-def fit_ranges(values: Tensor) -> Tensor:
+def fit_ranges(*chunks: Tensor) -> Tensor:
     """Fit the range of every direction: 1 % and 99 % quantiles over the elements of all sets.
 
-    `values` (n_sets, n_directions, n_elements) are of (the first 32) training sets. Returns low and
+    `chunks` (n_sets, n_directions, n_elements) are of (the first 32) training sets. Returns low and
     high, (2, n_directions), float32, quantiles with linear interpolation.
     """
-    if values.device.type != "cpu":
-        pooled = values.transpose(0, 1).flatten(1)  # (directions, sets * elements)
+    if chunks[0].device.type != "cpu":  # pooled: (directions, sets * elements)
+        pooled = torch.cat([values.transpose(0, 1) for values in chunks], dim=1).flatten(1)
         return torch.stack([_selected_quantile(pooled, fraction) for fraction in RANGE])
-    parts = np.array_split(values.numpy(), 4 * torch.get_num_threads(), axis=1)  # some empty
+    n_parts = 4 * torch.get_num_threads()  # some empty
+    parts = zip(*(np.array_split(values.numpy(), n_parts, 1) for values in chunks), strict=True)
     with ThreadPoolExecutor(torch.get_num_threads()) as threads:  # numpy releases the GIL
         quantiles = np.concatenate(list(threads.map(_sorted_quantiles, parts)), axis=1)
     return torch.from_numpy(quantiles).float()
 
 
-def _sorted_quantiles(values: NDArray[np.float32]) -> Scores:
+def _sorted_quantiles(chunks: Sequence[NDArray[np.float32]]) -> Scores:
     """Return the range of every direction on a CPU; np.quantile's, which takes twice as long."""
-    rows, quantiles = np.concatenate(values, axis=1), []  # a copy (directions, sets * elements)
+    rows = np.concatenate([values for chunk in chunks for values in chunk], axis=1)  # a copy
     rows.sort()  # numpy sorts by SIMD; its np.partition does not, or is slow where many are equal
-    for fraction in RANGE:
-        position = fraction * (rows.shape[1] - 1)
-        around = rows[:, [math.floor(position), math.ceil(position)]]
-        quantiles.append(np.quantile(around, [position % 1.0], axis=1))
-    return np.concatenate(quantiles)
+    positions = [fraction * (rows.shape[1] - 1) for fraction in RANGE]
+    pairs = [(rows[:, [math.floor(p), math.ceil(p)]], p % 1.0) for p in positions]
+    return np.concatenate([np.quantile(around, [weight], axis=1) for around, weight in pairs])
 
 
 def _selected_quantile(pooled: Tensor, fraction: float) -> Tensor:
@@ -212,19 +216,15 @@ class WhitenedNeighbours:
 
     def nearest(self, queries: Tensor) -> Tensor:
         """Return (n_queries,) squared whitened distances to the nearest training descriptor."""
-        return self.squared_distances(queries).min(1).values
-
-    def squared_distances(self, queries: Tensor) -> Tensor:
-        """Return (n_queries, n_train) squared whitened distances to the training descriptors."""
-        centred, distances = _padded(queries - self.mean, QUERY_BLOCK["cpu"]), []
+        centred, nearest = _padded(queries - self.mean, QUERY_BLOCK["cpu"]), []
         last = self.projector[-len(self.centred) :]  # I - A G = c A, its square for C^-2
         for block in centred.split(QUERY_BLOCK[queries.device.type]):  # on a CPU of one shape
             products = block @ self.centred.T  # (block, training descriptors)
             coords = products @ self.projector.T
             norms = _squared_norms(block, coords)[:, None] + self.train_norms
             inner = self.ridge * coords[:, -len(last) :] @ last if len(last) else products
-            distances.append(norms - 2.0 * inner)
-        return self.scale * torch.cat(distances)[: len(queries), : self.n_train].clamp(min=0.0)
+            nearest.append((norms - 2.0 * inner)[:, : self.n_train].amin(1))
+        return self.scale * torch.cat(nearest)[: len(queries)].clamp(min=0.0)
 
 
 def _squared_norms(centred: Tensor, coords: Tensor) -> Tensor:

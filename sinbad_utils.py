@@ -6,7 +6,6 @@ Source: "Set Features for Fine-grained Anomaly Detection", arXiv 2302.12245 and 
 """
 
 import math
-from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -85,20 +84,16 @@ class Histograms:
 
     def describe(self, elements: Tensor) -> Tensor:
         """Describe sets (n_sets, channels, n_elements): (n_sets, n_directions * n_bins)."""
-        chunks, ranges = projected(self.directions, elements), (self.low, self.high, self.n_bins)
-        return torch.cat([cumulative_histogram(values, *ranges) for values in chunks])
+        n_values = len(self.directions) * elements.shape[2]  # of one set
+        chunks = elements.split(max(1, VALUES_PER_CHUNK[elements.device.type] // n_values))
+        ranges = self.low, self.high, self.n_bins
+        projected = (project(self.directions, chunk) for chunk in chunks)
+        return torch.cat([cumulative_histogram(values, *ranges) for values in projected])
 
 
 def fit_histograms(directions: Tensor, elements: Tensor, n_bins: int) -> Histograms:
     """Fit the histogram ranges on (the first 32) sets (n_sets, channels, n_elements)."""
-    return Histograms(directions, *fit_ranges(*projected(directions, elements)), n_bins)
-
-
-def projected(directions: Tensor, elements: Tensor) -> Iterator[Tensor]:
-    """Project sets chunk by chunk, see `project`."""
-    n_values = len(directions) * elements.shape[2]  # of one set
-    for chunk in elements.split(max(1, VALUES_PER_CHUNK[elements.device.type] // n_values)):
-        yield project(directions, chunk)
+    return Histograms(directions, *fit_ranges(project(directions, elements)), n_bins)
 
 
 def project(directions: Tensor, elements: Tensor) -> Tensor:
@@ -115,35 +110,37 @@ def project(directions: Tensor, elements: Tensor) -> Tensor:
     if channels >= MANY_CHANNELS and torch.backends.mkldnn.is_available():
         images, kernels = elements[..., None], directions[..., None, None]
         return torch.mkldnn_convolution(images, kernels, None, [0, 0], [1, 1], [1, 1], 1).squeeze(3)
-    values = torch.empty(len(elements), len(directions), elements.shape[2])
+    shape = len(elements), len(directions), elements.shape[2]
+    values = torch.from_numpy(np.empty(shape, np.float32))  # new memory by huge pages
     for set_elements, set_values in zip(elements, values, strict=True):
         torch.mm(directions, set_elements, out=set_values)
     return values
 
 
-def fit_ranges(*chunks: Tensor) -> Tensor:
+def fit_ranges(values: Tensor) -> Tensor:
     """Fit the range of every direction: 1 % and 99 % quantiles over the elements of all sets.
 
-    `chunks` (n_sets, n_directions, n_elements) are of (the first 32) training sets. Returns low and
+    `values` (n_sets, n_directions, n_elements) are of (the first 32) training sets. Returns low and
     high, (2, n_directions), float32, quantiles with linear interpolation.
     """
-    if chunks[0].device.type != "cpu":  # pooled: (directions, sets * elements)
-        pooled = torch.cat([values.transpose(0, 1) for values in chunks], dim=1).flatten(1)
+    if values.device.type != "cpu":
+        pooled = values.transpose(0, 1).flatten(1)  # (directions, sets * elements)
         return torch.stack([_selected_quantile(pooled, fraction) for fraction in RANGE])
-    n_parts = 4 * torch.get_num_threads()  # some empty
-    parts = zip(*(np.array_split(values.numpy(), n_parts, 1) for values in chunks), strict=True)
+    parts = np.array_split(values.numpy(), 4 * torch.get_num_threads(), axis=1)  # some empty
     with ThreadPoolExecutor(torch.get_num_threads()) as threads:  # numpy releases the GIL
         quantiles = np.concatenate(list(threads.map(_sorted_quantiles, parts)), axis=1)
     return torch.from_numpy(quantiles).float()
 
 
-def _sorted_quantiles(chunks: Sequence[NDArray[np.float32]]) -> Scores:
+def _sorted_quantiles(values: NDArray[np.float32]) -> Scores:
     """Return the range of every direction on a CPU; np.quantile's, which takes twice as long."""
-    rows = np.concatenate([values for chunk in chunks for values in chunk], axis=1)  # a copy
+    rows, quantiles = np.concatenate(values, axis=1), []  # a copy (directions, sets * elements)
     rows.sort()  # numpy sorts by SIMD; its np.partition does not, or is slow where many are equal
-    positions = [fraction * (rows.shape[1] - 1) for fraction in RANGE]
-    pairs = [(rows[:, [math.floor(p), math.ceil(p)]], p % 1.0) for p in positions]
-    return np.concatenate([np.quantile(around, [weight], axis=1) for around, weight in pairs])
+    for fraction in RANGE:
+        position = fraction * (rows.shape[1] - 1)
+        around = rows[:, [math.floor(position), math.ceil(position)]]
+        quantiles.append(np.quantile(around, [position % 1.0], axis=1))
+    return np.concatenate(quantiles)
 
 
 def _selected_quantile(pooled: Tensor, fraction: float) -> Tensor:

@@ -373,6 +373,8 @@ def _kernel_switches(tf32: bool) -> Iterator[None]:
 class FeatureExtractor:
     """Runs a backbone over full batches on a device.
 
+    On a CPU the process keeps freed memory for the next batch, see `devices`.
+
     Parameters
     ----------
     backbone : Backbone
@@ -389,6 +391,8 @@ class FeatureExtractor:
         compiled: bool = False,
     ) -> None:
         self.device, self.precision = device, precision
+        if device.type == "cpu":
+            devices.keep_freed_memory()
         if compiled or (device.type, precision) != ("cuda", "bf16"):  # there it would be slower
             backbone.fold_batch_norms()
         self.backbone = backbone.to(device)

@@ -220,8 +220,6 @@ def range_groups(splits: Sequence[Sequence[int]], official: bool) -> list[RangeG
 class CropScorer:
     """Runs the crops of images through the network in full batches, fits and scores them.
 
-    On a CPU the process keeps freed memory for the next batch from then on, see `devices`.
-
     Parameters
     ----------
     pool : the images
@@ -240,8 +238,6 @@ class CropScorer:
         self.pool, self.values, self.extractor, self.title = pool, values, extractor, title
         self.batch_size = batch_size_on(pool.device, values)
         self.in_parts = devices.Halving()  # the steps after the network
-        if pool.device.type == "cpu":
-            devices.keep_freed_memory()
 
     def score_grids(
         self, tasks: Sequence[GridTask], train_ids: Sequence[int], splits: Sequence[Sequence[int]]

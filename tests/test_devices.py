@@ -5,12 +5,11 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 
-from sinbad import devices, errors, scoring, settings
+from sinbad import backbones, devices, errors
 
 pytestmark = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc")
 ROOT = Path(__file__).resolve().parents[1]
@@ -100,13 +99,14 @@ def test_holes_between_small_blocks_go_back() -> None:
 
 
 @pytest.mark.parametrize(("device", "expected"), [("cpu", 1), ("meta", 0)])
-def test_scoring_on_a_cpu_keeps_freed_memory(
+def test_a_network_on_a_cpu_keeps_freed_memory(
     device: str, expected: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[None] = []
     monkeypatch.setattr(devices, "keep_freed_memory", lambda: calls.append(None))
-    pool = SimpleNamespace(device=torch.device(device))
-    scoring.CropScorer(pool, settings.Settings(batch_size=8), None)
+    weights = backbones.load_weights("resnet18", "random")
+    backbone = backbones.build_backbone("resnet18", weights, (7,))
+    backbones.FeatureExtractor(backbone, torch.device(device))
     assert len(calls) == expected
 
 

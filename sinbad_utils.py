@@ -20,7 +20,7 @@ RANGE = 0.01, 0.99  # quantiles of the projected values
 ENSEMBLE_SIDE = 4  # side of the map that the crop scores of a grid are resized to
 SCORE_EPSILON = 1e-5  # added to the validation mean, and to the normalised score
 # Projected values computed at a time: what stays in a processor's cache; half a GB of a GPU.
-VALUES_PER_CHUNK = {"cpu": 1 << 21, "cuda": 1 << 27}
+VALUES_PER_CHUNK = {"cpu": 1 << 20, "cuda": 1 << 27}
 MANY_CHANNELS = 64  # projected by oneDNN itself: conv1d chooses by the number of sets, mm is slow
 FLAG_TYPE = {"cpu": torch.float32, "cuda": torch.float16}  # a GPU copies bools to int64 to sum
 BLOCK, QUERY_BLOCK = 32, {"cpu": 8, "cuda": 1024}  # rows of one product: training, queries

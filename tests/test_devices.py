@@ -87,6 +87,20 @@ def test_no_more_is_kept_at_the_end_of_the_heap_than_said() -> None:
     assert output_of(code, "keep") < devices.KEPT_BYTES / 1e6 + 20
 
 
+def test_repetitions_of_the_raw_pixels_pin_no_memory() -> None:
+    code = """
+        import torch
+        from sinbad import crops, scoring, settings
+        repetitions = tuple(scoring.Repetition(224, 0, rep) for rep in range(20))
+        position = scoring.CropPosition(crops.CropGrid(224, 0.99, 4), 0, (0, 0), repetitions)
+        batches = iter([{224: torch.rand(32, 3, 224**2)}])
+        before = held()
+        models = scoring.fit_models(batches, 32, position, settings.Settings(), devices.Halving())
+        print(held() - before)
+    """
+    assert output_of(code, "keep") < 150
+
+
 def test_holes_between_small_blocks_go_back() -> None:
     code = """
         small = [np.ones(100_000 if i % 100 == 99 else 1_000) for i in range(40_000)]

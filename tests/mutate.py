@@ -31,6 +31,7 @@ TESTS = {  # the quickest to fail first
     "sinbad/cli.py": ("cli", "settings", "bad_inputs"),
     "sinbad/crops.py": ("scoring", "maps", "ensembles"),
     "sinbad/detectors.py": ("detectors",),
+    "sinbad/devices.py": ("devices", "scoring"),
     "sinbad/ensembles.py": ("ensembles", "extra_scores"),
     "sinbad/errors.py": ("nothing_is_lost", "bad_inputs"),
     "sinbad/extra_scores.py": ("extra_scores",),
@@ -47,9 +48,9 @@ TESTS = {  # the quickest to fail first
     "sinbad/score_files.py": ("ensembles", "bad_inputs", "single_layer"),
     "sinbad/score_tasks.py": ("slurm", "single_layer"),
     "sinbad/scoring.py": ("scoring", "cuda_dispatch", "single_layer"),
-    "sinbad/stored_models.py": ("detectors",),
     "sinbad/settings.py": ("settings", "cli", "detectors"),
     "sinbad/slurm.py": ("slurm",),
+    "sinbad/stored_models.py": ("detectors",),
     "sinbad/uea.py": ("uea", "time_series"),
     "sinbad_time_series.py": ("time_series",),
 }

@@ -11,7 +11,7 @@ import torch
 
 from sinbad import backbones, devices, errors
 
-pytestmark = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc")
+glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc")
 ROOT = Path(__file__).resolve().parents[1]
 PREAMBLE = """
     import re, resource, sys
@@ -54,6 +54,7 @@ def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
                 devices.choose_device(name)
 
 
+@glibc
 def test_what_is_freed_is_kept_for_the_next_batch() -> None:
     code = """
         def batch():
@@ -67,6 +68,7 @@ def test_what_is_freed_is_kept_for_the_next_batch() -> None:
     assert output_of(code, "keep") < 0.1 * output_of(code)
 
 
+@glibc
 def test_large_blocks_go_back_at_once() -> None:
     code = """
         before = held()
@@ -78,6 +80,7 @@ def test_large_blocks_go_back_at_once() -> None:
     assert output_of(code, "keep") < 10
 
 
+@glibc
 def test_no_more_is_kept_at_the_end_of_the_heap_than_said() -> None:
     code = """
         before = held()
@@ -87,6 +90,7 @@ def test_no_more_is_kept_at_the_end_of_the_heap_than_said() -> None:
     assert output_of(code, "keep") < devices.KEPT_BYTES / 1e6 + 20
 
 
+@glibc
 def test_repetitions_of_the_raw_pixels_pin_no_memory() -> None:
     code = """
         import torch
@@ -101,6 +105,7 @@ def test_repetitions_of_the_raw_pixels_pin_no_memory() -> None:
     assert output_of(code, "keep") < 150
 
 
+@glibc
 def test_holes_between_small_blocks_go_back() -> None:
     code = """
         small = [np.ones(100_000 if i % 100 == 99 else 1_000) for i in range(40_000)]

@@ -108,7 +108,7 @@ def test_projection_is_the_sum_over_channels() -> None:
 @pytest.mark.parametrize("n_elements", [1, 49, 200])
 @pytest.mark.parametrize("n_threads", [1, 2])
 def test_projection_of_a_set_does_not_depend_on_the_other_sets(
-    channels: int, n_elements: int, n_threads: int, monkeypatch: pytest.MonkeyPatch
+    channels: int, n_elements: int, n_threads: int
 ) -> None:
     threads_before = torch.get_num_threads()
     torch.set_num_threads(n_threads)
